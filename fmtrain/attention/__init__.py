@@ -1,0 +1,71 @@
+"""Attention under a policy, computed by one of several backends.
+
+A backend is a module with `prepare(layout, policy, merge, start)`, run once per forward, and `attend(q, k, v, plan,
+scale)`, run in every layer. `reference` defines what is correct; the others are tested against it. Optional packages
+are imported inside the backend that needs them.
+
+Shape names: B rows, H query heads, G key heads (H is a multiple), Q queries, K keys, D head size.
+"""
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fmtrain.layout import Layout
+from fmtrain.merge import Merge
+from fmtrain.merge import check as check_merge
+from fmtrain.policies import Policy, get_policy
+
+BACKENDS = ("reference", "sdpa")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one forward needs to attend in every layer: the backend and what it prepared from the layout."""
+
+    backend: ModuleType
+    prepared: Any
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKD, scale: float | None = None) -> torch.Tensor:
+        return self.backend.attend(q_BHQD, k_BGKD, v_BGKD, self.prepared, scale or q_BHQD.shape[-1] ** -0.5)
+
+
+def get_backend(name: str) -> ModuleType:
+    """The module of a backend; `auto` is `sdpa`. Raises `ValueError` for an unknown name."""
+    if name == "auto":
+        name = "sdpa"
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}; known are auto, {', '.join(BACKENDS)}")
+    return importlib.import_module(f"fmtrain.attention.{name}")
+
+
+def plan(layout: Layout, policy: Policy, backend: ModuleType, merge: Merge | None = None, start: int = 0) -> Plan:
+    """Prepare `backend` for one forward whose queries are the tokens from `start` on."""
+    check_merge(policy, merge)
+    return Plan(backend, backend.prepare(layout, policy, merge, start))
+
+
+def attend(
+    q_BHTD: torch.Tensor,
+    k_BGTD: torch.Tensor,
+    v_BGTD: torch.Tensor,
+    layout: Layout,
+    policy: str | Policy,
+    backend: str = "reference",
+    merge: Merge | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """One attention call under a policy: what `attach` runs in every layer. Returns [B, H, T, D].
+
+    `layout` describes the keys; with fewer queries than keys the queries are the last ones. `scale` defaults to
+    D ** -0.5. Raises `ValueError` for shapes that do not fit each other.
+    """
+    (B, H, Q, D), (G, K) = q_BHTD.shape, k_BGTD.shape[1:3]
+    if k_BGTD.shape != v_BGTD.shape or k_BGTD.shape != (B, G, K, D) or H % G or Q > K or layout.shape != (B, K):
+        shapes = [tuple(tensor.shape) for tensor in (q_BHTD, k_BGTD, v_BGTD)]
+        raise ValueError(f"shapes do not fit: q {shapes[0]}, k {shapes[1]}, v {shapes[2]}, layout {layout.shape}")
+    prepared = plan(layout, get_policy(policy), get_backend(backend), merge, start=K - Q)
+    return prepared.attend(q_BHTD, k_BGTD, v_BGTD, scale)

@@ -1,0 +1,67 @@
+"""Rows into batches: encoded dialogues, padded on one side, pixels of all images behind one another.
+
+A row is a dict with `messages` and `images` (names below the image folder, `datasets.Image` cells or PIL images), and
+perhaps an `id`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fmtrain.encode import IGNORED, encode, labels
+from fmtrain.images import MAX_PIXELS, open_image
+from fmtrain.layout import Layout, Role
+
+
+def encode_row(processor, row: dict, image_root: str | Path = ".", max_pixels: int = MAX_PIXELS, add_generation_prompt: bool = False):
+    """`encode` of a row; a `ValueError` names the row."""
+    try:
+        images = [open_image(image, image_root, max_pixels) for image in row.get("images") or []]
+        return encode(processor, row["messages"], images, add_generation_prompt)
+    except ValueError as error:
+        raise ValueError(f"row {row.get('id', '?')}: {error}") from error
+
+
+def batch(processor, encoded: list[tuple[dict, Layout]], padding_side: str = "right") -> tuple[dict[str, torch.Tensor], Layout]:
+    """Model inputs and layout of several encoded dialogues, padded to the longest [B, T]."""
+    length = max(layout.shape[1] for _, layout in encoded)
+    gaps = [length - layout.shape[1] for _, layout in encoded]
+    sides = [(gap, 0) if padding_side == "left" else (0, gap) for gap in gaps]
+    layout = Layout.cat([each.pad(*side) for (_, each), side in zip(encoded, sides)])
+    pad = torch.nn.functional.pad
+    pad_id = processor.tokenizer.pad_token_id
+    if pad_id is None:
+        raise ValueError("the tokenizer has no padding token; set one, e.g. processor.tokenizer.pad_token = '</s>'")
+    ids = torch.cat([pad(inputs["input_ids"], side, value=pad_id) for (inputs, _), side in zip(encoded, sides)])
+    merged = {"input_ids": ids, "attention_mask": (layout.role != Role.PAD).long()}
+    for name in dict.fromkeys(name for inputs, _ in encoded for name in inputs if name not in merged):
+        merged[name] = _stack([inputs[name] for inputs, _ in encoded if name in inputs])
+    return merged, layout
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Pixels (and sizes) of several rows along the first dimension; llava-next pads images to the most tiles."""
+    if tensors[0].ndim == 5:
+        tiles = max(tensor.shape[1] for tensor in tensors)
+        tensors = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 0, 0, tiles - t.shape[1])) for t in tensors]
+    return torch.cat(tensors)
+
+
+@dataclass
+class Collator:
+    """A list of rows into one training batch: ids, padding mask, pixels, labels and the tensors of the layout."""
+
+    processor: object
+    image_root: str | Path = "."
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        inputs, layout = batch(self.processor, [self.encode(row) for row in rows])
+        return {**inputs, "labels": labels(inputs["input_ids"], layout), **layout.model_inputs()}
+
+    def encode(self, row: dict) -> tuple[dict, Layout]:
+        inputs, layout = encode_row(self.processor, row, self.image_root, self.max_pixels)
+        if (labels(inputs["input_ids"], layout) == IGNORED).all():
+            raise ValueError(f"row {row.get('id', '?')}: no assistant's turn, so there is nothing to learn from it")
+        return inputs, layout

@@ -1,0 +1,184 @@
+"""From a dialogue to ids, pixels and layout: the only way, in training, in evaluation and in the audit.
+
+The processor's own chat template is rendered turn by turn, so that each prefill is exactly the text that generation
+feeds: the template's generation prompt, never its rendering of a finished assistant turn (llava-onevision's, for one,
+puts another space into the header). An answer is followed by its end token: the template's own, or the tokenizer's end
+of sequence where the template has none (llava-1.5). What the template puts behind the end token opens the next prefill.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from fmtrain.layout import Layout, Role
+
+IGNORED = -100  # the label that cross entropy skips
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the rendered dialogue: part of one prefill, or one answer with its end token."""
+
+    text: str
+    prefill: int  # -1: an answer
+
+
+def encode(processor, messages: list[dict], images: list, add_generation_prompt: bool = False) -> tuple[dict[str, torch.Tensor], Layout]:
+    """Model inputs of one dialogue and its layout [1, T].
+
+    messages: `{"role": system | user | assistant, "content": text, or a list of {"type": "text", "text": ...} and
+    {"type": "image"} parts}`. images: PIL images, the k-th image part shows images[k]. With `add_generation_prompt` the
+    dialogue ends in the header of the assistant's next turn, otherwise it ends with the last answer's end token.
+
+    Raises `ValueError`, in one line, for images that do not fit the parts, an order of roles that the template refuses,
+    an empty answer, and a text that contains the processor's image placeholder.
+    """
+    messages = _typed(messages)
+    _check_images(processor, messages, images)
+    segments = render(processor, messages, add_generation_prompt)
+    text = "".join(segment.text for segment in segments)
+    bos = processor.tokenizer.bos_token
+    encoded = processor(
+        text=[text],
+        images=_by_prefill(messages, images) or None,
+        add_special_tokens=not (bos and text.startswith(bos)),
+        return_offsets_mapping=True,
+        return_text_replacement_offsets=True,
+    )
+    spans = (encoded.pop("text_replacement_offsets") or [[]])[0]
+    layout = _layout(processor, segments, encoded["input_ids"][0], encoded.pop("offset_mapping")[0], spans)
+    encoded.pop("token_type_ids", None)
+    return dict(encoded.convert_to_tensors("pt")), layout
+
+
+def labels(input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The ids of the answers [B, T], `IGNORED` elsewhere."""
+    return torch.where(layout.role == Role.ANSWER, input_ids, IGNORED)
+
+
+def render(processor, messages: list[dict], add_generation_prompt: bool = False) -> list[Segment]:
+    """The dialogue as the model reads it, cut into prefills and answers; their texts joined are the whole row."""
+    special = [t.content for t in processor.tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
+    end = re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")") if special else re.compile(r"(?!)")
+    segments, done, rest, prefill = [], "", "", 0
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        answer = "".join(part["text"] for part in message["content"])
+        if not answer.strip():
+            raise ValueError(f"message {k}: the assistant's turn is empty")
+        before, prompt = _apply(processor, messages[:k]), _apply(processor, messages[:k], add_generation_prompt=True)
+        after = _apply(processor, messages[: k + 1])
+        if not (before.startswith(done) and prompt.startswith(before) and after.startswith(before)):
+            raise ValueError(f"message {k}: the chat template changes earlier turns when a later one is added")
+        lead, tail = _around(answer.strip(), after[len(before) :], prompt[len(before) :], k)
+        stop = end.match(tail)
+        stop = stop.group() if stop else processor.tokenizer.eos_token
+        segments += [Segment(rest + prompt[len(done) :], prefill), Segment(lead + answer.strip() + stop, -1)]
+        done, rest, prefill = after, tail.removeprefix(stop), prefill + 1
+    if add_generation_prompt or messages[-1]["role"] != "assistant":
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("a generation prompt was asked for, but the dialogue ends with the assistant's turn")
+        whole = _apply(processor, messages, add_generation_prompt=add_generation_prompt)
+        if not whole.startswith(done):
+            raise ValueError("the chat template changes earlier turns when a later one is added")
+        segments.append(Segment(rest + whole[len(done) :], prefill))
+    return segments
+
+
+def _around(answer: str, turn: str, header: str, k: int) -> tuple[str, str]:
+    """What the template puts between its generation prompt and the answer, and behind the answer."""
+    exact = turn.startswith(header)
+    if not exact and not turn.startswith(header.rstrip()):
+        raise ValueError(f"message {k}: the chat template's generation prompt {header!r} does not open its turn {turn[:80]!r}")
+    body = turn[len(header if exact else header.rstrip()) :]
+    lead, found, tail = body.partition(answer)
+    if not found or lead.strip():
+        raise ValueError(f"message {k}: the chat template does not render the answer as it is: {turn[:80]!r}")
+    return (lead if exact else ""), tail
+
+
+def _apply(processor, messages: list[dict], add_generation_prompt: bool = False) -> str:
+    if not messages:
+        return ""
+    try:
+        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
+
+
+def _typed(messages: list[dict]) -> list[dict]:
+    """The messages with every content a list of typed parts, and an assistant's text in one part."""
+    typed = []
+    for k, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if role not in ("system", "user", "assistant"):
+            raise ValueError(f"message {k}: role {role!r} is not one of system, user, assistant")
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        for part in content:
+            if part["type"] not in ("text", "image") or part["type"] == "text" and not isinstance(part.get("text"), str):
+                raise ValueError(f"message {k}: {str(part)[:80]} is neither a text nor an image part")
+        # Arrow fills missing keys with None: a part keeps only what belongs to its type
+        content = [{"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": "image"} for part in content]
+        if role == "assistant":
+            if any(part["type"] == "image" for part in content):
+                raise ValueError(f"message {k}: an image in the assistant's turn")
+            if typed and typed[-1]["role"] == "assistant":
+                raise ValueError(f"message {k}: an assistant's turn follows an assistant's turn")
+            content = [{"type": "text", "text": "".join(part["text"] for part in content)}]
+        typed.append({"role": role, "content": content})
+    if not typed:
+        raise ValueError("the dialogue is empty")
+    return typed
+
+
+def _check_images(processor, messages: list[dict], images: list) -> None:
+    parts = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if parts != len(images):
+        raise ValueError(f"the dialogue has {parts} image parts but {len(images)} images")
+    for k, message in enumerate(messages):
+        if any(part["type"] == "text" and processor.image_token in part["text"] for part in message["content"]):
+            raise ValueError(f"message {k}: the text contains {processor.image_token!r}; an image is a part of its own")
+
+
+def _by_prefill(messages: list[dict], images: list) -> list[list[Any]]:
+    """The images of each prefill. llava-onevision tiles an image only when it is alone in its group; grouped like this,
+    an image is encoded in the same way whether later turns exist or not."""
+    groups, group, position = [], [], 0
+    for message in messages:
+        if message["role"] == "assistant" and group:
+            groups, group = [*groups, group], []
+        count = sum(part["type"] == "image" for part in message["content"])
+        group, position = group + images[position : position + count], position + count
+    return groups + [group] if group else groups
+
+
+def _layout(processor, segments: list[Segment], ids: list[int], offsets: list[tuple[int, int]], spans: list[dict]) -> Layout:
+    """Roles from where each token starts in the text with its image placeholders expanded."""
+    ends, length = [], 0
+    for segment in segments:
+        length += len(segment.text)
+        grown = sum((s["new_span"][1] - s["new_span"][0]) - (s["span"][1] - s["span"][0]) for s in spans if s["span"][1] <= length)
+        ends.append(length + grown)
+    columns, current, image = [], 0, -1
+    for token, (begin, end) in zip(ids, offsets, strict=True):
+        while end > begin >= ends[current]:
+            current += 1
+        if end > ends[current]:
+            word = processor.tokenizer.decode([token])
+            raise ValueError(
+                f"the tokenizer joins {segments[current].text[-20:]!r} and {segments[current + 1].text[:20]!r} in one token "
+                f"({word!r}), so the prompt in training would not be the prompt in generation"
+            )
+        while image + 1 < len(spans) and begin >= spans[image + 1]["new_span"][0] and end > begin:
+            image += 1
+        prefill = segments[current].prefill
+        visual = token == processor.image_token_id
+        role = Role.ANSWER if prefill < 0 else Role.VISUAL if visual else Role.TEXT
+        columns.append((role, image if visual else -1, prefill, 0))
+    return Layout(*torch.tensor(columns).T[:, None].contiguous())

@@ -1,0 +1,75 @@
+"""Images from disk, opened safely: inside their folder, of sane size, upright, RGB.
+
+A training file is input from elsewhere. It may name any path, so a name is resolved under a root and must stay there
+(symbolic links followed first), URLs are never fetched, and a picture that would unpack to more than `MAX_PIXELS` is
+refused before it is decoded.
+"""
+
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 64_000_000  # 8000 x 8000; the largest images of LLaVA's mixes are below 30 million
+
+
+def resolve(name: str, root: str | os.PathLike) -> Path:
+    """The file that `name` (relative to `root`) means.
+
+    Raises `ValueError`, in one line, for a URL, a path or symbolic link that leaves `root`, and a file that is not there.
+    """
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"image name {name!r} is not a path")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name):  # http:, https:, file:, data:, s3: ...
+        raise ValueError(f"image {name[:200]!r} is a URL; only files below the image folder are read")
+    base = Path(root).resolve()
+    path = (base / name).resolve()
+    if not path.is_relative_to(base):
+        raise ValueError(f"image {name!r} lies outside the image folder {base}")
+    if not path.is_file():
+        raise ValueError(f"image {name!r} does not exist in {base}")
+    return path
+
+
+def open_image(source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An upright RGB image from a file name below `root`, from a `datasets.Image` cell (a dict with `bytes` or `path`),
+    or from a PIL image.
+
+    Raises `ValueError`, in one line, for what `resolve` refuses, for more than `max_pixels` pixels and for data that
+    Pillow cannot read to the end.
+    """
+    if isinstance(source, Image.Image):
+        return _rgb(source, "a PIL image", max_pixels)
+    if isinstance(source, dict):
+        if source.get("bytes") is not None:
+            return _read(io.BytesIO(source["bytes"]), source.get("path") or "embedded image", max_pixels)
+        source = source.get("path")
+    return _read(resolve(source, root), source, max_pixels)
+
+
+def _read(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            with Image.open(file) as image:
+                return _rgb(image, repr(name), max_pixels)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {name!r} is too large: {error}") from error
+    except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise for broken data
+        reason = str(error).replace(str(file), name).split("\n")[0]
+        raise ValueError(f"image {name!r} cannot be read: {reason}") from error
+
+
+def _rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ValueError(f"image {name} has {width} x {height} = {width * height} pixels, over the limit of {max_pixels}")
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+        canvas = Image.new("RGBA", upright.size, "white")
+        return Image.alpha_composite(canvas, upright.convert("RGBA")).convert("RGB")
+    return upright.convert("RGB")

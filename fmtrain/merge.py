@@ -1,0 +1,108 @@
+"""The light form of a policy: revealed attention is pooled into the first positions instead of being attended to.
+
+The "+merge" variants of arXiv 2505.18605. For query i with scaled scores s_i, causal keys P_i and revealed later keys R_i:
+
+    B_i = softmax of s_i over P_i + R_i
+    F_i = B_i on R_i, 0 elsewhere, laid out over the positions i+1 .. end of the prefill
+    C_i = sum over s of max_{t<k} F_i[s+t]          (stride-1 max pooling, kernel k; the paper's C(B, mu)_{i,1})
+    w_i = B_i on P_i, with C_i shared equally among the sample's first `prefix` positions that are <= i
+
+and w_i is divided by its sum if `normalize`. No value of a later key is used, so keys, values and the cache are those
+of causal attention and decoding is plain causal. Where the paper leaves something open it is an option here: the
+kernel size (none is given; default 3), how several prefix positions share (equally), and the normalisation (on).
+Shape names: B rows, H heads, Q queries, K keys.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from fmtrain.layout import Layout
+from fmtrain.policies import Policy
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the light form pools.
+
+    prefix: how many first positions of the sample share the pooled attention; an int counts positions, a float is a
+    fraction of the query's prefill (rounded down, at least 1). kernel_size: of the max pooling. normalize: make each
+    row of weights add up to 1 (for kernel size 1 it does anyway).
+    """
+
+    prefix: int | float = 1
+    kernel_size: int = 3
+    normalize: bool = True
+
+    def __post_init__(self):
+        if isinstance(self.prefix, bool) or not isinstance(self.prefix, (int, float)):
+            raise ValueError(f"merge prefix {self.prefix!r} is neither a count (int) nor a fraction (float)")
+        if isinstance(self.prefix, int) and self.prefix < 1:
+            raise ValueError(f"merge prefix {self.prefix} is not allowed: a count is 1 or more")
+        if isinstance(self.prefix, float) and not 0.0 < self.prefix <= 1.0:
+            raise ValueError(f"merge prefix {self.prefix} is not allowed: a fraction is above 0.0 and at most 1.0")
+        if isinstance(self.kernel_size, bool) or not isinstance(self.kernel_size, int) or self.kernel_size < 1:
+            raise ValueError(f"merge kernel_size {self.kernel_size!r} is not allowed: it is an int, 1 or more")
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"merge normalize {self.normalize!r} is not true or false")
+
+
+def check(policy: Policy, merge: Merge | None) -> None:
+    """Raises `ValueError` for a merge over a policy that reveals nothing."""
+    if merge is not None and not policy.reveals:
+        raise ValueError(f"policy {policy.name!r} reveals nothing, so there is nothing to merge; drop merge or take another policy")
+
+
+def sink(merge: Merge, layout: Layout, start: int = 0) -> torch.Tensor:
+    """The share of C_i that each key gets: float [B, Q, K], rows adding up to 1 (to 0 for padding)."""
+    position = layout.positions()
+    index = torch.arange(layout.shape[1], device=position.device)
+    same = (layout.sample[:, start:, None] == layout.sample[:, None]) & (layout.sample[:, start:, None] >= 0)
+    if isinstance(merge.prefix, int):
+        count = torch.full_like(position[:, start:], merge.prefix)
+    else:
+        prefill = layout.prefill[:, start:, None]
+        length = (same & (prefill == layout.prefill[:, None]) & (prefill >= 0)).sum(-1)
+        count = (length * merge.prefix + 1e-9).floor().long().clamp(min=1)
+    chosen = same & (position[:, None] < count[..., None]) & (index <= index[start:, None])
+    return chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+
+
+def last(layout: Layout, start: int = 0) -> torch.Tensor:
+    """Index of the last token of each query's prefill [B, Q]; -1 for answers and padding."""
+    index = torch.arange(layout.shape[1], device=layout.role.device)
+    prefill, sample = layout.prefill[:, start:, None], layout.sample[:, start:, None]
+    same = (prefill == layout.prefill[:, None]) & (sample == layout.sample[:, None]) & (prefill >= 0)
+    return torch.where(same, index, -1).amax(-1)
+
+
+def pooled(future_BHQK: torch.Tensor, last_BQ: torch.Tensor, query_Q: torch.Tensor, kernel_size: int) -> torch.Tensor:
+    """C_i [B, H, Q]: the sum of the stride-1 maxima of F_i over windows inside i+1 .. last; `query_Q` holds each i."""
+    if kernel_size == 1:
+        return future_BHQK.sum(-1)
+    length = future_BHQK.shape[-1]
+    kernel = min(kernel_size, length)
+    windows = F.max_pool1d(future_BHQK.flatten(0, 1), kernel, stride=1).unflatten(0, future_BHQK.shape[:2])
+    first = torch.arange(length - kernel + 1, device=future_BHQK.device)
+    inside = (first > query_Q[:, None]) & (first + kernel_size - 1 <= last_BQ[..., None])  # [B, Q, windows]
+    many = (windows * inside[:, None]).sum(-1)
+    short = (last_BQ - query_Q < kernel_size)[:, None]  # the window is the whole of F_i
+    return torch.where(short, future_BHQK.amax(-1), many)
+
+
+def weights(
+    merge: Merge,
+    scores_BHQK: torch.Tensor,
+    past_B1QK: torch.Tensor,
+    revealed_B1QK: torch.Tensor,
+    sink_BQK: torch.Tensor,
+    last_BQ: torch.Tensor,
+    query_Q: torch.Tensor,
+) -> torch.Tensor:
+    """The merged attention weights w [B, H, Q, K], by the definition above."""
+    B_BHQK = scores_BHQK.masked_fill(~(past_B1QK | revealed_B1QK), -math.inf).softmax(-1)
+    C_BHQ = pooled(B_BHQK * revealed_B1QK, last_BQ, query_Q, merge.kernel_size)
+    w_BHQK = B_BHQK * past_B1QK + C_BHQ[..., None] * sink_BQK[:, None].to(B_BHQK.dtype)
+    return w_BHQK / w_BHQK.sum(-1, keepdim=True) if merge.normalize else w_BHQK
