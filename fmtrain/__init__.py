@@ -18,7 +18,7 @@ _HOME = {
     "attach": "patch",
     "attached": "patch",
     "encode": "encode",
-    "load": "export",
+    "load": "checkpoint",
 }
 __all__ = list(_HOME)
 

@@ -36,8 +36,7 @@ def encode(processor, messages: list[dict], images: list, add_generation_prompt:
     Raises `ValueError`, in one line, for images that do not fit the parts, an order of roles that the template refuses,
     an empty answer, and a text that contains the processor's image placeholder.
     """
-    messages = _typed(messages)
-    _check_images(processor, messages, images)
+    messages = check(processor, messages, len(images))
     segments = render(processor, messages, add_generation_prompt)
     text = "".join(segment.text for segment in segments)
     bos = processor.tokenizer.bos_token
@@ -111,39 +110,43 @@ def _apply(processor, messages: list[dict], add_generation_prompt: bool = False)
         raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
 
 
-def _typed(messages: list[dict]) -> list[dict]:
-    """The messages with every content a list of typed parts, and an assistant's text in one part."""
-    typed = []
-    for k, message in enumerate(messages):
-        role, content = message["role"], message["content"]
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"message {k}: role {role!r} is not one of system, user, assistant")
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        for part in content:
-            if part["type"] not in ("text", "image") or part["type"] == "text" and not isinstance(part.get("text"), str):
-                raise ValueError(f"message {k}: {str(part)[:80]} is neither a text nor an image part")
-        # Arrow fills missing keys with None: a part keeps only what belongs to its type
-        content = [{"type": "text", "text": part["text"]} if part["type"] == "text" else {"type": "image"} for part in content]
-        if role == "assistant":
-            if any(part["type"] == "image" for part in content):
-                raise ValueError(f"message {k}: an image in the assistant's turn")
-            if typed and typed[-1]["role"] == "assistant":
-                raise ValueError(f"message {k}: an assistant's turn follows an assistant's turn")
-            content = [{"type": "text", "text": "".join(part["text"] for part in content)}]
-        typed.append({"role": role, "content": content})
+def check(processor, messages: list[dict], images: int) -> list[dict]:
+    """The messages with every content a list of typed parts, fit for the chat template; `images` is how many there are.
+
+    Raises `ValueError`, in one line, for what `encode` says it does.
+    """
+    typed = [_typed(k, message) for k, message in enumerate(messages)]
     if not typed:
         raise ValueError("the dialogue is empty")
+    for k in range(1, len(typed)):
+        if typed[k]["role"] == typed[k - 1]["role"] == "assistant":
+            raise ValueError(f"message {k}: an assistant's turn follows an assistant's turn")
+    parts = [part for message in typed for part in message["content"]]
+    count = sum(part["type"] == "image" for part in parts)
+    if count != images:
+        raise ValueError(f"the dialogue has {count} image parts but {images} images")
+    if any(processor.image_token in part.get("text", "") for part in parts):
+        raise ValueError(f"a text contains the placeholder {processor.image_token!r}; an image is a part of its own")
     return typed
 
 
-def _check_images(processor, messages: list[dict], images: list) -> None:
-    parts = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if parts != len(images):
-        raise ValueError(f"the dialogue has {parts} image parts but {len(images)} images")
-    for k, message in enumerate(messages):
-        if any(part["type"] == "text" and processor.image_token in part["text"] for part in message["content"]):
-            raise ValueError(f"message {k}: the text contains {processor.image_token!r}; an image is a part of its own")
+def _typed(k: int, message: dict) -> dict:
+    role, content = message["role"], message["content"]
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"message {k}: role {role!r} is not one of system, user, assistant")
+    parts = []
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part["type"] == "image":  # Arrow fills missing keys with None: a part keeps only what belongs to its type
+            parts.append({"type": "image"})
+        elif part["type"] == "text" and isinstance(part["text"], str):
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            raise ValueError(f"message {k}: {str(part)[:80]} is neither a text nor an image part")
+    if role == "assistant":
+        if any(part["type"] == "image" for part in parts):
+            raise ValueError(f"message {k}: an image in the assistant's turn")
+        parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
+    return {"role": role, "content": parts}
 
 
 def _by_prefill(messages: list[dict], images: list) -> list[list[Any]]:

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # 8000 x 8000; the largest images of LLaVA's mixes are below 30 million
 
@@ -42,34 +42,47 @@ def open_image(source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX
     Raises `ValueError`, in one line, for what `resolve` refuses, for more than `max_pixels` pixels and for data that
     Pillow cannot read to the end.
     """
+    return _read(source, root, max_pixels, _upright_rgb)
+
+
+def image_size(source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height in pixels that `open_image` would give, read from the header alone; the same errors."""
+    return _read(source, root, max_pixels, _upright_size)
+
+
+def _read(source: Any, root: str | os.PathLike, max_pixels: int, use):
     if isinstance(source, Image.Image):
-        return _rgb(source, "a PIL image", max_pixels)
-    if isinstance(source, dict):
-        if source.get("bytes") is not None:
-            return _read(io.BytesIO(source["bytes"]), source.get("path") or "embedded image", max_pixels)
-        source = source.get("path")
-    return _read(resolve(source, root), source, max_pixels)
-
-
-def _read(file: Path | io.BytesIO, name: str, max_pixels: int) -> Image.Image:
+        return use(_limited(source, "a PIL image", max_pixels))
+    name = source.get("path") or "embedded image" if isinstance(source, dict) else source
+    embedded = isinstance(source, dict) and source.get("bytes") is not None
+    file = io.BytesIO(source["bytes"]) if embedded else resolve(name, root)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             with Image.open(file) as image:
-                return _rgb(image, repr(name), max_pixels)
+                return use(_limited(image, repr(name), max_pixels))
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {name!r} is too large: {error}") from error
     except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise for broken data
-        reason = str(error).replace(str(file), name).split("\n")[0]
+        reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
         raise ValueError(f"image {name!r} cannot be read: {reason}") from error
 
 
-def _rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _limited(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise ValueError(f"image {name} has {width} x {height} = {width * height} pixels, over the limit of {max_pixels}")
+    return image
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         canvas = Image.new("RGBA", upright.size, "white")
         return Image.alpha_composite(canvas, upright.convert("RGBA")).convert("RGB")
     return upright.convert("RGB")
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)  # orientations 5 to 8 swap sides

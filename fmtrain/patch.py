@@ -6,6 +6,7 @@ turns the layout into a plan that travels as one keyword argument to every layer
 recomputes), and `generate` of this one instance takes the layout tensors that it would otherwise reject.
 """
 
+import contextlib
 import functools
 import inspect
 from dataclasses import asdict
@@ -72,6 +73,15 @@ def recorded(config) -> tuple[str, Merge | None] | None:
     return section["policy"], None if merge is None else Merge(**merge)
 
 
+def check_host(policy: Policy, implementation: str) -> None:
+    """Raises `ValueError` for a model whose attention implementation would drop the mask of `policy`."""
+    if policy.reveals and "flash" in implementation:
+        raise ValueError(
+            f"policy {policy.name!r} with attn_implementation {implementation!r}: it would silently become causal; "
+            "load the model with attn_implementation='sdpa'"
+        )
+
+
 def attach(model: nn.Module, policy: str | Policy, backend: str = "auto", merge: Merge | None = None) -> "Handle":
     """Give `model` (a transformers VLM, wrapped by PEFT or not) a policy, in training, evaluation and `generate` alike.
 
@@ -98,11 +108,7 @@ class Handle:
         self.backend = attention.get_backend(backend)
         self._inner = inner
         self._before = inner.config.get_text_config()._attn_implementation
-        if not self.host and "flash" in self._before:
-            raise ValueError(
-                f"policy {policy.name!r} with attn_implementation {self._before!r}: it would silently become causal; "
-                "load the model with attn_implementation='sdpa'"
-            )
+        check_host(policy, self._before)
         if not self.host:
             inner.set_attn_implementation({"text_config": NAME})
         self._hook = inner.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -130,6 +136,19 @@ class Handle:
         delattr(inner.config, NAME)
         if self._had_config is not None:
             setattr(inner.config, NAME, self._had_config)
+
+    @contextlib.contextmanager
+    def under(self, policy: str | Policy, merge: Merge | None = None):
+        """Run under another policy for a while, with the same backend."""
+        policy, before = get_policy(policy), (self.policy, self.merge)
+        check_merge(policy, merge)
+        if self.host and policy.reveals:
+            raise ValueError(f"the model runs its own causal attention; attach with a backend to run it under {policy.name!r}")
+        self.policy, self.merge = policy, merge
+        try:
+            yield self
+        finally:
+            self.policy, self.merge = before
 
     def __enter__(self) -> "Handle":
         return self

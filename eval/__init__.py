@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints; run from the repository (`python -m eval.milebench.score`), not part of the wheel."""

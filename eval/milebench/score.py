@@ -1,0 +1,185 @@
+"""Score MileBench predictions.
+
+    python -m eval.milebench.score --data DIR --predictions DIR --out DIR [--tasks TQA DocVQA ..] [--scoring original]
+
+--predictions is a model's folder (<Dataset>/pred.json) or a folder of such folders. Written, all or nothing:
+
+    <out>/scores.json                                  ours: every score, n and 95 % interval, and the aggregates
+    <out>/result.json, result.csv                      as MileBench's score.py
+    <out>/<model>/<Dataset>/eval.json, eval_score.json, pred_with_extracted.json (multi-choice)    as its evaluate.py
+    <out>/<model>/<Dataset>/sample_scores.json         ours: the score of each sample as a number
+
+`--scoring original` gives MileBench's own numbers; `fixed` (default) repairs the defects that README.md lists.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from eval.milebench.aggregate import eval_json, eval_score_json, results_csv, results_json, sample_scores, summary
+from eval.milebench.intervals import CONFIDENCE, RESAMPLES, SEED
+from eval.milebench.metrics import ScoredTask, score_task
+from eval.milebench.predictions import read_predictions
+from eval.milebench.tasks import DATASETS, read_task
+
+PREDICTIONS = "pred.json"
+
+
+def find_models(predictions: Path, tasks: Sequence[str] | None) -> dict[str, tuple[Path, list[str]]]:
+    """{model: (its folder, names of its tasks)}; without `tasks`, every data set that has a pred.json.
+
+    `predictions` is a model's folder or a folder of them. Raises ValueError when a pred.json is missing.
+    """
+    if not predictions.is_dir():
+        raise ValueError(f"{predictions}: no such folder")
+    folders = (
+        [predictions] if _tasks_in(predictions) else sorted(path for path in predictions.iterdir() if path.is_dir())
+    )
+    found = {}
+    for folder in folders:
+        there = _tasks_in(folder)
+        if not there:
+            continue
+        for name in tasks or ():
+            if name not in there:
+                raise ValueError(
+                    f"{folder / name / PREDICTIONS}: no such file ({len(there)} other tasks have predictions)"
+                )
+        found[folder.resolve().name if folder == predictions else folder.name] = (folder, list(tasks or there))
+    if not found:
+        raise ValueError(f"{predictions}: holds neither <task>/{PREDICTIONS} nor <model>/<task>/{PREDICTIONS}")
+    return found
+
+
+def _tasks_in(folder: Path) -> list[str]:
+    """Names of the tasks that have predictions in a model's folder, in MileBench's order, others after them."""
+    names = sorted(path.parent.name for path in folder.glob(f"*/{PREDICTIONS}"))
+    return [name for name in DATASETS if name in names] + [name for name in names if name not in DATASETS]
+
+
+def score_models(
+    data: Path, models: Mapping[str, tuple[Path, Sequence[str]]], original: bool
+) -> dict[str, list[ScoredTask]]:
+    """Scored tasks of every model. Raises ValueError for the first file that cannot be scored."""
+    return {
+        model: [
+            score_task(read_task(data, name), read_predictions(path), path, original)
+            for name, path in ((name, folder / name / PREDICTIONS) for name in names)
+        ]
+        for model, (folder, names) in models.items()
+    }
+
+
+def render(models: Mapping[str, Sequence[ScoredTask]], original: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    """All files to write, {path under the output folder: text}, and the content of scores.json."""
+    files, evals = {}, {}
+    for model, tasks in models.items():
+        evals[model] = {task.name: eval_json(task) for task in tasks}
+        for task in tasks:
+            folder = f"{model}/{task.name}"
+            files[f"{folder}/eval.json"] = json.dumps(evals[model][task.name])
+            files[f"{folder}/eval_score.json"] = json.dumps(eval_score_json(task), indent=4)
+            files[f"{folder}/sample_scores.json"] = json.dumps(sample_scores(task), indent=1)
+            details = [one.detail for one in task.scored if one.detail is not None]
+            if details:
+                files[f"{folder}/pred_with_extracted.json"] = json.dumps(details, indent=4)
+    results = results_json(evals)
+    scores = {
+        "scoring": "original" if original else "fixed",
+        "interval": {
+            "confidence": CONFIDENCE,
+            "accuracy": "Wilson",
+            "Rouge-L f": f"percentile bootstrap, {RESAMPLES} resamples, seed {SEED}",
+            "aggregates": "MOVER from the intervals of the parts",
+        },
+        "models": {model: summary(tasks) for model, tasks in models.items()},
+    }
+    files["result.json"] = json.dumps(results, indent=4)
+    files["result.csv"] = results_csv(results)
+    files["scores.json"] = json.dumps(scores, indent=1)
+    return files, scores
+
+
+def write_files(out: Path, files: Mapping[str, str]) -> None:
+    """Write all files under `out`, or none: they are written in full beside it first, then moved into place."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
+            staged = Path(staging, "files")
+            for name, text in files.items():
+                (staged / name).parent.mkdir(parents=True, exist_ok=True)
+                (staged / name).write_text(text, encoding="utf-8")
+            if not out.exists():
+                staged.rename(out)
+                return
+            for name in files:
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+            for name in files:
+                os.replace(staged / name, out / name)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}: {error.filename})") from error
+
+
+def print_table(model: str, found: Mapping[str, Any], console: Console) -> None:
+    """One model's scores in percent with n and interval: tasks, then codes, groups and overall."""
+    table = Table(title=f"MileBench: {model} (percent, 95 % interval)", title_justify="left")
+    for heading in ("", "code", "metric"):
+        table.add_column(heading)
+    for heading in ("n", "score", "interval"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, part in found["tasks"].items():
+        table.add_row(name, part["code"] or "", part["metric"], *_numbers(part))
+    for key in ("codes", "groups", "overall"):
+        table.add_section()
+        for name, part in found[key].items():
+            table.add_row(
+                name, "", f"mean, {len(part['missing'])} parts missing" if part["missing"] else "mean", *_numbers(part)
+            )
+    console.print(table)
+
+
+def _numbers(part: Mapping[str, Any]) -> tuple[str, str, str]:
+    return str(part["n"]), f"{100 * part['score']:.2f}", f"{100 * part['low']:.1f} .. {100 * part['high']:.1f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m eval.milebench.score", description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json")
+    parser.add_argument(
+        "--predictions", type=Path, required=True, metavar="DIR", help="a model's folder, or one of several"
+    )
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: every task that has predictions")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--scoring", choices=["fixed", "original"], default="fixed")
+    args = parser.parse_args(arguments)
+    original = args.scoring == "original"
+    try:
+        tasks = list(dict.fromkeys(args.tasks)) if args.tasks else None
+        models = score_models(args.data, find_models(args.predictions, tasks), original)
+        files, scores = render(models, original)
+        write_files(args.out, files)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    for model, found in scores["models"].items():
+        print_table(model, found, console)
+        for name, part in found["tasks"].items():
+            if name in DATASETS and part["scorer"] != DATASETS[name].scorer:
+                console.print(
+                    f"note: {name} is scored by {part['scorer']}, the paper's table has {DATASETS[name].scorer}"
+                )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""Turn a run into a checkpoint that anybody can load: LoRA folded into the weights, the policy in `config.json`.
+
+    python -m fmtrain.export RUN --out DIR
+
+Nothing is written unless the folded model gives the adapter's logits on real rows, and the weights that changed are
+just those that the adapter names (for full fine-tuning: some did). The base model's key names are kept, weights are
+safetensors, and both `fmtrain.load(DIR)` and plain `AutoModelForImageTextToText.from_pretrained(DIR)` load the result
+(the latter without the policy, which is then to be attached).
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoConfig
+
+from fmtrain import data
+from fmtrain.attention import BACKENDS
+from fmtrain.audit import on, sample_rows
+from fmtrain.checkpoint import base_of, is_adapter, load
+from fmtrain.collator import batch, encode_row
+from fmtrain.patch import attached, unwrap
+from fmtrain.recipe import read
+
+TOLERANCE = 1e-4  # of float32 logits, relative to the largest: (W + BA) x against W x + B (A x), through all layers
+
+
+def rows_of(run: Path, count: int = 4) -> tuple[list[dict], str]:
+    """A few real rows of a run and their image folder; noise where the run's data is not at hand."""
+    recipe = run / "recipe.yaml"
+    if not recipe.is_file():
+        return sample_rows(), "."
+    arguments = read(recipe).data
+    try:
+        loaded = data.load(arguments.dataset_name, arguments.dataset_config, count, arguments.image_root)
+    except ValueError as error:
+        print(f"note: the run's rows are not at hand ({error}); comparing on images of noise", file=sys.stderr)
+        return sample_rows(), "."
+    return list(loaded.rows), loaded.image_root
+
+
+def logits(model, processor, rows: list[dict], root: str) -> torch.Tensor:
+    """Logits at the real tokens of the rows [tokens, vocabulary], under the attached policy."""
+    inputs, layout = batch(processor, [encode_row(processor, row, root) for row in rows])
+    with torch.no_grad():
+        out = model(**on(model.device, model.dtype, inputs), **layout.to(model.device).model_inputs()).logits
+    return out[inputs["attention_mask"].bool()].float()
+
+
+def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint's safetensors files, one at a time."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():
+                yield name, opened.get_tensor(name)
+
+
+def names(folder: Path) -> dict[str, Path]:
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found.update(dict.fromkeys(opened.keys(), file))
+    return found
+
+
+def compare(base: Path, folded: Path) -> int:
+    """How many tensors differ between two checkpoints. Raises `ValueError` if their keys do."""
+    before = names(base)
+    missing, new = before.keys() - names(folded).keys(), names(folded).keys() - before.keys()
+    if missing or new:
+        raise ValueError(
+            f"the export would rename weights: {len(missing)} keys of the base are missing (e.g. {min(missing, default='-')}), "
+            f"{len(new)} are new (e.g. {min(new, default='-')})"
+        )
+    changed = 0
+    for name, tensor in tensors(folded):
+        with safe_open(before[name], framework="pt") as opened:
+            changed += not torch.equal(opened.get_tensor(name), tensor)
+    return changed
+
+
+def fold(model, processor, rows: list[dict], root: str) -> tuple[torch.nn.Module, int]:
+    """LoRA put into the base weights; returns the model and how many tensors should have changed.
+
+    Raises `ValueError` if the logits on `rows` move by more than `TOLERANCE`.
+    """
+    targets = sum(name.endswith("lora_A.default.weight") for name, _ in model.named_parameters())
+    targets += sum(".modules_to_save." in name for name, _ in model.named_parameters())
+    before = logits(model, processor, rows, root)
+    folded = model.merge_and_unload(safe_merge=True)
+    after = logits(folded, processor, rows, root)
+    off, limit = (before - after).abs().max().item(), TOLERANCE * max(1.0, before.abs().max().item())
+    if not off <= limit:
+        raise ValueError(f"folding moved the logits by {off:.1e}, over the limit of {limit:.1e}; nothing was written")
+    print(f"folded {targets} tensors; logits of adapter and folded model differ by at most {off:.1e} on {len(rows)} rows")
+    return folded, targets
+
+
+def base_folder(name: str) -> Path:
+    """The folder of a base model's safetensors files, local or in the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+
+
+def card(run: Path, config: dict, base: str, source: str) -> str:
+    """A model card that says what a user of the checkpoint must know: the mask."""
+    record = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
+    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
+    mask = config["policy"] + ("+merge" if config["merge"] else "")
+    recipe = (run / "recipe.yaml").read_text() if (run / "recipe.yaml").is_file() else ""
+    return f"""---
+base_model: {base}
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [fmtrain, attention-mask, {mask}]
+---
+# {run.name}
+
+`{base}` fine-tuned with the attention policy **`{mask}`** ({source}). Run it under the same one:
+
+```python
+import fmtrain
+
+model, processor = fmtrain.load("THIS_FOLDER")  # the policy is attached, generate() as usual
+```
+
+`AutoModelForImageTextToText.from_pretrained` loads the same weights, causally: then `fmtrain.attach(model, "{mask.partition("+")[0]}")`.
+
+Trained by fmtrain at revision {record.get("git_revision")} ({versions or "versions unknown"}).
+
+```yaml
+{recipe}```
+"""
+
+
+def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
+    """Write the checkpoint `out` from the run (or checkpoint of a run) `run`. Raises `ValueError`, writing nothing."""
+    run, out = Path(run), Path(out)
+    if out.exists():
+        raise ValueError(f"{out}: exists already")
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run}: not a finished run (no config.json); a run in progress has its checkpoints in checkpoint-N")
+    adapter = is_adapter(run)
+    record = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
+    base = base_of(run) if adapter else record.get("base_model") or AutoConfig.from_pretrained(run)._name_or_path
+    model, processor = load(str(run), backend, dtype=torch.float32)
+    rows, root = rows_of(run)
+    expected = None
+    if adapter:
+        model, expected = fold(model, processor, rows, root)
+    handle = attached(model)
+    section = handle.record()
+    dtype = next(tensor.dtype for _, tensor in tensors(base_folder(base)))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        unwrap(model).to(dtype).save_pretrained(staged)
+        processor.save_pretrained(staged)
+        changed = compare(base_folder(base), staged)
+        if changed == 0 or expected is not None and changed != expected:
+            raise ValueError(f"{changed} tensors differ from the base, {expected or 'some'} should; nothing was written")
+        (staged / "README.md").write_text(card(run, section, base, "LoRA, folded" if adapter else "full fine-tuning"))
+        staged.chmod(0o755)
+        staged.rename(out)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    print(f"wrote {out}: {changed} tensors differ from {base}; policy {section['policy']}{'+merge' if section['merge'] else ''}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fmtrain.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("run", help="output folder of a run, or one of its checkpoints")
+    parser.add_argument("--out", required=True, help="folder to write; must not exist")
+    parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
+    options = parser.parse_args(arguments)
+    try:
+        export(options.run, options.out, options.backend)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

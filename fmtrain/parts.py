@@ -1,0 +1,151 @@
+"""The parts of a vision-language model, and which of their parameters learn.
+
+A LLaVA has three: the language model (with its head), the projector (with the newline feature of the tiled models) and
+the vision tower.
+"""
+
+import re
+
+import torch
+from peft import LoraConfig, PeftModel
+from rich.table import Table
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from fmtrain.patch import unwrap
+
+DEFAULT = {"lora": ["language_model"], "full": ["language_model", "projector"]}
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter or module belongs to, by its name."""
+    if "vision_tower" in name:
+        return "vision_tower"
+    return "projector" if "multi_modal_projector" in name or "image_newline" in name else "language_model"
+
+
+def lora_targets(model: nn.Module, parts: list[str], wanted: list[str] | str | None = None) -> list[str]:
+    """Full names of the linear layers of `parts` that LoRA adapts: all but the head, or those ending in `wanted`.
+
+    (PEFT's "all-linear" would also take the projector and the tower; a bare "q_proj" would also match the tower's.)
+    Raises `ValueError` for a wanted name that matches nothing there.
+    """
+    head = unwrap(model).get_output_embeddings()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and part_of(n) in parts]
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    if wanted in (None, ["all-linear"]):
+        return linear
+    chosen = {want: [name for name in linear if re.search(rf"(^|\.){re.escape(want)}$", name)] for want in wanted}
+    for want, names in chosen.items():
+        if not names:
+            raise ValueError(f"lora_target_modules names {want!r}, which no linear layer of {', '.join(parts)} is called")
+    return [name for name in linear if any(name in names for names in chosen.values())]
+
+
+def target_lora(config: LoraConfig | None, model: nn.Module, parts: list[str] | None) -> LoraConfig | None:
+    """The LoRA config with its target layers spelled out."""
+    if config is not None:
+        config.target_modules = lora_targets(model, parts or DEFAULT["lora"], config.target_modules)
+    return config
+
+
+def freeze(model: nn.Module, parts: list[str]) -> None:
+    """Full fine-tuning: the parameters of `parts` learn, all others do not."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in parts)
+
+
+def idle(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the parameters on the way from pixels to features that can never get a gradient.
+
+    LLaVA reads the tower's last layer but one, so its last layer is idle. Found by a backward pass through a copy of the
+    model on the meta device, which costs neither memory nor arithmetic. `pixels`: image inputs of one encoded row.
+    """
+    with torch.device("meta"):
+        twin = type(model.base_model)(model.base_model.config)
+    inputs = {name: value.to("meta") if value.is_floating_point() else value for name, value in pixels.items()}
+    features = twin.get_image_features(**inputs).pooler_output
+    sum(feature.sum() for feature in features).backward()
+    seen = [(name, parameter) for name, parameter in twin.named_parameters() if part_of(name) != "language_model"]
+    return [f"{model.base_model_prefix}.{name}" for name, parameter in seen if parameter.grad is None]
+
+
+def freeze_idle(model: nn.Module, names: list[str]) -> list[str]:
+    """Freeze the learning parameters among `names`; returns which."""
+    inner = unwrap(model)
+    frozen = [name for name in names if inner.get_parameter(name).requires_grad]
+    for name in frozen:
+        inner.get_parameter(name).requires_grad_(False)
+    return frozen
+
+
+def without_graph(model: nn.Module) -> None:
+    """Run a frozen vision tower without recording a graph.
+
+    transformers' `enable_input_require_grads` (LoRA with gradient checkpointing) asks for gradients at the tower's
+    patch embedding as well, and autograd would then keep every activation of a tower that learns nothing.
+    """
+    tower = unwrap(model).base_model.vision_tower
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        return
+    enabled: list[bool] = []
+
+    def before(module, args):
+        enabled.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def after(module, args, output):
+        torch.set_grad_enabled(enabled.pop())
+
+    tower.register_forward_pre_hook(before)
+    tower.register_forward_hook(after, always_call=True)
+
+
+def summary(model: nn.Module) -> Table:
+    """What learns, in numbers of parameters, part by part."""
+    table = Table(title="modules")
+    for column in ("part", "parameters", "trainable", "LoRA", "frozen"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    counts: dict[str, list[int]] = {}
+    for name, parameter in model.named_parameters():
+        lora = "lora_" in name
+        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 keeps the full size there
+        row = counts.setdefault(part_of(name), [0, 0, 0, 0])
+        for column, add in enumerate((True, parameter.requires_grad, lora, not parameter.requires_grad)):
+            row[column] += size if add else 0
+    for part, row in counts.items():
+        table.add_row(part, *(f"{count:,}" for count in row))
+    table.add_row("all", *(f"{sum(column):,}" for column in zip(*counts.values())), style="bold")
+    return table
+
+
+class EveryParameterLearns(TrainerCallback):
+    """Stops the run after its first step if a trainable parameter has had no gradient, and names it.
+
+    Parameters that only images reach are judged at the first step that had one. Learns of gradients through hooks on
+    the parameters themselves, which also fire under DDP.
+    """
+
+    def __init__(self, model: nn.Module):
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.waiting = {name for name, _ in named}
+        self.saw_image = False
+        self._hooks = [p.register_hook(lambda grad, name=name: self.waiting.discard(name)) for name, p in named]
+        projector = unwrap(model).base_model.multi_modal_projector
+        self._hooks.append(projector.register_forward_hook(self._image))
+        self.distributed_shards = False
+
+    def _image(self, *_) -> None:
+        self.saw_image = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not self._hooks:
+            return
+        missing = sorted(name for name in self.waiting if self.saw_image or part_of(name) == "language_model")
+        if missing:
+            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            raise ValueError(f"after step {state.global_step} {len(missing)} trainable parameters have had no gradient: {shown}")
+        if not self.waiting:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()

@@ -1,0 +1,151 @@
+"""A recipe: one flat YAML file that describes one training run.
+
+Keys are TRL's own argument names (`ModelConfig`, `SFTConfig`) plus the ones of `MaskArguments` and `DataArguments`
+below; the command line overrides them (`--learning_rate 1e-4`). Unknown keys are errors that name the nearest known
+one, and every value goes through TRL's parser, so a wrong type is an error as well.
+"""
+
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from trl import ModelConfig, SFTConfig, TrlParser
+
+from fmtrain.images import MAX_PIXELS
+from fmtrain.merge import Merge
+from fmtrain.merge import check as check_merge
+from fmtrain.policies import Policy, get_policy
+
+PARTS = ("language_model", "projector", "vision_tower")
+
+
+@dataclass
+class MaskArguments:
+    """Which attention mask the model is trained with."""
+
+    mask: str | None = field(default=None, metadata={"help": "A policy (`python -m fmtrain.policies`), or POLICY+merge."})
+    attention_backend: str = field(default="auto", metadata={"help": "auto, reference or sdpa."})
+    base_mask: str | None = field(
+        default=None, metadata={"help": "The mask that the starting checkpoint records, if it is neither causal nor `mask`."}
+    )
+    merge_prefix: str = field(
+        default="1", metadata={"help": "Of +merge: how many first positions share, a count (4) or a fraction of the prefill (0.1)."}
+    )
+    merge_kernel_size: int = field(default=3, metadata={"help": "Of +merge: the kernel of the max pooling."})
+    merge_normalize: bool = field(default=True, metadata={"help": "Of +merge: make each row of weights add up to 1."})
+
+    def policy(self) -> tuple[Policy, Merge | None]:
+        """The policy and, for POLICY+merge, how it pools. Raises `ValueError` for an unknown or unfit one."""
+        if self.mask is None:
+            raise ValueError("the recipe names no mask; add e.g. `mask: v2v`")
+        name, _, light = self.mask.partition("+")
+        policy = get_policy(name)
+        if light not in ("", "merge"):
+            raise ValueError(f"mask {self.mask!r} is neither a policy nor POLICY+merge")
+        if not light:
+            return policy, None
+        try:
+            prefix = int(self.merge_prefix) if self.merge_prefix.strip("+-").isdigit() else float(self.merge_prefix)
+        except ValueError as error:
+            raise ValueError(f"merge_prefix {self.merge_prefix!r} is neither a count (4) nor a fraction (0.1)") from error
+        merge = Merge(prefix, self.merge_kernel_size, self.merge_normalize)
+        check_merge(policy, merge)
+        return policy, merge
+
+
+@dataclass
+class DataArguments:
+    """What the model is trained on and which of its parts learn."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "`digits`, a .jsonl or .parquet file, or a folder of them."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Of `digits`: its tasks, joined by +, or `curriculum`."})
+    dataset_rows: int | None = field(default=None, metadata={"help": "Use this many rows (the first ones; `digits` makes as many)."})
+    eval_dataset_name: str | None = field(default=None, metadata={"help": "Rows for the evaluation loss, like dataset_name."})
+    image_root: str | None = field(default=None, metadata={"help": "Folder of the images; by default the one of dataset_name."})
+    max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Images with more pixels are refused."})
+    check_images: bool = field(default=True, metadata={"help": "Decode every image once before training starts."})
+    train_parts: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Parts that learn, of {', '.join(PARTS)}; LoRA: language_model, full: language_model projector."},
+    )
+
+    def __post_init__(self):
+        for part in self.train_parts or ():
+            if part not in PARTS:
+                raise ValueError(f"train_parts names {part!r}; known are {', '.join(PARTS)}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe: the arguments by concept, and `resolved`, every key that was set."""
+
+    path: str
+    mask: MaskArguments
+    data: DataArguments
+    training: SFTConfig
+    model: ModelConfig
+    resolved: dict
+
+
+class _Parser(TrlParser):
+    def error(self, message: str):
+        raise ValueError(message)
+
+
+# Where a vision-language run differs from TRL's defaults: rows are never cut, so there is no default length limit;
+# the collator needs all columns; nothing is tokenized ahead.
+DEFAULTS = {"max_length": None, "remove_unused_columns": False, "report_to": "none", "bf16": False}
+
+
+def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
+    """The recipe of a YAML file with `--key value` overrides. Raises `ValueError`, in one line, for anything odd."""
+    values = _load(path)
+    parser = _Parser((MaskArguments, DataArguments, SFTConfig, ModelConfig), allow_abbrev=False, add_help=False)
+    parser.set_defaults_with_config(**DEFAULTS)
+    known = {action.dest for action in parser._actions}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r}; the nearest known one is {_nearest(key, known)!r}")
+    try:
+        *arguments, unknown = parser.parse_args_into_dataclasses([*_as_arguments(values), *overrides], return_remaining_strings=True)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if unknown:
+        key = unknown[0].lstrip("-").split("=")[0]
+        raise ValueError(f"unknown argument {unknown[0]!r}; the nearest known one is '--{_nearest(key, known)}'")
+    mask, data, training, model = arguments
+    changed = {option.lstrip("-").replace("-", "_") for option in overrides if option.startswith("--")}
+    resolved = {key: getattr(group, key) for group in arguments for key in [*values, *changed] if hasattr(group, key)}
+    return Recipe(str(path), mask, data, training, model, resolved)
+
+
+def _load(path: str | os.PathLike) -> dict:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such recipe")
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path}: a recipe is a mapping of keys to values")
+    return values
+
+
+def _as_arguments(values: dict) -> list[str]:
+    """YAML values as command line arguments, so that one parser checks both."""
+    arguments = []
+    for key, value in values.items():
+        if value is None:
+            continue  # the default
+        if isinstance(value, list):
+            arguments += [f"--{key}", *(str(item) for item in value)]
+        else:
+            arguments.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
+    return arguments
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    return difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
