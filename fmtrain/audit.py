@@ -49,8 +49,8 @@ class Turn:
 
 def turns(processor, row: dict, image_root: str, layout: Layout) -> Iterator[Turn]:
     messages = check(processor, row["messages"], len(row["images"]))
-    answer = [-1, *(layout.role[0] == Role.ANSWER).nonzero().flatten().tolist()]
-    starts = [position for before, position in zip(answer, answer[1:]) if layout.role[0, position - 1] != Role.ANSWER]
+    answer = (layout.role[0] == Role.ANSWER).nonzero().flatten().tolist()
+    starts = [position for position in answer if layout.role[0, position - 1] != Role.ANSWER]
     asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     for k, start in zip(asked, starts, strict=True):
         images = sum(part["type"] == "image" for message in messages[:k] for part in message["content"])
@@ -260,9 +260,10 @@ def main(arguments: list[str] | None = None) -> int:
     handle = attached(model)
     Console().print(table(results, f"audit of {options.subject} under {handle.record()['policy']}{'+merge' if handle.merge else ''}"))
     folder = Path(options.subject) if Path(options.subject).is_dir() else Path(".")
-    report = {"subject": options.subject, **handle.record(), "passed": all(r.passed for r in results), "checks": [asdict(r) for r in results]}
+    passed = all(result.passed for result in results)
+    report = {"subject": options.subject, **handle.record(), "passed": passed, "checks": [asdict(r) for r in results]}
     Path(options.json or folder / "audit.json").write_text(json.dumps(report, indent=2) + "\n")
-    return 0 if report["passed"] else 1
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

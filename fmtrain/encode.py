@@ -158,7 +158,7 @@ def _by_prefill(messages: list[dict], images: list) -> list[list[Any]]:
             groups, group = [*groups, group], []
         count = sum(part["type"] == "image" for part in message["content"])
         group, position = group + images[position : position + count], position + count
-    return groups + [group] if group else groups
+    return [*groups, group] if group else groups
 
 
 def _layout(processor, segments: list[Segment], ids: list[int], offsets: list[tuple[int, int]], spans: list[dict]) -> Layout:

@@ -165,7 +165,7 @@ def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
         unwrap(model).to(dtype).save_pretrained(staged)
         processor.save_pretrained(staged)
         changed = compare(base_folder(base), staged)
-        if changed == 0 or expected is not None and changed != expected:
+        if changed == 0 or (expected is not None and changed != expected):
             raise ValueError(f"{changed} tensors differ from the base, {expected or 'some'} should; nothing was written")
         (staged / "README.md").write_text(card(run, section, base, "LoRA, folded" if adapter else "full fine-tuning"))
         staged.chmod(0o755)

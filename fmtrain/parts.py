@@ -7,7 +7,7 @@ the vision tower.
 import re
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -42,17 +42,21 @@ def lora_targets(model: nn.Module, parts: list[str], wanted: list[str] | str | N
     return [name for name in linear if any(name in names for names in chosen.values())]
 
 
-def target_lora(config: LoraConfig | None, model: nn.Module, parts: list[str] | None) -> LoraConfig | None:
-    """The LoRA config with its target layers spelled out."""
+def choose(model: nn.Module, config: LoraConfig | None, parts: list[str] | None, pixels: dict[str, torch.Tensor]) -> list[str]:
+    """Decide what learns: the layers that LoRA adapts (spelled out in `config`), or the parameters left trainable.
+
+    What no gradient can reach is left out; returns the names of such parameters among the chosen parts.
+    """
+    parts = parts or DEFAULT["full" if config is None else "lora"]
+    inner = unwrap(model)
+    unreached = [name for name in idle(inner, pixels) if part_of(name) in parts]
     if config is not None:
-        config.target_modules = lora_targets(model, parts or DEFAULT["lora"], config.target_modules)
-    return config
-
-
-def freeze(model: nn.Module, parts: list[str]) -> None:
-    """Full fine-tuning: the parameters of `parts` learn, all others do not."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts)
+        wanted = lora_targets(model, parts, config.target_modules)
+        config.target_modules = [name for name in wanted if f"{name}.weight" not in unreached]
+    else:
+        for name, parameter in inner.named_parameters():
+            parameter.requires_grad_(part_of(name) in parts and name not in unreached)
+    return unreached
 
 
 def idle(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:
@@ -68,15 +72,6 @@ def idle(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:
     sum(feature.sum() for feature in features).backward()
     seen = [(name, parameter) for name, parameter in twin.named_parameters() if part_of(name) != "language_model"]
     return [f"{model.base_model_prefix}.{name}" for name, parameter in seen if parameter.grad is None]
-
-
-def freeze_idle(model: nn.Module, names: list[str]) -> list[str]:
-    """Freeze the learning parameters among `names`; returns which."""
-    inner = unwrap(model)
-    frozen = [name for name in names if inner.get_parameter(name).requires_grad]
-    for name in frozen:
-        inner.get_parameter(name).requires_grad_(False)
-    return frozen
 
 
 def without_graph(model: nn.Module) -> None:
@@ -122,21 +117,23 @@ def summary(model: nn.Module) -> Table:
 class EveryParameterLearns(TrainerCallback):
     """Stops the run after its first step if a trainable parameter has had no gradient, and names it.
 
-    Parameters that only images reach are judged at the first step that had one. Learns of gradients through hooks on
-    the parameters themselves, which also fire under DDP.
+    Parameters that only images reach are judged at the first step that had one. Gradients are seen by hooks on the
+    parameters (also under DDP and ZeRO) or on the sharded parameters before the optimizer steps (FSDP).
     """
 
     def __init__(self, model: nn.Module):
-        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        self.waiting = {name for name, _ in named}
+        learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self.waiting = {name for name, _ in learning}
         self.saw_image = False
-        self._hooks = [p.register_hook(lambda grad, name=name: self.waiting.discard(name)) for name, p in named]
-        projector = unwrap(model).base_model.multi_modal_projector
-        self._hooks.append(projector.register_forward_hook(self._image))
-        self.distributed_shards = False
+        self._hooks = [p.register_hook(lambda grad, name=name: self.waiting.discard(name)) for name, p in learning]
+        self._hooks.append(unwrap(model).base_model.multi_modal_projector.register_forward_hook(self._image))
 
     def _image(self, *_) -> None:
         self.saw_image = True
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if self.waiting:
+            self.waiting -= {name for name, parameter in model.named_parameters() if parameter.grad is not None}
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self._hooks:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache
 
 from fmtrain import attention
-from fmtrain.layout import PREFIX, Layout, Role
+from fmtrain.layout import Layout, Role
 from fmtrain.merge import Merge
 from fmtrain.merge import check as check_merge
 from fmtrain.policies import Policy, get_policy
@@ -175,8 +175,7 @@ class Handle:
             layout = self._infer(kwargs, *source.shape[:2], seen)
         if layout.shape != (source.shape[0], seen + source.shape[1]):
             raise ValueError(
-                f"the layout has shape {layout.shape}, the forward {source.shape[0]} rows of {seen} cached "
-                f"+ {source.shape[1]} new tokens"
+                f"the layout has shape {layout.shape}, the forward {source.shape[0]} rows of {seen} cached + {source.shape[1]} new tokens"
             )
         layout = layout.to(source.device)
         if kwargs.get("position_ids") is None and layout.packed:

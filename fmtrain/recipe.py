@@ -8,9 +8,11 @@ one, and every value goes through TRL's parser, so a wrong type is an error as w
 import difflib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
@@ -97,18 +99,28 @@ class _Parser(TrlParser):
 
 # Where a vision-language run differs from TRL's defaults: rows are never cut, so there is no default length limit;
 # the collator needs all columns; nothing is tokenized ahead.
-DEFAULTS = {"max_length": None, "remove_unused_columns": False, "report_to": "none", "bf16": False}
+DEFAULTS = {
+    "max_length": None,
+    "remove_unused_columns": False,
+    "report_to": "none",
+    "bf16": False,
+    "dataloader_pin_memory": torch.cuda.is_available(),
+}
 
 
 def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     """The recipe of a YAML file with `--key value` overrides. Raises `ValueError`, in one line, for anything odd."""
     values = _load(path)
+    named = list(values)
     parser = _Parser((MaskArguments, DataArguments, SFTConfig, ModelConfig), allow_abbrev=False, add_help=False)
     parser.set_defaults_with_config(**DEFAULTS)
-    known = {action.dest for action in parser._actions}
-    for key in values:
+    known = {action.dest: action for action in parser._actions}
+    for key, value in list(values.items()):
         if key not in known:
             raise ValueError(f"{path}: unknown key {key!r}; the nearest known one is {_nearest(key, known)!r}")
+        if isinstance(value, list) and known[key].nargs is None:  # report_to: a list in YAML, one value on the command line
+            parser.set_defaults_with_config(**{key: value})
+            values = {k: v for k, v in values.items() if k != key}
     try:
         *arguments, unknown = parser.parse_args_into_dataclasses([*_as_arguments(values), *overrides], return_remaining_strings=True)
     except (ValueError, TypeError, ImportError) as error:
@@ -118,7 +130,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
         raise ValueError(f"unknown argument {unknown[0]!r}; the nearest known one is '--{_nearest(key, known)}'")
     mask, data, training, model = arguments
     changed = {option.lstrip("-").replace("-", "_") for option in overrides if option.startswith("--")}
-    resolved = {key: getattr(group, key) for group in arguments for key in [*values, *changed] if hasattr(group, key)}
+    resolved = {key: getattr(group, key) for group in arguments for key in [*named, *changed] if hasattr(group, key)}
     return Recipe(str(path), mask, data, training, model, resolved)
 
 
@@ -147,5 +159,5 @@ def _as_arguments(values: dict) -> list[str]:
     return arguments
 
 
-def _nearest(key: str, known: set[str]) -> str:
+def _nearest(key: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(key, known, n=1, cutoff=0)[0]

@@ -14,6 +14,7 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # `accelerate lau
 import json
 import signal
 import subprocess
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from transformers import AutoModelForImageTextToText, TrainerCallback
 from trl import SFTTrainer, get_peft_config, get_quantization_config
 
 from fmtrain import audit, data, parts
-from fmtrain.checkpoint import load_processor, recorded_policy
-from fmtrain.collator import Collator
+from fmtrain.checkpoint import is_adapter, load_processor, recorded_policy
+from fmtrain.collator import Collator, encode_row
+from fmtrain.layout import Layout
 from fmtrain.patch import Handle, attach, attached, check_host, unwrap
 from fmtrain.recipe import Recipe, read
 
@@ -52,8 +54,7 @@ def load_model(recipe: Recipe):
         start = recorded_policy(name, training.trust_remote_code)
         if start is not None and start[0] not in ("causal", recipe.mask.base_mask) and start != (policy.name, merge):
             raise ValueError(
-                f"{name} records the mask {start[0]!r}, the recipe says {recipe.mask.mask!r}; if that is meant, say "
-                f"`base_mask: {start[0]}`"
+                f"{name} records the mask {start[0]!r}, the recipe says {recipe.mask.mask!r}; if that is meant, say `base_mask: {start[0]}`"
             )
         quantization = get_quantization_config(arguments)
         model = AutoModelForImageTextToText.from_pretrained(
@@ -163,6 +164,15 @@ def write_record(recipe: Recipe, handle: Handle, rows: data.Rows) -> None:
 class MaskedSFTTrainer(SFTTrainer):
     """TRL's trainer; every checkpoint of it, adapters included, carries the policy in a `config.json`."""
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """transformers looks for the module's own parameter names, but a LLaVA is saved under the hub's: it would load
+        nothing, warn, and go on from the base weights. So read the checkpoint as `from_pretrained` does."""
+        target = unwrap(model or self.model)
+        if is_adapter(resume_from_checkpoint) or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -178,7 +188,7 @@ class AuditFirstBatch(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         model, handle = self.trainer.model_wrapped, attached(self.trainer.model)
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
-        layout = audit.Layout.from_model_inputs(batch)
+        layout = Layout.from_model_inputs(batch)
         labels = batch.pop("labels")
         training = model.training
         model.eval()
@@ -223,12 +233,10 @@ def build_trainer(recipe: Recipe, model, processor, rows: data.Rows, eval_rows: 
     training = recipe.training
     training.max_length = None  # rows are dropped whole, in `data`; TRL would cut them
     training.dataset_kwargs = {"skip_prepare_dataset": True}
-    lora = parts.target_lora(get_peft_config(recipe.model), model, recipe.data.train_parts)
-    if lora is None:
-        parts.freeze(model, recipe.data.train_parts or parts.DEFAULT["full"])
-    idle = parts.freeze_idle(model, _idle(model, processor))
-    if idle:
-        say(f"frozen, since no gradient can reach them: {', '.join(idle)}")
+    lora = get_peft_config(recipe.model)
+    unreached = parts.choose(model, lora, recipe.data.train_parts, _pixels(processor))
+    if unreached:
+        say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
     trainer = MaskedSFTTrainer(
         model=model,
         args=training,
@@ -247,10 +255,10 @@ def build_trainer(recipe: Recipe, model, processor, rows: data.Rows, eval_rows: 
     return trainer
 
 
-def _idle(model, processor) -> list[str]:
-    row = audit.sample_rows()[1]
-    inputs, _ = audit.encode_row(processor, row)
-    return parts.idle(unwrap(model), {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")})
+def _pixels(processor) -> dict[str, torch.Tensor]:
+    """The image inputs of a row of noise: what the model's way from pixels to features takes."""
+    inputs, _ = encode_row(processor, audit.sample_rows()[1])
+    return {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
 
 
 def main(arguments: list[str]) -> int:
@@ -284,6 +292,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL still sets
     datasets.logging.set_verbosity_error()
     try:
         status = main(sys.argv[1:])

@@ -66,9 +66,7 @@ def _closed_form(q_BHQD, k_BGKD, v_BGKD, light: reference.Prepared, scale: float
     values = torch.cat([F.pad(v_BGKD, (0, 8)), F.pad(torch.ones_like(v_BGKD[..., :1]), (D, 7)).expand(*v_BGKD.shape[:-1], D + 8)], 2)
     keys, queries = F.pad(keys, (0, 8)), F.pad(q_BHQD, (0, 8))  # the kernels want one head size for q, k and v
     mask = torch.cat([light.masks.past_B1QK, light.masks.revealed_B1QK], dim=-1)
-    out = F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=q_BHQD.shape[1] != k_BGKD.shape[1]
-    )
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=q_BHQD.shape[1] != k_BGKD.shape[1])
     sink_BGQD = light.sink_BQK[:, None].to(v_BGKD.dtype) @ v_BGKD
     sink_BHQD = sink_BGQD.repeat_interleave(q_BHQD.shape[1] // v_BGKD.shape[1], dim=1)
     return out[..., :D] + out[..., D : D + 1] * sink_BHQD

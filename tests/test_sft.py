@@ -1,0 +1,364 @@
+"""Runs of the trainer: what they write, what they refuse, and that a killed one goes on as if nothing had happened."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import training
+from PIL import Image
+
+from fmtrain import sft
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    training.workplace(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    """A fresh copy of the workplace."""
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    training.write_recipe(tmp_path)
+    return tmp_path
+
+
+def refused(folder: Path, *overrides: str) -> str:
+    """The message of a run that must be refused, in one line and with nothing written."""
+    before = sorted(str(path) for path in folder.rglob("*") if "cache" not in str(path))
+    with pytest.raises(ValueError) as error:
+        sft.main([str(folder / "recipe.yaml"), *overrides])
+    assert sorted(str(path) for path in folder.rglob("*") if "cache" not in str(path)) == before
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def change_row(folder: Path, number: int, change) -> None:
+    rows = training.read_rows(folder)
+    change(rows[number])
+    training.write_rows(folder, rows)
+
+
+# --- what a run writes -------------------------------------------------------------------------------------------------
+
+
+def test_a_lora_run_writes_adapter_recipe_and_record(folder):
+    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "2", "--learning_rate", "0.005"]) == 0
+    out = folder / "out"
+    assert json.loads((out / "config.json").read_text())["fmtrain"] == {"policy": "v2v", "merge": None, "version": 1}
+    assert json.loads((out / "checkpoint-2" / "config.json").read_text())["fmtrain"]["policy"] == "v2v"
+    run = json.loads((out / "run.json").read_text())
+    assert run["policy"] == "v2v" and run["backend"] == "sdpa" and run["rows"] == 24 and run["versions"]["torch"] == torch.__version__
+    assert "learning_rate: 0.005" in (out / "recipe.yaml").read_text()
+    targets = json.loads((out / "adapter_config.json").read_text())["target_modules"]
+    assert targets and not any("vision" in name or "projector" in name for name in targets)
+    from safetensors.torch import load_file
+
+    names = load_file(out / "adapter_model.safetensors").keys()
+    assert {name.split(".layers.")[0].rsplit(".", 1)[-1] for name in names} == {"language_model"}
+    assert not any("lm_head" in name for name in names)
+
+
+def test_full_fine_tuning_freezes_what_no_gradient_reaches_and_names_it(folder, capsys):
+    from safetensors.torch import load_file
+
+    parts = ["--train_parts", "language_model", "projector", "vision_tower"]
+    assert sft.main([str(folder / "recipe.yaml"), "--use_peft", "false", *parts, "--max_steps", "2"]) == 0
+    said = "".join(capsys.readouterr().err.split())
+    assert "vision_tower.encoder.layers.2.mlp.fc1.weight" in said and "vision_tower.post_layernorm.bias" in said
+    before, after = load_file(folder / "base" / "model.safetensors"), load_file(folder / "out" / "model.safetensors")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same and all("layers.2." in name or "post_layernorm" in name for name in same if "vision_tower" in name)
+    assert not any("language_model.layers" in name or "projector" in name for name in same)
+    assert any("vision_tower.encoder.layers.1." in name for name in before.keys() - same)
+
+
+def test_by_default_full_fine_tuning_leaves_the_tower_alone(folder):
+    from safetensors.torch import load_file
+
+    assert sft.main([str(folder / "recipe.yaml"), "--use_peft", "false", "--max_steps", "2"]) == 0
+    before, after = load_file(folder / "base" / "model.safetensors"), load_file(folder / "out" / "model.safetensors")
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and not any("vision_tower" in name for name in moved) and any("projector" in name for name in moved)
+
+
+def test_a_frozen_tower_runs_without_a_graph(folder):
+    """Also with LoRA and gradient checkpointing, which makes transformers ask for gradients at the patch embedding."""
+    seen = []
+    original = sft.parts.without_graph
+
+    def watch(model):
+        original(model)
+        sft.unwrap(model).base_model.vision_tower.register_forward_hook(
+            lambda module, args, output: seen.append((module.training, output.last_hidden_state.requires_grad))
+        )
+
+    sft.parts.without_graph = watch
+    try:
+        sft.main([str(folder / "recipe.yaml"), "--max_steps", "1", "--gradient_checkpointing", "true"])
+    finally:
+        sft.parts.without_graph = original
+    assert (True, False) in seen and (True, True) not in seen
+
+
+def test_rows_that_are_too_long_are_dropped_whole_and_counted(folder):
+    from fmtrain.collator import encode_row
+
+    processor = training.families.processor("llava")
+    rows = training.read_rows(folder)
+    lengths = [encode_row(processor, row, folder / "data")[1].shape[1] for row in rows]
+    limit = sorted(lengths)[len(lengths) // 2] - 1
+    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "1", "--max_length", str(limit)]) == 0
+    run = json.loads((folder / "out" / "run.json").read_text())
+    assert run["rows_dropped"] == sum(length > limit for length in lengths) > 0
+    assert run["rows"] == sum(length <= limit for length in lengths) > 0
+    assert "none of 24 rows" in refused(folder, "--max_length", "5", "--output_dir", str(folder / "other"))
+
+
+def test_a_parameter_that_gets_no_gradient_stops_the_run_by_name(folder):
+    original = sft.parts.choose
+
+    def also_idle(model, config, parts, pixels):
+        found = original(model, config, parts, pixels)
+        model.get_parameter("model.vision_tower.post_layernorm.weight").requires_grad_(True)
+        return found
+
+    sft.parts.choose = also_idle
+    try:
+        with pytest.raises(ValueError, match=r"after step 1 1 trainable parameters .* model\.vision_tower\.post_layernorm\.weight"):
+            sft.main([str(folder / "recipe.yaml"), "--use_peft", "false"])
+    finally:
+        sft.parts.choose = original
+
+
+# --- what a run refuses ------------------------------------------------------------------------------------------------
+
+
+def test_recipe_mistakes(folder):
+    recipe = folder / "recipe.yaml"
+    training.write_recipe(folder, learning_rat=1e-3)
+    message = refused(folder)
+    assert str(recipe) in message and "'learning_rat'" in message and "'learning_rate'" in message
+    training.write_recipe(folder, mask="v2w")
+    assert "'v2w'" in refused(folder) and "'v2v'" in refused(folder)
+    training.write_recipe(folder, mask=None)
+    assert "mask" in refused(folder)
+    training.write_recipe(folder, max_steps="many")
+    assert "max_steps" in refused(folder) and "'many'" in refused(folder)
+    training.write_recipe(folder, train_parts=["language_modell"])
+    assert "language_modell" in refused(folder)
+    training.write_recipe(folder, lora_target_modules=["q_prj"])
+    assert "'q_prj'" in refused(folder)
+    training.write_recipe(folder, attention_backend="flush")
+    assert "'flush'" in refused(folder) and "sdpa" in refused(folder)
+    training.write_recipe(folder, mask="causal+merge")
+    assert "causal" in refused(folder)
+    training.write_recipe(folder)
+    assert "'--max_step'" in refused(folder, "--max_step", "3")
+    recipe.write_text("mask: [v2v\n")
+    assert "YAML" in refused(folder)
+    recipe.write_text("mask: !!python/object/apply:os.system ['touch pwned']\n")
+    assert "YAML" in refused(folder) and not Path("pwned").exists()
+
+
+def test_masks_that_would_silently_be_lost(folder):
+    assert "flash_attention_2" in refused(folder, "--attn_implementation", "flash_attention_2")
+
+
+def test_image_mistakes(folder):
+    data = folder / "data"
+    change_row(folder, 3, lambda row: row.update(images=["img/none.png"] * len(row["images"])))
+    assert all(part in refused(folder) for part in ("rows.jsonl", "r3", "img/none.png"))
+    change_row(folder, 3, lambda row: row.update(images=["../base/config.json"] * len(row["images"])))
+    assert all(part in refused(folder) for part in ("r3", "outside"))
+    (data / "img" / "link.png").symlink_to(folder / "base" / "config.json")
+    change_row(folder, 3, lambda row: row.update(images=["img/link.png"] * len(row["images"])))
+    assert all(part in refused(folder) for part in ("r3", "outside"))
+    change_row(folder, 3, lambda row: row.update(images=["https://example.org/a.png"] * len(row["images"])))
+    assert all(part in refused(folder) for part in ("r3", "URL"))
+    (data / "img" / "bad.png").write_bytes(b"not an image")
+    change_row(folder, 3, lambda row: row.update(images=["img/bad.png"] * len(row["images"])))
+    assert all(part in refused(folder) for part in ("r3", "img/bad.png", "cannot be read"))
+    whole = (data / "img" / "0_0.png").read_bytes()
+    (data / "img" / "half.png").write_bytes(whole[: len(whole) // 2])
+    change_row(folder, 3, lambda row: row.update(images=["img/half.png"] * len(row["images"])))
+    assert all(part in refused(folder) for part in ("r3", "img/half.png", "cannot be read"))
+    Image.new("L", (9000, 8000)).save(data / "img" / "huge.png")
+    change_row(folder, 3, lambda row: row.update(images=["img/huge.png"] * len(row["images"])))
+    assert all(part in refused(folder) for part in ("r3", "9000 x 8000", "64000000"))
+
+
+def test_decompression_bomb(folder):
+    """A PNG that claims 60000 x 60000 pixels in a few bytes."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    (folder / "data" / "img" / "bomb.png").write_bytes(bomb)
+    change_row(folder, 0, lambda row: row.update(images=["img/bomb.png"]))
+    assert all(part in refused(folder) for part in ("r0", "bomb.png"))
+
+
+def test_dialogue_mistakes(folder):
+    def content(row, *parts):
+        row["messages"][0]["content"] = list(parts)
+
+    image, text = {"type": "image", "text": None}, {"type": "text", "text": "which?"}
+    change_row(folder, 0, lambda row: content(row, image, image, text))
+    assert all(part in refused(folder) for part in ("r0", "2 image parts", "1 images"))
+    change_row(folder, 0, lambda row: content(row, text))
+    assert all(part in refused(folder) for part in ("r0", "0 image parts", "1 images"))
+    change_row(folder, 0, lambda row: content(row, image, {"type": "text", "text": "<image> which?"}))
+    assert all(part in refused(folder) for part in ("r0", "'<image>'"))
+    change_row(folder, 0, lambda row: (content(row, image, text), row.update(messages=row["messages"][:1])))
+    assert all(part in refused(folder) for part in ("r0", "no assistant"))
+    change_row(folder, 0, lambda row: row.update(messages=[*row["messages"], training.assistant(" ")]))
+    assert all(part in refused(folder) for part in ("r0", "empty"))
+    change_row(folder, 0, lambda row: row.update(messages=[row["messages"][0], training.assistant("a"), training.assistant("b")]))
+    assert all(part in refused(folder) for part in ("r0", "assistant"))
+    change_row(folder, 0, lambda row: row["messages"][1].update(role="tool"))
+    assert all(part in refused(folder) for part in ("r0", "'tool'"))
+
+
+def test_data_files_that_are_none(folder):
+    assert "nowhere.jsonl" in refused(folder, "--dataset_name", str(folder / "nowhere.jsonl"))
+    (folder / "data" / "rows.jsonl").write_text('{"id": "r0", "messages": [}\n')
+    assert "rows.jsonl" in refused(folder)
+    (folder / "data" / "rows.jsonl").write_text('{"id": "r0", "text": "hello"}\n')
+    assert all(part in refused(folder) for part in ("rows.jsonl", "messages", "images"))
+
+
+def test_a_role_order_that_the_template_refuses(tmp_path):
+    """llava-next's template takes text from the first part only of a system message, and knows no other roles."""
+    training.workplace(tmp_path, "llava_next", rows=4)
+    processor = training.families.processor("llava_next")
+    strict = processor.chat_template.replace("{% if message['role'] == 'system' %}", "{% if message['role'] == 'none' %}")
+    (tmp_path / "base" / "chat_template.jinja").write_text(strict)
+    change_row(tmp_path, 1, lambda row: row["messages"].insert(0, {"role": "system", "content": [{"type": "text", "text": "be kind"}]}))
+    assert all(part in refused(tmp_path) for part in ("r1", "Only user and assistant roles"))
+
+
+def test_output_folders_and_recorded_policies(folder):
+    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "2"]) == 0
+    assert "holds a run already" in refused(folder)
+    message = refused(folder, "--resume_from_checkpoint", "true", "--mask", "future")
+    assert "checkpoint-2" in message and "v2v" in message and "future" in message
+    other = ["--output_dir", str(folder / "other")]
+    assert "no whole checkpoint" in refused(folder, *other, "--resume_from_checkpoint", "true")
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config["fmtrain"] = {"policy": "mma", "merge": None, "version": 1}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    message = refused(folder, *other)
+    assert "'mma'" in message and "'v2v'" in message and "base_mask: mma" in message
+    assert sft.main([str(folder / "recipe.yaml"), *other, "--max_steps", "1", "--base_mask", "mma"]) == 0
+
+
+# --- in processes of their own -----------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_line_and_an_exit_code(folder):
+    run = training.launch(folder / "recipe.yaml", "--mask", "v2w")
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert len([line for line in run.stderr.splitlines() if "error:" in line]) == 1 and not (folder / "out").exists()
+
+
+def wandb_records(file: Path):
+    """The records of an offline W&B run. The file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB that hold
+    chunks (checksum 4 bytes, length 2, type 1: full, first, middle, last)."""
+    from wandb.proto import wandb_internal_pb2
+
+    data, position, parts = file.read_bytes(), 7, b""
+    while position < len(data):
+        if 32768 - position % 32768 < 7:
+            position += 32768 - position % 32768
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        parts += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+@pytest.mark.slow
+def test_wandb_runs_offline_without_a_key_and_can_be_read_back(folder):
+    run = training.launch(folder / "recipe.yaml", "--report_to", "wandb", HOME=str(folder))
+    assert run.returncode == 0, run.stderr[-2000:]
+    [file] = (folder / "wandb").glob("offline-run-*/*.wandb")
+    config, logged = {}, []
+    for record in wandb_records(file):
+        for update in (*record.config.update, *record.run.config.update):
+            config[update.key or "/".join(update.nested_key)] = update.value_json
+        if record.WhichOneof("record_type") == "history":
+            logged.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+    assert json.loads(config["fmtrain"])["policy"] == "v2v"
+    seen = {entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
+    assert seen == pytest.approx(training.losses(folder / "out"))
+
+
+def kill_after(recipe: Path, checkpoint: Path, *overrides: str) -> None:
+    """Start a run and SIGKILL it once `checkpoint` is whole."""
+    process = subprocess.Popen(
+        training.command(recipe, *overrides), env=training.environment(), cwd=recipe.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (checkpoint / "trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()[-2000:]
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [["--lora_dropout", "0.2"], ["--use_peft", "false"]], ids=["lora", "full"])
+def test_killed_twice_and_resumed_gives_the_same_losses(folder, mode):
+    steps = ["--max_steps", "60", "--save_steps", "5", *mode]
+    whole = training.launch(folder / "recipe.yaml", *steps, "--output_dir", "whole")
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    out = folder / "cut"
+    steps += ["--output_dir", str(out)]
+    kill_after(folder / "recipe.yaml", out / "checkpoint-10", *steps)
+    assert not (out / "checkpoint-60").exists()
+    (out / "checkpoint-59").mkdir()  # what a kill in the middle of saving leaves: no trainer state yet
+    resume = ["--resume_from_checkpoint", "true"]
+    kill_after(folder / "recipe.yaml", out / "checkpoint-30", *steps, *resume)
+    assert not (out / "checkpoint-60").exists()
+    last = training.launch(folder / "recipe.yaml", *steps, *resume)
+    assert last.returncode == 0, last.stderr[-2000:]
+    expected = training.losses(folder / "whole")
+    assert len(expected) == 60 and training.losses(out) == expected
+
+
+@pytest.mark.slow
+def test_sigterm_saves_a_checkpoint_and_exits_cleanly(folder):
+    out = folder / "out"
+    overrides = ["--max_steps", "5000", "--save_steps", "20"]
+    process = subprocess.Popen(
+        training.command(folder / "recipe.yaml", *overrides), env=training.environment(), cwd=folder, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint-20" / "trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 0 and "stopped by SIGTERM" in said
+    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    step = json.loads((last / "trainer_state.json").read_text())["global_step"]
+    assert step == int(last.name.split("-")[1]) < 5000 and not (out / "adapter_model.safetensors").exists()
+    assert sft.resume_from(sft.read(folder / "recipe.yaml", ["--resume_from_checkpoint", "true"]).training) == str(last)
