@@ -105,14 +105,15 @@ def decoding(model, processor, rows: list[dict], image_root: str = ".") -> Resul
 
 
 @torch.no_grad()
-def leaks(model, inputs: dict[str, torch.Tensor], layout: Layout, visual_id: int) -> Result:
+def leaks(model, inputs: dict[str, torch.Tensor], layout: Layout) -> Result:
     """Change every token from the start of each answer on, and look whether any earlier logit moves by a bit.
 
     inputs and layout: a batch as in training. All text and answer ids behind the cut are replaced.
     """
     before = model(**inputs, **layout.model_inputs()).logits
     ids, moved, cuts = inputs["input_ids"], 0, 0
-    vocabulary = model.get_input_embeddings().num_embeddings
+    inner = unwrap(model)  # `model` may be wrapped for several processes
+    vocabulary, visual_id = inner.get_input_embeddings().num_embeddings, inner.config.image_token_id
     answer = layout.role == Role.ANSWER
     starts = answer.clone()
     starts[:, 1:] &= ~answer[:, :-1]
@@ -193,7 +194,7 @@ def audit(model, processor, rows: list[dict], image_root: str = ".") -> list[Res
     results = [prompt_ids(processor, rows, image_root), decoding(model, processor, rows, image_root)]
     inputs, layout = batch(processor, [encode_row(processor, row, image_root) for row in rows])
     inputs, layout = on(model.device, model.dtype, inputs), layout.to(model.device)
-    results.append(leaks(model, inputs, layout, unwrap(model).config.image_token_id))
+    results.append(leaks(model, inputs, layout))
     prompts = [next(turns(processor, row, image_root, encode_row(processor, row, image_root)[1])) for row in rows]
     prompt, prompt_layout = batch(processor, [(turn.prompt, turn.layout) for turn in prompts], padding_side="left")
     prompt, prompt_layout = on(model.device, model.dtype, prompt), prompt_layout.to(model.device)

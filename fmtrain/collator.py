@@ -50,15 +50,33 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 @dataclass
 class Collator:
-    """A list of rows into one training batch: ids, padding mask, pixels, labels and the tensors of the layout."""
+    """A list of rows into one training batch: ids, padding mask, pixels, labels and the tensors of the layout.
+
+    blank: model inputs of any row with an image. With several processes, a batch without images gets that image in its
+    padding, where nothing attends to it and no gradient comes from: every rank must run the same modules in the same
+    order, or ZeRO-3 and FSDP wait for ever (DeepSpeed#7170).
+    """
 
     processor: object
     image_root: str | Path = "."
     max_pixels: int = MAX_PIXELS
+    blank: dict[str, torch.Tensor] | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         inputs, layout = batch(self.processor, [self.encode(row) for row in rows])
+        if self.blank is not None and "pixel_values" not in inputs:
+            inputs, layout = self._with_blank(inputs, layout)
         return {**inputs, "labels": labels(inputs["input_ids"], layout), **layout.model_inputs()}
+
+    def _with_blank(self, inputs: dict, layout: Layout) -> tuple[dict, Layout]:
+        visual = self.blank["input_ids"][0] == self.processor.image_token_id
+        columns = torch.full((layout.shape[0], int(visual.sum())), self.processor.tokenizer.pad_token_id)
+        columns[0] = self.processor.image_token_id
+        padded = {
+            "input_ids": torch.cat([inputs["input_ids"], columns], dim=1),
+            "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, columns.shape[1])),
+        }
+        return {**self.blank, **padded}, layout.pad(right=columns.shape[1])
 
     def encode(self, row: dict) -> tuple[dict, Layout]:
         inputs, layout = encode_row(self.processor, row, self.image_root, self.max_pixels)

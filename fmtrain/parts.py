@@ -11,6 +11,7 @@ from peft import LoraConfig
 from rich.table import Table
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers.modeling_utils import set_zero3_state
 
 from fmtrain.patch import unwrap
 
@@ -65,7 +66,7 @@ def idle(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:
     LLaVA reads the tower's last layer but one, so its last layer is idle. Found by a backward pass through a copy of the
     model on the meta device, which costs neither memory nor arithmetic. `pixels`: image inputs of one encoded row.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():  # the latter keeps ZeRO-3 from partitioning the twin
         twin = type(model.base_model)(model.base_model.config)
     inputs = {name: value.to("meta") if value.is_floating_point() else value for name, value in pixels.items()}
     features = twin.get_image_features(**inputs).pooler_output

@@ -192,7 +192,7 @@ class AuditFirstBatch(TrainerCallback):
         labels = batch.pop("labels")
         training = model.training
         model.eval()
-        leak = audit.leaks(model, batch, layout, unwrap(model).config.image_token_id)
+        leak = audit.leaks(model, batch, layout)
         with torch.no_grad():
             loss = model(**batch, labels=labels, **layout.model_inputs()).loss.item()
             with handle.under("causal"):
@@ -233,14 +233,16 @@ def build_trainer(recipe: Recipe, model, processor, rows: data.Rows, eval_rows: 
     training = recipe.training
     training.max_length = None  # rows are dropped whole, in `data`; TRL would cut them
     training.dataset_kwargs = {"skip_prepare_dataset": True}
+    blank, _ = encode_row(processor, audit.sample_rows()[1])  # a row with one image, of noise
+    pixels = {name: value for name, value in blank.items() if name not in ("input_ids", "attention_mask")}
     lora = get_peft_config(recipe.model)
-    unreached = parts.choose(model, lora, recipe.data.train_parts, _pixels(processor))
+    unreached = parts.choose(model, lora, recipe.data.train_parts, pixels)
     if unreached:
         say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
     trainer = MaskedSFTTrainer(
         model=model,
         args=training,
-        data_collator=Collator(processor, rows.image_root, recipe.data.max_pixels),
+        data_collator=Collator(processor, rows.image_root, recipe.data.max_pixels, blank if training.world_size > 1 else None),
         train_dataset=rows.rows,
         eval_dataset=eval_rows.rows if eval_rows else None,
         processing_class=processor,
@@ -253,12 +255,6 @@ def build_trainer(recipe: Recipe, model, processor, rows: data.Rows, eval_rows: 
     trainer.add_callback(trainer_stop := SaveOnTerm())
     trainer.stopped = lambda: trainer_stop.asked
     return trainer
-
-
-def _pixels(processor) -> dict[str, torch.Tensor]:
-    """The image inputs of a row of noise: what the model's way from pixels to features takes."""
-    inputs, _ = encode_row(processor, audit.sample_rows()[1])
-    return {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
 
 
 def main(arguments: list[str]) -> int:

@@ -110,6 +110,14 @@ def _count(artist: Artist) -> list[Turn]:
     return [Turn([artist.put(None, digits)], f"How often do you see {digit}?", str(number))]
 
 
+def _find(artist: Artist) -> list[Turn]:
+    digit, cells = artist.digit(), artist.cells()
+    number = int(artist.rng.integers(1, min(MOST, len(cells)) + 1))
+    digits = {cell: digit if k < number else artist.digit(but=[digit]) for k, cell in enumerate(cells)}
+    answer = " ".join(str(cell + 1) for cell in sorted(cells[:number]))
+    return [Turn([artist.put(None, digits)], f"In which cells do you see {digit}?", answer)]
+
+
 def _pair(artist: Artist) -> tuple[np.ndarray, np.ndarray, dict[int, int], str]:
     """Two pictures that differ in one cell, the digits of the first, and what changed."""
     digits = {cell: artist.digit() for cell in artist.cells()}
@@ -149,6 +157,7 @@ def _dialogue(artist: Artist) -> list[Turn]:
 
 TASKS: dict[str, Callable[[Artist], list[Turn]]] = {
     "list": _list,
+    "find": _find,
     "compare": _compare,
     "read": _read,
     "count": _count,
@@ -215,7 +224,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 WORDS = (
-    "USER ASSISTANT digit is in cell often same do you see changed change from to what order the digits appear "
+    "USER ASSISTANT digit is in cell often same do you see changed change cells from to what order the digits appear "
     "0 1 2 3 4 5 6 7 8 9"
 ).split()
 FIRST_WORDS = ("Which", "How", "In", "What")  # no blank stands before them
@@ -257,6 +266,9 @@ def random_model(seed: int = 0, **sizes) -> tuple[LlavaForConditionalGeneration,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             max_position_embeddings=512,
+            initializer_range=sizes.get("std", 0.02),
+            tie_word_embeddings=sizes.get("tie", False),
+            rope_parameters={"rope_type": "default", "rope_theta": sizes.get("theta", 10000.0)},
             bos_token_id=words.bos_token_id,
             eos_token_id=words.eos_token_id,
             pad_token_id=words.pad_token_id,
@@ -268,6 +280,7 @@ def random_model(seed: int = 0, **sizes) -> tuple[LlavaForConditionalGeneration,
             num_attention_heads=4,
             image_size=size,
             patch_size=CELL,
+            initializer_factor=sizes.get("vfactor", 1.0),
         ),
         image_token_id=words.convert_tokens_to_ids("<image>"),
         image_seq_length=CELLS,
