@@ -1,0 +1,36 @@
+# make test: set up and pass the tests. make train: set up and run the main job on the embedded default.
+VENV := .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+RUN := runs/tiny_v2v_lora
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: setup test train check clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e ".[tracking,deepspeed,eval,test]"
+	touch $@
+
+# Fast tests first; the slow ones (real kills, two processes) follow, so that a plain mistake shows early.
+test: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+# The main job: fine-tune the tiny pretrained LLaVA under v2v, export, reload in a new process, audit, ask.
+train: setup
+	rm -rf $(RUN)
+	$(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		fmtrain/sft.py recipes/tiny_v2v_lora.yaml
+	$(BIN)/python -m fmtrain.export $(RUN) --out $(RUN)/exported
+	$(BIN)/python -m fmtrain.audit $(RUN)/exported
+	$(BIN)/python -m eval.samples --before fmtrain/tiny_llava --after $(RUN)/exported
+
+check: setup
+	$(BIN)/python -m ruff check .
+
+clean:
+	rm -rf $(VENV) runs data build *.egg-info

@@ -1,0 +1,120 @@
+"""The audit passes on a sound model, and each of its checks fails when what it checks is broken."""
+
+import json
+import subprocess
+import sys
+
+import families
+import pytest
+import torch
+import training
+
+import fmtrain
+from fmtrain import audit, encode, patch
+from fmtrain.checkpoint import load
+from fmtrain.layout import Layout
+
+
+def results(family, policy, merge=None):
+    model, processor = families.model(family), families.processor(family)
+    with fmtrain.attach(model, policy, merge=merge):
+        return {result.check: result for result in audit.audit(model, processor, audit.sample_rows())}
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+@pytest.mark.parametrize("policy", ["causal", "v2v", "prefix_lm"])
+def test_sound_models_pass(family, policy):
+    found = results(family, policy)
+    assert len(found) == 6 and all(result.passed for result in found.values()), found
+
+
+def test_a_merged_policy_passes():
+    assert all(result.passed for result in results("llava", "v2v", fmtrain.Merge()).values())
+
+
+def failed(found) -> set[str]:
+    return {name.split(":")[0] for name, result in found.items() if not result.passed}
+
+
+def test_a_leak_is_found(monkeypatch):
+    """Without the prefill law (one prefill for the whole row, answers in it) later turns show in earlier logits."""
+
+    def lawless(layout: Layout) -> dict:
+        prefill = torch.where(layout.sample >= 0, 0, -1)
+        role = torch.where(layout.role == fmtrain.Role.ANSWER, int(fmtrain.Role.TEXT), layout.role)
+        return original(Layout(role, layout.image, prefill, layout.sample))
+
+    original = Layout.model_inputs
+    monkeypatch.setattr(Layout, "model_inputs", lawless)
+    found = results("llava", "future")
+    assert {"leaks", "logits", "mask in each layer"} <= failed(found)
+    assert int(found["leaks: later tokens move no earlier logit"].figure.split()[0]) > 0
+
+
+def test_a_lost_mask_is_found_in_each_mode(monkeypatch):
+    """A backend that drops the policy: causal where v2v was asked for."""
+    from fmtrain.attention import sdpa
+    from fmtrain.policies import POLICIES
+
+    prepare = sdpa.prepare
+    monkeypatch.setattr(sdpa, "prepare", lambda layout, policy, merge, start: prepare(layout, POLICIES["causal"], None, start))
+    found = results("llava", "v2v")
+    assert [name for name, result in found.items() if not result.passed] == [
+        f"mask in each layer: {mode}" for mode in ("training mode", "evaluation", "generate")
+    ]
+
+
+def test_a_mask_lost_in_generate_alone_is_found(monkeypatch):
+    """Generation that ignores padding and the layout: what registering only in AttentionInterface did."""
+    monkeypatch.setattr(patch.Handle, "_infer", lambda self, kwargs, rows, length, seen: Layout(*torch.zeros(4, rows, seen + length).long()))
+    found = results("llava", "v2v")
+    assert "mask in each layer: generate" in {name for name, result in found.items() if not result.passed}
+    assert found["mask in each layer: evaluation"].passed
+
+
+def test_prompts_that_differ_are_found(monkeypatch):
+    """A template whose finished turn differs from its generation prompt, taken at its word."""
+    around = encode._around
+    monkeypatch.setattr(encode, "_around", lambda answer, turn, header, k: (" ", around(answer, turn, header, k)[1]))
+    assert not failed(results("llava", "v2v"))  # llava's own lead is a blank
+    render = encode.render
+
+    def training_only(processor, messages, add_generation_prompt=False):
+        segments = render(processor, messages, add_generation_prompt)
+        if add_generation_prompt:
+            return segments
+        return [encode.Segment(s.text.replace("ASSISTANT:", "ASSISTANT :"), s.prefill) if s.prefill >= 0 else s for s in segments]
+
+    monkeypatch.setattr(encode, "render", training_only)
+    assert "prompt ids" in failed(results("llava", "v2v"))
+
+
+def test_decoding_that_differs_is_found(monkeypatch):
+    """A cache that forgets its first position."""
+    infer = patch.Handle._infer
+
+    def forgetful(self, kwargs, rows, length, seen):
+        layout = infer(self, kwargs, rows, length, seen)
+        if seen:
+            layout.role[:, 0], layout.sample[:, 0] = 0, -1
+        return layout
+
+    monkeypatch.setattr(patch.Handle, "_infer", forgetful)
+    assert "logits" in failed(results("llava", "v2v"))
+
+
+def test_the_command_line_on_checkpoint_and_recipe(tmp_path):
+    recipe = training.workplace(tmp_path, rows=6)
+    options = dict(env=training.environment(), cwd=tmp_path, capture_output=True, text=True)
+    path = [sys.executable, "-m", "fmtrain.audit"]
+    run = subprocess.run([*path, str(recipe), "--json", "found.json"], **options)
+    assert run.returncode == 0, run.stderr[-1000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["passed"] and found["policy"] == "v2v" and len(found["checks"]) == 6
+    run = subprocess.run([*path, str(tmp_path / "base")], **options)
+    assert run.returncode == 2 and "records no policy" in run.stderr and "Traceback" not in run.stderr
+    model, processor = load(str(tmp_path / "base"), policy="v2v")
+    model.save_pretrained(tmp_path / "carrying")
+    processor.save_pretrained(tmp_path / "carrying")
+    run = subprocess.run([*path, str(tmp_path / "carrying")], **options)
+    assert run.returncode == 0 and json.loads((tmp_path / "carrying" / "audit.json").read_text())["passed"]

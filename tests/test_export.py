@@ -1,0 +1,122 @@
+"""Exports: folded weights answer like the adapter, keep the base's names, load plainly, and nothing is written if not."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import training
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import fmtrain
+from fmtrain import export as exporting
+from fmtrain import sft
+from fmtrain.collator import encode_row
+from fmtrain.export import export
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    training.workplace(folder, rows=8)
+    assert sft.main([str(folder / "recipe.yaml")]) == 0
+    assert sft.main([str(folder / "recipe.yaml"), "--use_peft", "false", "--output_dir", str(folder / "full"), "--mask", "future"]) == 0
+    return folder
+
+
+def logits(model, processor, folder):
+    row = training.read_rows(folder)[1]
+    inputs, layout = encode_row(processor, row, folder / "data")
+    with torch.no_grad():
+        return model(**inputs, **layout.model_inputs()).logits
+
+
+def test_folded_equals_adapter_and_loads_everywhere(trained, tmp_path):
+    out = tmp_path / "exported"
+    export(trained / "out", out)
+    adapter, processor = fmtrain.load(str(trained / "out"))
+    folded, again = fmtrain.load(str(out))
+    expected = logits(adapter, processor, trained)
+    # float32 rounding of W + BA against W x + B (A x), through four layers
+    torch.testing.assert_close(logits(folded, again, trained), expected, atol=1e-4, rtol=1e-4)
+    assert fmtrain.attached(folded).policy.name == "v2v"
+    plain = AutoModelForImageTextToText.from_pretrained(out)
+    causal, loaded = logits(plain, again, trained), logits(folded, again, trained)
+    assert not torch.allclose(causal, loaded, atol=1e-3)
+    with fmtrain.attach(plain, "v2v"):
+        assert torch.equal(logits(plain, again, trained), loaded)
+    base = load_file(trained / "base" / "model.safetensors")
+    mine = load_file(out / "model.safetensors")
+    assert base.keys() == mine.keys() and {t.dtype for t in base.values()} == {t.dtype for t in mine.values()}
+    changed = {name for name in base if not torch.equal(base[name], mine[name])}
+    assert len(changed) == 4 * 7 and all("language_model" in name and "proj" in name for name in changed)
+    assert json.loads((out / "config.json").read_text())["fmtrain"] == {"policy": "v2v", "merge": None, "version": 1}
+    assert not list(out.glob("*.bin")) and "`v2v`" in (out / "README.md").read_text()
+
+
+def test_a_full_run_is_exported_as_it_is(trained, tmp_path):
+    export(trained / "full", tmp_path / "exported")
+    run, exported = load_file(trained / "full" / "model.safetensors"), load_file(tmp_path / "exported" / "model.safetensors")
+    assert run.keys() == exported.keys() and all(torch.equal(run[name], exported[name]) for name in run)
+    model, _ = fmtrain.load(str(tmp_path / "exported"))
+    assert fmtrain.attached(model).policy.name == "future"
+
+
+def test_merge_options_come_back(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "out", run)
+    config = json.loads((run / "config.json").read_text())
+    config["fmtrain"]["merge"] = {"prefix": 0.1, "kernel_size": 5, "normalize": False}
+    (run / "config.json").write_text(json.dumps(config))
+    export(run, tmp_path / "exported")
+    model, _ = fmtrain.load(str(tmp_path / "exported"))
+    assert fmtrain.attached(model).merge == fmtrain.Merge(prefix=0.1, kernel_size=5, normalize=False)
+
+
+def refused(run, out, match):
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(ValueError, match=match) as error:
+        export(run, out)
+    assert "\n" not in str(error.value) and sorted(out.parent.iterdir()) == before
+
+
+def test_nothing_is_written_when_something_is_off(trained, tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    refused(trained / "out", tmp_path / "there", "exists already")
+    refused(trained / "nothing", tmp_path / "exported", "not a finished run")
+    untouched = tmp_path / "untouched"  # an adapter that changes nothing: B is zero
+    shutil.copytree(trained / "out", untouched)
+    weights = load_file(untouched / "adapter_model.safetensors")
+    save_file({n: torch.zeros_like(t) if "lora_B" in n else t for n, t in weights.items()}, untouched / "adapter_model.safetensors")
+    refused(untouched, tmp_path / "exported", "0 tensors differ from the base, 28 should")
+    half = tmp_path / "half"
+    shutil.copytree(trained / "out", half)
+    save_file({n: torch.zeros_like(t) if "lora_B" in n and "q_proj" in n else t for n, t in weights.items()}, half / "adapter_model.safetensors")
+    refused(half, tmp_path / "exported", "24 tensors differ from the base, 28 should")
+    broken = tmp_path / "broken"
+    shutil.copytree(trained / "out", broken)
+    save_file({n: t * float("nan") if "lora_B" in n else t for n, t in weights.items()}, broken / "adapter_model.safetensors")
+    refused(broken, tmp_path / "exported", "NaN|nan|folding")
+    monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
+    refused(trained / "out", tmp_path / "exported", "folding moved the logits")
+
+
+def test_a_checkpoint_without_a_policy_is_not_loaded_silently(trained):
+    with pytest.raises(ValueError, match="records no policy"):
+        fmtrain.load(str(trained / "base"))
+    model, _ = fmtrain.load(str(trained / "base"), policy="v2v")
+    assert fmtrain.attached(model).policy.name == "v2v"
+    with pytest.raises(ValueError, match="no such checkpoint"):
+        fmtrain.load(str(trained / "nowhere"))
+
+
+def test_the_command_line(trained, tmp_path):
+    command = [sys.executable, "-m", "fmtrain.export", str(trained / "out"), "--out"]
+    options = dict(env=training.environment(), cwd=training.ROOT, capture_output=True, text=True)
+    done = subprocess.run([*command, str(tmp_path / "exported")], **options)
+    assert done.returncode == 0 and "28 tensors differ" in done.stdout
+    again = subprocess.run([*command, str(tmp_path / "exported")], **options)
+    assert again.returncode == 2 and again.stderr.count("error:") == 1 and "Traceback" not in again.stderr
