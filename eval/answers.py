@@ -10,7 +10,7 @@ import torch
 
 from fmtrain.audit import on
 from fmtrain.collator import batch, encode_row
-from fmtrain.encode import check
+from fmtrain.encode import check, image_count
 from fmtrain.layout import Layout
 
 
@@ -32,8 +32,8 @@ def questions(processor, rows: Sequence[dict], image_root: str = ".") -> Iterato
         messages = check(processor, row["messages"], len(row["images"]))
         asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
         for turn, k in enumerate(asked):
-            shown = sum(part["type"] == "image" for message in messages[:k] for part in message["content"])
-            history = {**row, "messages": messages[:k], "images": row["images"][:shown]}
+            shown = sum(image_count(processor, message) for message in messages[:k])
+            history = {**row, "messages": row["messages"][:k], "images": row["images"][:shown]}
             inputs, layout = encode_row(processor, history, image_root, add_generation_prompt=True)
             text = " ".join(part["text"] for part in messages[k - 1]["content"] if part["type"] == "text")
             yield Question(number, turn, text, messages[k]["content"][0]["text"].strip(), inputs, layout)

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fmtrain.attention import attend
 from fmtrain.collator import batch, encode_row
-from fmtrain.encode import check
+from fmtrain.encode import check, image_count
 from fmtrain.layout import Layout, Role
 from fmtrain.patch import attached, unwrap
 
@@ -53,8 +53,8 @@ def turns(processor, row: dict, image_root: str, layout: Layout) -> Iterator[Tur
     starts = [position for position in answer if layout.role[0, position - 1] != Role.ANSWER]
     asked = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
     for k, start in zip(asked, starts, strict=True):
-        images = sum(part["type"] == "image" for message in messages[:k] for part in message["content"])
-        history = {**row, "messages": messages[:k], "images": row["images"][:images]}
+        images = sum(image_count(processor, message) for message in messages[:k])
+        history = {**row, "messages": row["messages"][:k], "images": row["images"][:images]}
         inputs, prompt_layout = encode_row(processor, history, image_root, add_generation_prompt=True)
         stop = next((p for p in range(start, layout.shape[1]) if layout.role[0, p] != Role.ANSWER), layout.shape[1])
         yield Turn(start, stop, inputs, prompt_layout)

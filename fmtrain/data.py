@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 from PIL import Image as PILImage
 
-from fmtrain.encode import check, render
+from fmtrain.encode import check, image_count, render
 from fmtrain.images import MAX_PIXELS, image_size, open_image
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -65,6 +65,7 @@ def prepare(
     max_length: int | None = None,
     max_pixels: int = MAX_PIXELS,
     check_images: bool = True,
+    allow_evaluation_data: bool = False,
     workers: int | None = None,
 ) -> Rows:
     """Every row checked as training will read it; those over `max_length` tokens dropped.
@@ -74,7 +75,13 @@ def prepare(
     lengths = loaded.rows.map(
         _inspect,
         fn_kwargs=dict(
-            processor=processor, name=name, root=loaded.image_root, max_pixels=max_pixels, decode=check_images, count=max_length is not None
+            processor=processor,
+            name=name,
+            root=loaded.image_root,
+            max_pixels=max_pixels,
+            decode=check_images,
+            count=max_length is not None,
+            evaluation=allow_evaluation_data,
         ),
         remove_columns=loaded.rows.column_names,
         num_proc=workers,
@@ -89,8 +96,10 @@ def prepare(
     return Rows(loaded.rows.select(keep), loaded.image_root, len(lengths) - len(keep))
 
 
-def _inspect(row: dict, processor, name: str, root: str, max_pixels: int, decode: bool, count: bool) -> dict[str, int]:
+def _inspect(row: dict, processor, name: str, root: str, max_pixels: int, decode: bool, count: bool, evaluation: bool) -> dict[str, int]:
     try:
+        if str(row.get("source") or "").startswith("evaluation_only/") and not evaluation:
+            raise ValueError("is evaluation data; training on it needs `allow_evaluation_data: true`")
         images = row["images"] or []
         sizes = [open_image(i, root, max_pixels).size if decode else image_size(i, root, max_pixels) for i in images]
         messages = check(processor, row["messages"] or [], len(sizes))
@@ -113,7 +122,7 @@ def token_count(processor, messages: list[dict], text: str, sizes: list[tuple[in
     group = 0
     for message in [*messages, {"role": "assistant", "content": []}]:
         if message["role"] != "assistant":
-            group += sum(part["type"] == "image" for part in message["content"])
+            group += image_count(processor, message)
             continue
         for size in remaining[:group]:
             total += _image_tokens(processor, size, group == 1) - 1

@@ -42,7 +42,7 @@ def encode(processor, messages: list[dict], images: list, add_generation_prompt:
     bos = processor.tokenizer.bos_token
     encoded = processor(
         text=[text],
-        images=_by_prefill(messages, images) or None,
+        images=_by_prefill(processor, messages, images) or None,
         add_special_tokens=not (bos and text.startswith(bos)),
         return_offsets_mapping=True,
         return_text_replacement_offsets=True,
@@ -113,6 +113,8 @@ def _apply(processor, messages: list[dict], add_generation_prompt: bool = False)
 def check(processor, messages: list[dict], images: int) -> list[dict]:
     """The messages with every content a list of typed parts, fit for the chat template; `images` is how many there are.
 
+    Use `image_count` to count a message's images afterwards.
+
     Raises `ValueError`, in one line, for what `encode` says it does.
     """
     typed = [_typed(k, message) for k, message in enumerate(messages)]
@@ -127,7 +129,28 @@ def check(processor, messages: list[dict], images: int) -> list[dict]:
         raise ValueError(f"the dialogue has {count} image parts but {images} images")
     if any(processor.image_token in part.get("text", "") for part in parts):
         raise ValueError(f"a text contains the placeholder {processor.image_token!r}; an image is a part of its own")
-    return typed
+    return [_in_place(processor, message) for message in typed]
+
+
+def _in_place(processor, message: dict) -> dict:
+    """A message in which text precedes an image, such that the chat template leaves each where it stands.
+
+    llava-1.5's and others' print all images first. For such a template the placeholders become part of the text, a line
+    each, as LLaVA's own interleaved data has them; one that keeps the order (InternVL's) is left to itself.
+    """
+    kinds = [part["type"] for part in message["content"]]
+    if kinds == sorted(kinds):  # images first
+        return message
+    rendered, position = _apply(processor, [message]), 0
+    for part in message["content"]:
+        position = rendered.find(processor.image_token if part["type"] == "image" else part["text"], position)
+        if position < 0:
+            break
+        position += len(processor.image_token if part["type"] == "image" else part["text"])
+    else:
+        return message
+    lines = (processor.image_token if part["type"] == "image" else part["text"] for part in message["content"])
+    return {"role": message["role"], "content": [{"type": "text", "text": "\n".join(lines)}]}
 
 
 def _typed(k: int, message: dict) -> dict:
@@ -149,14 +172,19 @@ def _typed(k: int, message: dict) -> dict:
     return {"role": role, "content": parts}
 
 
-def _by_prefill(messages: list[dict], images: list) -> list[list[Any]]:
+def image_count(processor, message: dict) -> int:
+    """How many images a message of `check` shows, as parts or as placeholders in its text."""
+    return sum(1 if part["type"] == "image" else part["text"].count(processor.image_token) for part in message["content"])
+
+
+def _by_prefill(processor, messages: list[dict], images: list) -> list[list[Any]]:
     """The images of each prefill. llava-onevision tiles an image only when it is alone in its group; grouped like this,
     an image is encoded in the same way whether later turns exist or not."""
     groups, group, position = [], [], 0
     for message in messages:
         if message["role"] == "assistant" and group:
             groups, group = [*groups, group], []
-        count = sum(part["type"] == "image" for part in message["content"])
+        count = image_count(processor, message)
         group, position = group + images[position : position + count], position + count
     return [*groups, group] if group else groups
 

@@ -69,6 +69,7 @@ class DataArguments:
     image_root: str | None = field(default=None, metadata={"help": "Folder of the images; by default the one of dataset_name."})
     max_pixels: int = field(default=MAX_PIXELS, metadata={"help": "Images with more pixels are refused."})
     check_images: bool = field(default=True, metadata={"help": "Decode every image once before training starts."})
+    allow_evaluation_data: bool = field(default=False, metadata={"help": "Train on rows marked as evaluation data."})
     train_parts: list[str] | None = field(
         default=None,
         metadata={"help": f"Parts that learn, of {', '.join(PARTS)}; LoRA: language_model, full: language_model projector."},
@@ -129,7 +130,13 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
         key = unknown[0].lstrip("-").split("=")[0]
         raise ValueError(f"unknown argument {unknown[0]!r}; the nearest known one is '--{_nearest(key, known)}'")
     mask, data, training, model = arguments
-    changed = {option.lstrip("-").replace("-", "_") for option in overrides if option.startswith("--")}
+    changed = {option.lstrip("-").split("=")[0].replace("-", "_") for option in overrides if option.startswith("--")}
+    training.output_dir = os.path.expandvars(training.output_dir)  # a sweep's runs differ in $WANDB_RUN_ID
+    if "$" in training.output_dir:
+        raise ValueError(f"{path}: output_dir {training.output_dir!r} names a variable that is not set")
+    pooling = sorted(key for key in {*named, *changed} if key.startswith("merge_"))
+    if pooling and "+" not in (mask.mask or ""):
+        raise ValueError(f"{path}: {', '.join(pooling)} belong to the light form, but the mask is {mask.mask!r}, not '{mask.mask}+merge'")
     resolved = {key: getattr(group, key) for group in arguments for key in [*named, *changed] if hasattr(group, key)}
     return Recipe(str(path), mask, data, training, model, resolved)
 

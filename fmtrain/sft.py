@@ -82,6 +82,7 @@ def load_rows(recipe: Recipe, processor, name: str | None) -> data.Rows:
             max_length=training.max_length,
             max_pixels=arguments.max_pixels,
             check_images=arguments.check_images,
+            allow_evaluation_data=arguments.allow_evaluation_data,
             workers=training.dataset_num_proc,
         )
 

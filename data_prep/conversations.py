@@ -1,0 +1,61 @@
+"""Dialogues in the form that LLaVA's files share: turns with text in which `<image>` marks the place of an image."""
+
+from typing import Any
+
+from data_prep.fields import field, shown, unexpected
+from data_prep.rows import PLACEHOLDER, Message, Part, image_part, text_part
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def parts(text: str) -> list[Part]:
+    """Text with placeholders as parts.
+
+    White space between a block of images and the text beside it is layout ("<image>\\nWhat is this?") and goes; text
+    that runs around or between images keeps all of its own.
+    """
+    if PLACEHOLDER not in text:
+        return [text_part(text)]
+    pieces = text.split(PLACEHOLDER)
+    one_side = not any(piece.strip() for piece in pieces[1:]) or not any(piece.strip() for piece in pieces[:-1])
+    found: list[Part] = []
+    for number, piece in enumerate(pieces):
+        if number:
+            found.append(image_part())
+        if piece.strip():
+            found.append(text_part(piece.strip() if one_side else piece))
+    return found
+
+
+def messages_of(turns: list[Any], with_images: bool) -> list[Message]:
+    """Messages from turns {"from", "value"} (LLaVA) or {"role", "content"} (Mantis).
+
+    Placeholders stand for images only in the user's turns of a record `with_images`; elsewhere they are text that
+    happens to look like one, and the checker reports it. Raises `ValueError` naming the turn.
+    """
+    messages = []
+    mantis = bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
+    speaker, key = ("role", "content") if mantis else ("from", "value")
+    for number, turn in enumerate(turns, start=1):
+        text, name = field(turn, key), turn.get(speaker)
+        role = _ROLES.get(name) if isinstance(name, str) else None
+        if role is None:
+            raise ValueError(f"turn {number}: {speaker} {shown(name)} is not one of {', '.join(_ROLES)}")
+        content = parts(text) if with_images and role == "user" else [{"type": "text", "text": text}]
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def image_names(record: dict[str, Any], key: str) -> list[str]:
+    """Names under `key`: absent or null (a text-only record), one name, or a list of names or of {"path": name}."""
+    value = record.get(key)
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [field(v, "path") if isinstance(v, dict) else _name(v, key) for v in values]
+
+
+def _name(value: Any, key: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise unexpected(f"image names as field {key!r}", value)
+    return value

@@ -1,0 +1,189 @@
+"""The one command line of all converters: `python -m data_prep.NAME --source DIR --out DIR`.
+
+A converter says which files it reads, which records they hold and which rows a record gives. Everything else is here:
+options, orders, embedding of images, refusals, atomic writing, and doing nothing when nothing has changed.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep.command_line import guarded
+from data_prep.manifest import Fingerprint, Tally, image_digest, is_current, write_manifest
+from data_prep.orders import ORDERS, arrange, has_order, passes
+from data_prep.rows import EVALUATION_ONLY, Problem, Row, format_problems
+from data_prep.writing import encoded, prepared_folder, rejected, replacing, row_writer
+from fmtrain.images import resolve
+
+Options = argparse.Namespace
+
+
+class SourceRecord(NamedTuple):
+    """A record of a source file and where it stands: the number of its row, or its key in an object of records."""
+
+    file: Path
+    number: int | str
+    value: Any
+    context: Any = None  # what the converter needs beside the record: a joined table, a count
+
+
+def no_options(parser: argparse.ArgumentParser) -> None:
+    """A converter without options of its own."""
+
+
+@dataclass(frozen=True)
+class Converter:
+    """One data set. `records` and `rows` raise `ValueError`: from `records` for a broken file, which ends the run; from
+    `rows` for a record that cannot be converted, which ends the run too unless `--reject` puts it aside. A string among
+    the rows names a part of the record that was left out; it is counted and reported."""
+
+    name: str
+    doc: str
+    files: Callable[[Path, Options], list[Path]]
+    records: Callable[[list[Path], Options], Iterator[SourceRecord]]
+    rows: Callable[[SourceRecord, Options], Iterable[Row | str]]
+    add_options: Callable[[argparse.ArgumentParser], None] = no_options
+    image_folder: str | None = None  # where images lie below the image root; None: the records say
+    evaluation_only: bool = False
+
+
+def source_file(source: Path, name: str) -> Path:
+    """The file `name` below `source`. Raises `ValueError` that says what was found instead."""
+    path = source / name
+    if path.is_file():
+        return path
+    for ending in (".zip", ".tar.gz", ".gz", ".tar"):
+        if Path(f"{path}{ending}").is_file():
+            raise ValueError(f"{path}{ending} is an archive; unpack it first")
+    raise ValueError(f"{path} does not exist")
+
+
+def parser_of(converter: Converter) -> argparse.ArgumentParser:
+    """The converter's command line."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m data_prep.{converter.name}",
+        description=converter.doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--source", type=Path, required=True, help="folder with the data set's own files")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create, with nothing else in it")
+    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="format of the rows")
+    parser.add_argument("--embed-images", action="store_true", help="put image files into the rows (Parquet)")
+    parser.add_argument("--image-root", type=Path, help="what image paths are relative to; default: --source")
+    if converter.image_folder is not None:
+        parser.add_argument(
+            "--image-folder", default=converter.image_folder, help="images below the root (%(default)r)"
+        )
+    parser.add_argument(
+        "--order", choices=ORDERS, default="image_first", help="images before or after the text of a turn"
+    )
+    parser.add_argument("--question-twice", action="store_true", help="the question before and after the images")
+    parser.add_argument(
+        "--reject", type=Path, help="put records that cannot be converted into this JSONL file and go on"
+    )
+    if converter.evaluation_only:
+        parser.add_argument("--force-training", action="store_true", help="do not mark the rows as evaluation only")
+    converter.add_options(parser)
+    return parser
+
+
+def main(converter: Converter, arguments: list[str] | None = None) -> int:
+    """Run the converter's command; returns the exit code (0, or 2 after one line `error: ...` on stderr)."""
+    options = parser_of(converter).parse_args(arguments)
+    return guarded(lambda: convert(converter, options))
+
+
+def convert(converter: Converter, options: Options) -> int:
+    """Convert a data set as `options` say. Raises `ValueError` naming file, row and reason; `--out` is then
+    untouched."""
+    if not options.source.is_dir():
+        raise ValueError(f"{options.source} is not a folder; archives have to be unpacked first")
+    if options.question_twice and options.order != "image_first":
+        raise ValueError("--question-twice puts the question on both sides; it cannot be combined with --order")
+    if options.reject and options.reject.resolve().is_relative_to(options.out.resolve()):
+        raise ValueError(f"--reject {options.reject} lies in --out, which is replaced as a whole; choose another place")
+    options.image_root = options.image_root or options.source
+    options.format = "parquet" if options.embed_images else options.format
+    files = converter.files(options.source, options)
+    fingerprint = Fingerprint.of(converter.name, files, options)
+    if is_current(options.out, fingerprint):
+        print(f"{options.out} is up to date")
+        return 0
+    tally = Tally()
+    with prepared_folder(options.out) as staging, ExitStack() as stack:
+        reject = stack.enter_context(replacing(options.reject)) if options.reject else None
+        with row_writer(staging, options.format, options.embed_images) as writer:
+            for record, reason in _failures(converter, files, options, writer.write, tally):
+                if reject is None:
+                    raise ValueError(f"{record.file}: row {record.number}: {reason}")
+                tally.rejected += 1
+                entry = rejected(record.file, record.number, [Problem("not converted", reason)], record.value)
+                reject.write(encoded_safely(entry) + b"\n")
+        images = image_digest(staging, options.image_root) if options.embed_images else None
+        write_manifest(staging, fingerprint, tally, images, converter.evaluation_only and not options.force_training)
+    _report(options, tally)
+    return 0
+
+
+def _failures(
+    converter: Converter, files: list[Path], options: Options, write: Callable[[list[Row]], None], tally: Tally
+) -> Iterator[tuple[SourceRecord, str]]:
+    """Convert and write record by record, counting in `tally`; yields every record that cannot be converted, and
+    why."""
+    prefix = EVALUATION_ONLY if converter.evaluation_only and not options.force_training else ""
+    for number, order in enumerate(passes(options.order)):
+        for record in converter.records(files, options):
+            try:
+                found = list(converter.rows(record, options))
+                rows = [_finished(row, order, prefix, options) for row in found if not isinstance(row, str)]
+                rows = [row for row in rows if number == 0 or has_order(row)]
+                write(rows)
+            except ValueError as error:
+                if number == 0:  # in a second pass the same records fail again
+                    yield record, str(error)
+                continue
+            for row in rows:
+                tally.rows[row["source"]] += 1
+            if number == 0:
+                tally.left_out.update(note for note in found if isinstance(note, str))
+
+
+def _finished(row: Row, order: str, prefix: str, options: Options) -> Row:
+    """A converter's row in its final form. Raises `ValueError` if it is not well-formed or an image cannot be read."""
+    row["source"] = prefix + row["source"]
+    problems = format_problems(row)
+    if problems:
+        raise ValueError(problems[0].detail)
+    if options.order == "dual" and has_order(row):
+        row["id"] = f"{row['id']}/{order}"
+    row = arrange(row, order, options.question_twice)
+    if options.embed_images:
+        names = row["images"]
+        row["images"] = [{"bytes": resolve(name, options.image_root).read_bytes(), "path": name} for name in names]
+    return row
+
+
+def encoded_safely(entry: dict[str, Any]) -> bytes:
+    """A reject entry as JSON; a record with text that UTF-8 cannot hold is kept in Python's notation."""
+    try:
+        return encoded(entry)
+    except ValueError:
+        return encoded({**entry, "record": ascii(entry["record"])})
+
+
+def _report(options: Options, tally: Tally) -> None:
+    for source, rows in sorted(tally.rows.items()):
+        print(f"{rows:>9,} rows  {source}")
+    for what, count in sorted(tally.left_out.items()):
+        print(f"{count:>9,} left out: {what}")
+    moved = f", {tally.rejected:,} records rejected in {options.reject}" if tally.rejected else ""
+    print(f"{tally.rows.total():>9,} rows in {options.out}{moved}")
+
+
+def run(converter: Converter) -> None:
+    """Entry point of a converter's module."""
+    sys.exit(main(converter))

@@ -1,0 +1,76 @@
+"""Interleaved multi-image dialogues: M4-Instruct (lmms-lab/M4-Instruct-Data: m4_instruct_annotations.json, the
+training set of LLaVA-NeXT-Interleave) and Mantis-Instruct (TIGER-Lab/Mantis-Instruct: SUBSET/train-*.parquet, images
+unpacked).
+
+M4: an array of {"sample_id" or "id", "image": [names] or a name, "conversations": [{"from", "value"}]}. Mantis: rows
+of {"id", "images": [{"bytes": null, "path"}], "conversation": [{"role", "content"}]}. `<image>` in a user's turn
+stands for the next image. `--annotations` is a .json, .jsonl or .parquet file, or a pattern of several.
+"""
+
+from argparse import ArgumentParser
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep import json_stream
+from data_prep.conversations import image_names, messages_of
+from data_prep.convert import Converter, Options, SourceRecord, run
+from data_prep.fields import field, text_of
+from data_prep.rows import Row
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """`--annotations` and `--name`."""
+    parser.add_argument("--annotations", default="m4_instruct_annotations.json", help="file or pattern below --source")
+    parser.add_argument("--name", default="interleave", help="source that the rows name (%(default)r)")
+
+
+def files(source: Path, options: Options) -> list[Path]:
+    """The annotation files, in the order of their names."""
+    found = sorted(file for file in source.glob(options.annotations) if file.is_file())
+    if not found:
+        raise ValueError(f"{source / options.annotations} does not exist")
+    for file in found:
+        if file.suffix not in (".json", ".jsonl", ".parquet"):
+            raise ValueError(f"{file} is not a .json, .jsonl or .parquet file")
+    return found
+
+
+def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
+    """One a dialogue."""
+    readers = {".json": json_stream.array, ".jsonl": json_stream.lines, ".parquet": _parquet}
+    found = ((file, *row) for file in files for row in readers[file.suffix](file))
+    for running, (file, number, value) in enumerate(found, start=1):
+        yield SourceRecord(file, number, value, running)
+
+
+def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
+            for value in batch.to_pylist():
+                number += 1
+                yield number, value
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file}: not readable as Parquet: {str(error).splitlines()[0]}") from error
+
+
+def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
+    """One row a dialogue."""
+    value = record.value
+    mantis = isinstance(value, dict) and "conversation" in value
+    turns = field(value, "conversation" if mantis else "conversations", list)
+    names = image_names(value, "image" if "image" in value else "images")
+    images = [f"{options.image_folder}/{name}" if options.image_folder else name for name in names]
+    own_id = text_of(value.get("sample_id", value.get("id", "")), "id")
+    row_id = f"{own_id}#{record.context}"
+    yield {"id": row_id, "source": options.name, "messages": messages_of(turns, bool(images)), "images": images}
+
+
+CONVERTER = Converter("interleave", __doc__, files, records, rows, add_options=add_options, image_folder="")
+
+if __name__ == "__main__":
+    run(CONVERTER)

@@ -1,0 +1,88 @@
+"""Moving bad rows out of prepared rows into a file of their own, with the reasons. No row is ever in neither place."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.manifest import refresh_manifest
+from data_prep.rows import Problem, row_files, scan
+from data_prep.writing import encoded, rejected, replacing
+
+Bad = dict[Path, dict[int, list[Problem]]]  # problems by file and row number
+
+_BATCH = 1000  # rows of Parquet in memory
+
+
+def move_rows(rows: Path, reject: Path, bad: Bad, total: int) -> None:
+    """Add the `bad` rows of `rows` (of `total` in all) to `reject`, then take them out of their files.
+
+    JSONL keeps every good line as it was, byte for byte, and Parquet every good row. `reject` is written first and
+    keeps what it held. Raises `ValueError` if it is not of the rows' format, or lies among the rows.
+    """
+    endings = {file.suffix for file in row_files(rows)}
+    if {reject.suffix} != endings:
+        raise ValueError(f"--reject {reject} must end in {' and '.join(sorted(endings))}, as the rows do")
+    if (rows.is_dir() and reject.resolve().is_relative_to(rows.resolve())) or reject.resolve() == rows.resolve():
+        raise ValueError(f"--reject {reject} lies among the rows themselves; choose another place")
+    if reject.suffix == ".jsonl":
+        _add_jsonl(rows, reject, bad)
+    else:
+        _add_parquet(reject, bad)
+    for file, problems in bad.items():
+        if file.suffix == ".jsonl":
+            _keep_lines(file, problems)
+        else:
+            _keep_rows(file, problems)
+    if rows.is_dir():
+        refresh_manifest(rows, total - sum(map(len, bad.values())))
+
+
+def _add_jsonl(rows: Path, reject: Path, bad: Bad) -> None:
+    with replacing(reject) as out:
+        if reject.is_file():
+            out.write(reject.read_bytes())
+        for record in scan(rows):
+            problems = bad.get(record.file, {}).get(record.number)
+            if problems is not None:
+                out.write(encoded(rejected(record.file, record.number, problems, record.row, record.raw)) + b"\n")
+
+
+def _keep_lines(file: Path, problems: dict[int, list[Problem]]) -> None:
+    with file.open("rb") as lines, replacing(file) as out:
+        out.writelines(line for number, line in enumerate(lines, start=1) if number not in problems)
+
+
+def _add_parquet(reject: Path, bad: Bad) -> None:
+    tables = [_with_reasons(file, problems) for file, problems in bad.items()]
+    with replacing(reject) as out, pq.ParquetWriter(out, tables[0].schema) as writer:
+        if reject.is_file():
+            for batch in pq.ParquetFile(reject).iter_batches(batch_size=_BATCH):
+                writer.write_batch(batch)
+        for table in tables:
+            writer.write_table(table)
+
+
+def _with_reasons(file: Path, problems: dict[int, list[Problem]]) -> pa.Table:
+    """The bad rows of a shard with the columns file, row and reasons added."""
+    numbers = sorted(problems)
+    table = pa.concat_tables([pa.Table.from_batches([batch]) for batch in _selected(file, set(numbers), bad=True)])
+    table = table.append_column("file", pa.array([str(file)] * len(numbers)))
+    table = table.append_column("row", pa.array(numbers))
+    return table.append_column("reasons", pa.array([[str(problem) for problem in problems[n]] for n in numbers]))
+
+
+def _keep_rows(file: Path, problems: dict[int, list[Problem]]) -> None:
+    with replacing(file) as out, pq.ParquetWriter(out, pq.read_schema(file)) as writer:
+        for batch in _selected(file, problems.keys(), bad=False):
+            writer.write_batch(batch)
+
+
+def _selected(file: Path, numbers: set[int], bad: bool) -> Iterator[pa.RecordBatch]:
+    """The rows of a shard that are (`bad`), or are not, among `numbers`."""
+    start = 1
+    for batch in pq.ParquetFile(file).iter_batches(batch_size=_BATCH):
+        mask = [(number in numbers) == bad for number in range(start, start + len(batch))]
+        start += len(batch)
+        yield batch.filter(pa.array(mask))

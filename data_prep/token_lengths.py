@@ -1,0 +1,51 @@
+"""How many tokens a row has under a processor."""
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.rows import Row
+
+_EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def length_counter(processor_dir: Path, root: Path) -> Callable[[Row], int]:
+    """A function that counts a row's tokens as training sees them, images expanded. It raises `ValueError` for a row
+    that cannot be encoded. Raises `ValueError` itself if `processor_dir` holds no processor; nothing is
+    downloaded."""
+    from transformers import AutoProcessor
+
+    from fmtrain import encode
+    from fmtrain.images import open_image
+
+    try:
+        processor = AutoProcessor.from_pretrained(str(processor_dir), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{processor_dir} holds no processor: {str(error).splitlines()[0]}") from error
+
+    def tokens(row: Row) -> int:
+        images = [open_image(image, root) for image in row["images"]]
+        inputs, _ = encode(processor, row["messages"], images)
+        return int(inputs["input_ids"].shape[-1])
+
+    return tokens
+
+
+def summary(lengths: list[int], limit: int | None) -> dict[str, Any]:
+    """Histogram and quantiles of lengths in tokens, and how many are over `limit`."""
+    counts, _ = np.histogram(lengths, bins=[*_EDGES, np.inf])
+    names = [*(f"{low}-{high - 1}" for low, high in pairwise(_EDGES)), f"{_EDGES[-1]}+"]
+    quantiles = (
+        {name: float(np.quantile(lengths, q)) for name, q in (("median", 0.5), ("p95", 0.95))} if lengths else {}
+    )
+    return {
+        "rows": len(lengths),
+        "histogram": {name: int(count) for name, count in zip(names, counts, strict=True)},
+        **quantiles,
+        "max": max(lengths, default=0),
+        "limit": limit,
+        "over_limit": None if limit is None else sum(length > limit for length in lengths),
+    }

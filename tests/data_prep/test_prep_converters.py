@@ -1,0 +1,215 @@
+"""Every converter on its fixture, against rows verified by hand."""
+
+import importlib
+import json
+import pkgutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+import data_prep
+from data_prep.convert import Converter
+from data_prep.rows import features, format_problems, image_part, read_rows, text_part
+from fmtrain.images import open_image
+
+NAMES = (
+    "aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa visual_genome vqav2 vsr"
+).split()
+GOLDEN = Path(__file__).parent / "golden"
+CASES = [(name, k) for name in NAMES for k in range(len(json.loads((GOLDEN / f"{name}.json").read_text())))]
+
+
+def expand(row: dict) -> dict:
+    """A golden row writes a message as [role, part, ...], and an image as "<image>"."""
+    messages = [{"role": role, "content": [_part(text, role) for text in parts]} for role, *parts in row["messages"]]
+    return {**row, "messages": messages}
+
+
+def _part(text: str, role: str) -> dict:
+    return image_part() if text == "<image>" and role == "user" else text_part(text)
+
+
+def test_every_converter_has_golden_rows():
+    modules = [importlib.import_module(f"data_prep.{m.name}") for m in pkgutil.iter_modules(data_prep.__path__)]
+    converters = {m.CONVERTER.name for m in modules if isinstance(getattr(m, "CONVERTER", None), Converter)}
+    assert converters - {"digits"} == set(NAMES)
+    assert len(CASES) >= 2 * len(NAMES) - 3
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_golden_rows(name, case, fixtures, convert, tmp_path):
+    expected = json.loads((GOLDEN / f"{name}.json").read_text(encoding="utf-8"))[case]
+    assert convert(name, fixtures / name, tmp_path / "out", *expected["options"]) == 0
+    rows = list(read_rows(tmp_path / "out"))
+    assert rows == [expand(row) for row in expected["rows"]]
+    assert not any(format_problems(row) for row in rows)
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parquet_holds_the_same_rows(name, fixtures, convert, tmp_path):
+    convert(name, fixtures / name, tmp_path / "lines")
+    convert(name, fixtures / name, tmp_path / "columns", "--format", "parquet")
+    assert list(read_rows(tmp_path / "columns")) == list(read_rows(tmp_path / "lines"))
+
+
+@pytest.mark.parametrize("name", ["refcoco", "milebench", "interleave", "ocr_vqa", "scienceqa"])
+def test_embedded_images_are_the_files(name, fixtures, convert, tmp_path):
+    convert(name, fixtures / name, tmp_path / "names")
+    assert convert(name, fixtures / name, tmp_path / "bytes", "--embed-images") == 0
+    for plain, embedded in zip(read_rows(tmp_path / "names"), read_rows(tmp_path / "bytes"), strict=True):
+        assert [image["path"] for image in embedded["images"]] == plain["images"]
+        for image in embedded["images"]:
+            assert image["bytes"] == (fixtures / name / image["path"]).read_bytes()
+            assert open_image(image).mode == "RGB"
+
+
+def test_datasets_loads_all_three_forms(fixtures, convert, tmp_path):
+    import datasets
+
+    datasets.disable_progress_bars()
+    options = {"lines": [], "columns": ["--format", "parquet"], "bytes": ["--embed-images"]}
+    loaded = {}
+    for form, chosen in options.items():
+        convert("refcoco", fixtures / "refcoco", tmp_path / form, *chosen)
+        (file,) = (tmp_path / form).glob("rows*")
+        kind = "json" if form == "lines" else "parquet"
+        loaded[form] = datasets.load_dataset(
+            kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache" / form)
+        )
+    assert loaded["lines"].features == loaded["columns"].features == datasets.Features.from_dict(features())
+    assert loaded["bytes"].features == datasets.Features.from_dict(features(embed_images=True))
+    assert loaded["lines"][0] == loaded["columns"][0] == next(read_rows(tmp_path / "lines"))
+    assert loaded["bytes"][0]["images"][0]["path"] == loaded["lines"][0]["images"][0]
+
+
+@pytest.mark.parametrize("layout", ["jsonl", "parquet"])
+def test_datasets_loads_a_prepared_folder_by_its_name(layout, fixtures, convert, tmp_path):
+    import datasets
+
+    convert("vsr", fixtures / "vsr", tmp_path / "out", "--format", layout)
+    loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded.to_list() == list(read_rows(tmp_path / "out"))
+
+
+def test_jsonl_that_begins_with_ten_megabytes_of_text_loads_with_the_features(mix, convert, tmp_path):
+    import datasets
+
+    turns = [{"from": "human", "value": "q" * 4000}, {"from": "gpt", "value": "a"}]
+    image = {"image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\nq"}, turns[1]]}
+    convert("llava_mix665k", mix([{"conversations": turns}] * 3000 + [image]), tmp_path / "out")
+    rows = datasets.load_dataset(
+        "json",
+        data_files=str(tmp_path / "out" / "rows.jsonl"),
+        features=datasets.Features.from_dict(features()),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert rows[-1]["images"] == ["coco/1.jpg"] and rows[0]["images"] == []
+
+
+def test_counts_left_out_regions(fixtures, convert, tmp_path, capsys):
+    convert("visual_genome", fixtures / "visual_genome", tmp_path / "out")
+    left_out = json.loads((tmp_path / "out" / "_manifest").read_text())["left_out"]
+    assert left_out == {
+        "region that repeats a phrase and box of its image": 1,
+        "region without area inside its image": 1,
+    }
+    assert "left out: region without area" in capsys.readouterr().out
+
+
+def test_milebench_is_marked_in_rows_and_manifest(fixtures, convert, tmp_path):
+    convert("milebench", fixtures / "milebench", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "_manifest").read_text())["evaluation_only"] is True
+    convert("milebench", fixtures / "milebench", tmp_path / "forced", "--force-training")
+    assert json.loads((tmp_path / "forced" / "_manifest").read_text())["evaluation_only"] is False
+
+
+def test_shards(mix, convert, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.writing.SHARD_ROWS", 4)
+    monkeypatch.setattr("data_prep.writing._GROUP_ROWS", 2)
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    records = [{"id": k, "conversations": turns} for k in range(11)]
+    convert("llava_mix665k", mix(records), tmp_path / "out", "--format", "parquet")
+    shards = sorted((tmp_path / "out").glob("rows*"))
+    assert [pq.read_metadata(shard).num_rows for shard in shards] == [4, 4, 3]
+    assert [row["id"] for row in read_rows(tmp_path / "out")] == [f"{k}#{k + 1}" for k in range(11)]
+
+
+BROKEN = {
+    "aokvqa": ("aokvqa_v1p0_train.json", '"correct_choice_idx": 3', '"correct_choice_idx": 4', "row 1: choice 4 of 4"),
+    "gqa": (
+        "train_balanced_questions.json",
+        '"imageId": "n161313"',
+        '"image": 1',
+        "row 07333408: expected text or a number",
+    ),
+    "interleave": (
+        "m4_instruct_annotations.json",
+        '"pairs/a.jpg",\n   "pairs/b.png"\n',
+        '"pairs/a.jpg"\n',
+        "row 1: 2 image parts and 1 images",
+    ),
+    "llava_instruct": ("llava_instruct_150k.json", '"from": "gpt"', '"from": "robot"', 'row 1: turn 2: from "robot"'),
+    "llava_mix665k": (
+        "llava_v1_5_mix665k.json",
+        "gqa/images/n161313.jpg",
+        "../../etc/n.jpg",
+        "row 2: image '../../etc/n.jpg'",
+    ),
+    "milebench": ("ALFRED/ALFRED.json", "{image#2}", "{image#3}", "row 1: 2 images, but the context"),
+    "ocr_vqa": (
+        "dataset.json",
+        '"Is this a sociopolitical book?"',
+        '"Is it?", "More?"',
+        "row 000721930X: 4 questions and 3 answers",
+    ),
+    "refcoco": ("refcoco/refs(unc).json", '"ann_id": 1719310', '"ann_id": 5', "row 1: annotation 5"),
+    "scienceqa": (
+        "problems.json",
+        '"answer": 0',
+        '"answer": "first"',
+        "row 1: expected a whole number as field 'answer'",
+    ),
+    "visual_genome": (
+        "region_descriptions.json",
+        '"width": 82',
+        '"width": "wide"',
+        "row 1: expected a number as width",
+    ),
+    "vqav2": ("v2_OpenEnded_mscoco_train2014_questions.json", "458752001", "1", "row 2: question 1 has no annotation"),
+    "vsr": ("train.jsonl", '"label": 1', '"label": 2', "row 1: label 2 is neither 0 nor 1"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_broken_record_is_named_and_nothing_is_written(name, fixtures, convert, tmp_path, capsys):
+    file, old, new, reason = BROKEN[name]
+    source = tmp_path / "source"
+    for original in (fixtures / name).rglob("*"):
+        if original.is_file() and original.suffix in (".json", ".jsonl"):
+            copy = source / original.relative_to(fixtures / name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            text = original.read_text(encoding="utf-8")
+            if str(copy.relative_to(source)) == file:
+                assert old in text
+                text = text.replace(old, new, 1)
+            copy.write_text(text, encoding="utf-8")
+    assert convert(name, source, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {source / file}: {reason}") and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+    reject = tmp_path / "reject.jsonl"
+    assert convert(name, source, tmp_path / "out", "--reject", str(reject)) == 0
+    (entry,) = map(json.loads, reject.read_text(encoding="utf-8").splitlines())
+    assert reason.split(": ", 1)[1] in entry["reasons"][0] and str(entry["row"]) == reason.split()[1].rstrip(":")
+    assert len(reject.read_text(encoding="utf-8")) < 3000  # the record, not the tables that it was joined with
+
+
+def test_a_pickle_is_refused(fixtures, convert, tmp_path, capsys):
+    folder = tmp_path / "source" / "refcoco"
+    folder.mkdir(parents=True)
+    (folder / "refs(unc).p").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+    assert convert("refcoco", tmp_path / "source", tmp_path / "out") == 2
+    assert "is a pickle, which can run code" in capsys.readouterr().err

@@ -1,0 +1,68 @@
+"""One parser for YAML and command line: types, overrides, and what each refuses."""
+
+import pytest
+import training
+import yaml
+
+from fmtrain.merge import Merge
+from fmtrain.recipe import read
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**changes):
+        return training.write_recipe(tmp_path, **changes)
+
+    return write
+
+
+def test_values_are_typed_and_the_command_line_wins(recipe):
+    path = recipe(learning_rate="2e-3", bf16=False, train_parts=["language_model", "projector"], report_to=["wandb", "tensorboard"])
+    found = read(path, ["--learning_rate=5e-4", "--mask", "future", "--logging_steps", "3"])
+    assert found.training.learning_rate == 5e-4 and found.training.logging_steps == 3 and found.mask.mask == "future"
+    assert found.data.train_parts == ["language_model", "projector"] and found.training.report_to == ["wandb", "tensorboard"]
+    assert found.training.max_length is None and found.training.remove_unused_columns is False
+    # what a run writes is the recipe that would make it again
+    assert found.resolved["learning_rate"] == 5e-4 and found.resolved["mask"] == "future" and found.resolved["logging_steps"] == 3
+    path.write_text(yaml.safe_dump(found.resolved))
+    assert read(path).resolved == found.resolved
+
+
+@pytest.mark.parametrize(
+    ("prefix", "expected"), [(1, 1), ("4", 4), (0.1, 0.1), ("0.01", 0.01), (1.0, 1.0)], ids=["count", "text", "fraction", "small", "whole"]
+)
+def test_merge_options(recipe, prefix, expected):
+    found = read(recipe(mask="v2v+merge", merge_prefix=prefix, merge_kernel_size=5, merge_normalize=False))
+    policy, merge = found.mask.policy()
+    assert policy.name == "v2v" and merge == Merge(expected, 5, False) and type(merge.prefix) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"mask": "v2v+merge", "merge_prefix": 0}, ["prefix 0", "1 or more"]),
+        ({"mask": "v2v+merge", "merge_prefix": 1.5}, ["prefix 1.5", "at most 1.0"]),
+        ({"mask": "v2v+merge", "merge_prefix": "some"}, ["'some'", "count"]),
+        ({"mask": "v2v+merge", "merge_kernel_size": 0}, ["kernel_size 0", "1 or more"]),
+        ({"mask": "causal+merge"}, ["causal", "nothing to merge"]),
+        ({"mask": "v2v+pool"}, ["v2v+pool", "POLICY+merge"]),
+    ],
+)
+def test_bad_merge_options_say_what_is_allowed(recipe, changes, words):
+    with pytest.raises(ValueError) as error:
+        read(recipe(**changes)).mask.policy()
+    assert all(word in str(error.value) for word in words)
+
+
+def test_unused_and_unset(recipe):
+    with pytest.raises(ValueError, match="merge_kernel_size belong to the light form"):
+        read(recipe(mask="v2v", merge_kernel_size=5))
+    with pytest.raises(ValueError, match="variable that is not set"):
+        read(recipe(output_dir="runs/$NOT_SET_ANYWHERE"))
+    with pytest.raises(ValueError, match="no such recipe"):
+        read("nowhere.yaml")
+
+
+def test_a_sweep_run_has_a_folder_of_its_own(recipe, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert read(recipe(), ["--output_dir=runs/sweep/$WANDB_RUN_ID"]).training.output_dir == "runs/sweep/abc123"
