@@ -10,9 +10,10 @@ export TOKENIZERS_PARALLELISM := false
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt requirements-lmms.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e ".[tracking,deepspeed,eval,test]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[tracking,deepspeed,data,eval,test]"
+	$(BIN)/pip install -q --no-deps -r requirements-lmms.txt
 	touch $@
 
 # Fast tests first; the slow ones (real kills, two processes) follow, so that a plain mistake shows early.

@@ -57,9 +57,7 @@ def measure(source: Path, out: Path, options: list[str]) -> dict[str, float]:
     command = [sys.executable, "-m", "data_prep.llava_mix665k", "--source", str(source), "--out", str(out), *options]
     core = {min(os.sched_getaffinity(0))}
     started = time.perf_counter()
-    done = subprocess.run(
-        command, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, core), check=False
-    )
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, core), check=False)
     seconds = time.perf_counter() - started
     if done.returncode:
         raise ValueError(f"the conversion failed: {done.stderr.strip()}")

@@ -144,9 +144,7 @@ def parser_of() -> argparse.ArgumentParser:
     parser.add_argument("--skip-images", action="store_true", help="do not look at image files")
     parser.add_argument("--processor", type=Path, metavar="DIR", help="count tokens under this transformers processor")
     parser.add_argument("--max-length", type=int, metavar="TOKENS", help="rows with more tokens are bad")
-    parser.add_argument(
-        "--against", type=Path, metavar="EVAL_DIR", help="images of this folder must not be in the rows"
-    )
+    parser.add_argument("--against", type=Path, metavar="EVAL_DIR", help="images of this folder must not be in the rows")
     parser.add_argument("--allow-evaluation", action="store_true", help="accept rows that are for evaluation only")
     parser.add_argument("--reject", type=Path, metavar="FILE", help="move bad rows here, added to what FILE holds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings here")

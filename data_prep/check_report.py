@@ -44,9 +44,7 @@ def report(findings: "Findings", options: argparse.Namespace) -> dict[str, Any]:
 
 def print_report(summary: dict[str, Any], console: Console) -> None:
     """Tables of the problems and of the token lengths."""
-    console.print(
-        f"{summary['rows']:,} rows, {summary['images']:,} images opened, {summary['bad']:,} bad rows", highlight=False
-    )
+    console.print(f"{summary['rows']:,} rows, {summary['images']:,} images opened, {summary['bad']:,} bad rows", highlight=False)
     if summary["problems"]:
         table = Table("problem", "rows", "for example")
         for kind, count in summary["problems"].items():

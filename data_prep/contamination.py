@@ -19,11 +19,7 @@ class EvaluationImages:
     """
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor, advance: Callable[[], None]) -> None:
-        names = sorted(
-            str(path.relative_to(folder))
-            for path in folder.rglob("*")
-            if path.suffix.lower() in _ENDINGS and path.is_file()
-        )
+        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
         if not names:
             raise ValueError(f"{folder} holds no images to check against")
         self.by_content: dict[bytes, str] = {}

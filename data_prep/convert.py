@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from data_prep.command_line import guarded
 from data_prep.manifest import Fingerprint, Tally, image_digest, is_current, write_manifest
 from data_prep.orders import ORDERS, arrange, has_order, passes
-from data_prep.rows import EVALUATION_ONLY, Problem, Row, format_problems
+from data_prep.rows import Problem, Row, format_problems
 from data_prep.writing import encoded, prepared_folder, rejected, replacing, row_writer
 from fmtrain.images import resolve
+from fmtrain.row_format import EVALUATION_ONLY
 
 Options = argparse.Namespace
 
@@ -75,16 +76,10 @@ def parser_of(converter: Converter) -> argparse.ArgumentParser:
     parser.add_argument("--embed-images", action="store_true", help="put image files into the rows (Parquet)")
     parser.add_argument("--image-root", type=Path, help="what image paths are relative to; default: --source")
     if converter.image_folder is not None:
-        parser.add_argument(
-            "--image-folder", default=converter.image_folder, help="images below the root (%(default)r)"
-        )
-    parser.add_argument(
-        "--order", choices=ORDERS, default="image_first", help="images before or after the text of a turn"
-    )
+        parser.add_argument("--image-folder", default=converter.image_folder, help="images below the root (%(default)r)")
+    parser.add_argument("--order", choices=ORDERS, default="image_first", help="images before or after the text of a turn")
     parser.add_argument("--question-twice", action="store_true", help="the question before and after the images")
-    parser.add_argument(
-        "--reject", type=Path, help="put records that cannot be converted into this JSONL file and go on"
-    )
+    parser.add_argument("--reject", type=Path, help="put records that cannot be converted into this JSONL file and go on")
     if converter.evaluation_only:
         parser.add_argument("--force-training", action="store_true", help="do not mark the rows as evaluation only")
     converter.add_options(parser)

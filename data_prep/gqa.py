@@ -19,9 +19,7 @@ from data_prep.rows import Row, assistant, image_part, user
 def add_options(parser: ArgumentParser) -> None:
     """`--split`, `--questions`, `--answer` and `--prompt`."""
     parser.add_argument("--split", choices=("train", "val", "testdev"), default="train")
-    parser.add_argument(
-        "--questions", choices=("balanced", "all"), default="balanced", help="the data set's two samples"
-    )
+    parser.add_argument("--questions", choices=("balanced", "all"), default="balanced", help="the data set's two samples")
     parser.add_argument("--answer", choices=("short", "full"), default="short", help="a word, or the full sentence")
     add_prompt_option(parser)
 

@@ -53,9 +53,7 @@ class _Buffer:
     def take(self, character: str, where: str) -> None:
         found = self.peek()
         if found != character:
-            raise self.fail(
-                f"{where}: expected {character!r}, found {found!r}" if found else f"{where}: the file is cut off"
-            )
+            raise self.fail(f"{where}: expected {character!r}, found {found!r}" if found else f"{where}: the file is cut off")
         self.at += 1
 
     def _complete(self, value: Any, end: int) -> bool:

@@ -41,9 +41,7 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     yield {"id": row_id, "source": "llava_instruct", "messages": messages_of(turns, bool(images)), "images": images}
 
 
-CONVERTER = Converter(
-    "llava_instruct", __doc__, files, records, rows, add_options=add_options, image_folder="train2017"
-)
+CONVERTER = Converter("llava_instruct", __doc__, files, records, rows, add_options=add_options, image_folder="train2017")
 
 if __name__ == "__main__":
     run(CONVERTER)

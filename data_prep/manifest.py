@@ -88,9 +88,7 @@ def image_digest(folder: Path, root: Path) -> str:
     return digest.hexdigest()
 
 
-def write_manifest(
-    folder: Path, fingerprint: Fingerprint, tally: Tally, images: str | None, evaluation_only: bool
-) -> None:
+def write_manifest(folder: Path, fingerprint: Fingerprint, tally: Tally, images: str | None, evaluation_only: bool) -> None:
     """Write the manifest of a folder whose rows are complete; `images` is its `image_digest` if they are embedded."""
     manifest = {
         "fingerprint": vars(fingerprint),

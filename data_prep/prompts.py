@@ -15,9 +15,7 @@ DESCRIBE = "Please provide a short description for this region: {}."
 
 def add_prompt_option(parser: ArgumentParser) -> None:
     """`--prompt`, for data sets with short or multiple-choice answers."""
-    parser.add_argument(
-        "--prompt", choices=FORMS, default="llava", help="llava: LLaVA-1.5's answer prompts; plain: the question alone"
-    )
+    parser.add_argument("--prompt", choices=FORMS, default="llava", help="llava: LLaVA-1.5's answer prompts; plain: the question alone")
 
 
 def short_answer(question: str, form: str) -> str:

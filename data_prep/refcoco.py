@@ -35,9 +35,7 @@ def files(source: Path, options: Options) -> list[Path]:
     splitter = options.split_by or ("umd" if options.dataset == "refcocog" else "unc")
     name = f"{options.dataset}/refs({splitter})"
     if not (source / f"{name}.json").is_file() and (source / f"{name}.p").is_file():
-        raise ValueError(
-            f"{source / name}.p is a pickle, which can run code; data_prep/README.md says how to make it JSON"
-        )
+        raise ValueError(f"{source / name}.p is a pickle, which can run code; data_prep/README.md says how to make it JSON")
     return [source_file(source, f"{name}.json"), source_file(source, f"{options.dataset}/instances.json")]
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import orjson
 
-from data_prep.rows import EVALUATION_ONLY, PLACEHOLDER, Message, Problem, Row, format_problems
+from data_prep.rows import PLACEHOLDER, Message, Problem, Row, format_problems
+from fmtrain.row_format import EVALUATION_ONLY
 
 
 def text_of_message(message: Message) -> str:
@@ -43,9 +44,7 @@ def _text_problems(row: Row) -> list[Problem]:
     for number, message in enumerate(row["messages"]):
         text = text_of_message(message)
         if PLACEHOLDER in text:
-            problems.append(
-                Problem("placeholder in text", f"message {number} has {PLACEHOLDER} as text, not as an image")
-            )
+            problems.append(Problem("placeholder in text", f"message {number} has {PLACEHOLDER} as text, not as an image"))
         has_image = any(part["type"] == "image" for part in message["content"])
         if not text.strip() and (message["role"] == "assistant" or not has_image):
             kind = "empty answer" if message["role"] == "assistant" else "empty message"
@@ -54,9 +53,7 @@ def _text_problems(row: Row) -> list[Problem]:
             question = None if has_image else text  # the same words about another image are another question
         elif question is not None:
             if (question, text) in exchanges:
-                problems.append(
-                    Problem("duplicate answer", f"message {number} repeats an earlier question and its answer")
-                )
+                problems.append(Problem("duplicate answer", f"message {number} repeats an earlier question and its answer"))
             exchanges.add((question, text))
     return problems
 

@@ -19,15 +19,16 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fmtrain.row_format import COLUMNS as KEYS
+from fmtrain.row_format import features
+
 Row = dict[str, Any]
 Part = dict[str, str | None]
 Message = dict[str, Any]
 
-KEYS = ("id", "source", "messages", "images")
 ROLES = ("system", "user", "assistant")
 PLACEHOLDER = "<image>"  # what LLaVA's own files write where an image goes; never text of a row
 _KEYS, _MESSAGE_KEYS, _PART_KEYS = frozenset(KEYS), frozenset(("role", "content")), frozenset(("type", "text"))
-EVALUATION_ONLY = "evaluation_only/"  # first characters of `source` in rows that must not be trained on
 
 _NOT_IMAGES = (
     ".zip",
@@ -137,9 +138,7 @@ def _is_plain(message: Any) -> bool:
     if not isinstance(content, list) or len(content) != 1:
         return False
     part = content[0]
-    return (
-        isinstance(part, dict) and len(part) == 2 and part.get("type") == "text" and isinstance(part.get("text"), str)
-    )
+    return isinstance(part, dict) and len(part) == 2 and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _message_problem(message: Any) -> str | None:
@@ -186,20 +185,6 @@ def schema(embed_images: bool = False) -> pa.Schema:
     ]
     metadata = {"huggingface": orjson.dumps({"info": {"features": features(embed_images)}})}
     return pa.schema(fields, metadata=metadata)
-
-
-def features(embed_images: bool = False) -> dict[str, Any]:
-    """The schema in the form of `datasets.Features.from_dict`.
-
-    `datasets` infers the types of JSONL from its first ten million bytes; give it these features
-    (`load_dataset("json", data_files=..., features=...)`) where a file may begin with that much text and no image.
-    Embedded images are `Image(decode=False)`, so that they are opened by `fmtrain.images.open_image`, under its limits.
-    """
-    text = {"dtype": "string", "_type": "Value"}
-    image = {"decode": False, "_type": "Image"} if embed_images else text
-    content = {"feature": {"type": text, "text": text}, "_type": "List"}
-    messages = {"feature": {"role": text, "content": content}, "_type": "List"}
-    return {"id": text, "source": text, "messages": messages, "images": {"feature": image, "_type": "List"}}
 
 
 def row_files(path: Path) -> list[Path]:

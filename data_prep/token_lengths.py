@@ -13,13 +13,14 @@ _EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def length_counter(processor_dir: Path, root: Path) -> Callable[[Row], int]:
-    """A function that counts a row's tokens as training sees them, images expanded. It raises `ValueError` for a row
-    that cannot be encoded. Raises `ValueError` itself if `processor_dir` holds no processor; nothing is
-    downloaded."""
+    """A function that counts a row's tokens as training sees them, images expanded; of these only the sizes are read.
+
+    It raises `ValueError` for a row that cannot be encoded. Raises `ValueError` itself if `processor_dir` holds no
+    processor; nothing is downloaded."""
     from transformers import AutoProcessor
 
-    from fmtrain import encode
-    from fmtrain.images import open_image
+    from fmtrain.data import token_count
+    from fmtrain.images import image_size
 
     try:
         processor = AutoProcessor.from_pretrained(str(processor_dir), local_files_only=True)
@@ -27,9 +28,7 @@ def length_counter(processor_dir: Path, root: Path) -> Callable[[Row], int]:
         raise ValueError(f"{processor_dir} holds no processor: {str(error).splitlines()[0]}") from error
 
     def tokens(row: Row) -> int:
-        images = [open_image(image, root) for image in row["images"]]
-        inputs, _ = encode(processor, row["messages"], images)
-        return int(inputs["input_ids"].shape[-1])
+        return token_count(processor, row["messages"], [image_size(image, root) for image in row["images"]])
 
     return tokens
 
@@ -38,9 +37,7 @@ def summary(lengths: list[int], limit: int | None) -> dict[str, Any]:
     """Histogram and quantiles of lengths in tokens, and how many are over `limit`."""
     counts, _ = np.histogram(lengths, bins=[*_EDGES, np.inf])
     names = [*(f"{low}-{high - 1}" for low, high in pairwise(_EDGES)), f"{_EDGES[-1]}+"]
-    quantiles = (
-        {name: float(np.quantile(lengths, q)) for name, q in (("median", 0.5), ("p95", 0.95))} if lengths else {}
-    )
+    quantiles = {name: float(np.quantile(lengths, q)) for name, q in (("median", 0.5), ("p95", 0.95))} if lengths else {}
     return {
         "rows": len(lengths),
         "histogram": {name: int(count) for name, count in zip(names, counts, strict=True)},

@@ -20,9 +20,7 @@ from data_prep.rows import Message, Row, image_part
 
 def add_options(parser: ArgumentParser) -> None:
     """`--turns`, `--task` and `--box-frame`."""
-    parser.add_argument(
-        "--turns", type=int, default=10, help="regions a row at the most (%(default)s, as in LLaVA-1.5)"
-    )
+    parser.add_argument("--turns", type=int, default=10, help="regions a row at the most (%(default)s, as in LLaVA-1.5)")
     add_box_options(parser)
 
 

@@ -83,9 +83,7 @@ def _require_replaceable(out: Path) -> None:
     found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     strangers = [name for name in found if name != MANIFEST and not name.startswith("rows")]
     if found and (strangers or MANIFEST not in found):
-        raise ValueError(
-            f"{out} holds {(strangers or found)[0]!r} and is no prepared folder; choose a folder of its own"
-        )
+        raise ValueError(f"{out} holds {(strangers or found)[0]!r} and is no prepared folder; choose a folder of its own")
 
 
 def _claim(lock: int, out: Path) -> None:

@@ -4,6 +4,8 @@ Names are imported when first used, so that `fmtrain.images` alone does not load
 """
 
 import importlib
+import sys
+import types
 
 __version__ = "0.1.0"
 
@@ -27,5 +29,15 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'fmtrain' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"fmtrain.{_HOME[name]}"), name)
-    globals()[name] = value  # also over the submodule of the same name (fmtrain.encode is the function)
+    globals()[name] = value
     return value
+
+
+class _Package(types.ModuleType):
+    """Importing the submodule `fmtrain.encode` would put the module where the function of that name belongs."""
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, getattr(value, name) if name in _HOME and isinstance(value, types.ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Package

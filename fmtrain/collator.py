@@ -1,7 +1,7 @@
 """Rows into batches: encoded dialogues, padded on one side, pixels of all images behind one another.
 
 A row is a dict with `messages` and `images` (names below the image folder, `datasets.Image` cells or PIL images), and
-perhaps an `id`.
+perhaps an `id` and an `image_root`, its own image folder (in a mix of several sets).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ from fmtrain.layout import Layout, Role
 def encode_row(processor, row: dict, image_root: str | Path = ".", max_pixels: int = MAX_PIXELS, add_generation_prompt: bool = False):
     """`encode` of a row; a `ValueError` names the row."""
     try:
-        images = [open_image(image, image_root, max_pixels) for image in row.get("images") or []]
+        root = row.get("image_root") or image_root
+        images = [open_image(image, root, max_pixels) for image in row.get("images") or []]
         return encode(processor, row["messages"], images, add_generation_prompt)
     except ValueError as error:
         raise ValueError(f"row {row.get('id', '?')}: {error}") from error
@@ -63,6 +64,8 @@ class Collator:
     blank: dict[str, torch.Tensor] | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        if rows[0]["messages"] is None:  # a batch before the one that a stream resumes at; the trainer throws it away
+            return {}
         inputs, layout = batch(self.processor, [self.encode(row) for row in rows])
         if self.blank is not None and "pixel_values" not in inputs:
             inputs, layout = self._with_blank(inputs, layout)

@@ -4,6 +4,7 @@ Rows of a picture are queries (who looks), columns are keys (what is looked at).
 Shape names: N cells along an edge of a picture, a token each.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,10 +17,12 @@ from fmtrain.policies import POLICIES, Policy, T, V, get_policy, past, revealed,
 
 CLOSED, CAUSAL, REVEALED = range(3)
 STATES = {CLOSED: "#F1F3F5", CAUSAL: "#9AA7B8", REVEALED: "#E8590C"}  # they differ in lightness too: fit for colour-blind readers
-TEXT, IMAGES, ANSWER, PAD, INK = "#56B4E9", ("#00795A", "#6CCBAE"), "#B0478F", "#D5D9DD", "#1B1F24"
+TEXT, IMAGES, ANSWER, PAD, INK, GREY = "#56B4E9", ("#00795A", "#6CCBAE"), "#B0478F", "#D5D9DD", "#1B1F24", "#4A525B"
 LIMIT = 1400  # cells along an edge; longer rows are sampled
+NAMES = {Role.TEXT: "text", Role.VISUAL: "image", Role.ANSWER: "answer", Role.PAD: "padding"}
 DPI = 100
 DASHES = (0, (3, 2))
+READING = "Rows look, columns are looked at"
 EXAMPLE = "TIIITJJJTTAA / TKKKTAA"
 
 
@@ -43,7 +46,7 @@ class Run(NamedTuple):
 
     @property
     def label(self) -> str:
-        return {Role.TEXT: "text", Role.VISUAL: f"image {self.image}", Role.ANSWER: "answer", Role.PAD: "padding"}[self.role]
+        return f"image {self.image}" if self.role == Role.VISUAL else NAMES[self.role]
 
 
 class Box(NamedTuple):
@@ -97,13 +100,10 @@ def in_words(policy: Policy) -> str:
         return "each image sees all of itself"
     if len(policy.reveals) == 4:
         return "the prompt of a turn sees all of itself"
-    name = {V: "images", T: "text"}
-    clauses = []
-    for query in (V, T):
-        keys = [name[key] for key in (V, T) if (query, key) in policy.reveals]
-        if keys:
-            verb = "" if clauses else " sees" if query == T else " see"
-            clauses.append(f"{name[query]}{verb} later {' and '.join(keys)}")
+    name, clauses = {V: "images", T: "text"}, []
+    for query, verb in ((V, " see"), (T, " sees")):
+        if keys := [name[key] for key in (V, T) if (query, key) in policy.reveals]:
+            clauses.append(f"{name[query]}{'' if clauses else verb} later {' and '.join(keys)}")
     return ", ".join(clauses)
 
 
@@ -164,6 +164,10 @@ class Canvas:
             raise ValueError(f"cannot write {file}: {error.strerror}") from error
 
 
+def _opens_turn(before: Run, run: Run) -> bool:
+    return run.sample != before.sample or (run.prefill != before.prefill and run.prefill > 0)
+
+
 def _strips(canvas: Canvas, box: Box, parts: list[Run], length: int, thick: int) -> None:
     """The roles of the tokens above and left of a mask, and lines where a turn or a sample begins."""
     scale = box.side / length
@@ -179,9 +183,9 @@ def _strips(canvas: Canvas, box: Box, parts: list[Run], length: int, thick: int)
         else:
             own = [other for other in parts if other.sample == run.sample]
             ends = own[0].start * scale, own[-1].stop * scale
-            if run.prefill != before.prefill and run.prefill > 0:
+            if _opens_turn(before, run):
                 style = dict(width=max(1.5, thick / 14), linestyle=DASHES)
-            elif Role.VISUAL in (run.role, before.role):
+            elif Role.VISUAL in (run.role, before.role) and min(run.length, before.length) * scale >= 4:
                 style = dict(width=0.8, alpha=0.35)
             else:
                 continue
@@ -194,24 +198,22 @@ def _legend(canvas: Canvas, left: float, top: float, size: float, entries: list[
     x = left
     for colour, words in entries:
         if colour in "-:":
-            style = {} if colour == "-" else {"linestyle": DASHES}
-            canvas.line([x, x + size], [top, top], max(2, size / 10), **style)
+            canvas.line([x, x + size], [top, top], max(2, size / 10), linestyle="-" if colour == "-" else DASHES)
         else:
             canvas.rectangle(x, top - size / 2, size, size, colour)
             canvas.line([x, x + size, x + size, x, x], [top - size / 2] * 2 + [top + size / 2] * 2 + [top - size / 2], 1, alpha=0.25)
         x = canvas.text(x + 1.4 * size, top, words, size) + 1.4 * size if words else x + 1.2 * size
 
 
-def _meanings(parts: list[Run]) -> list[tuple[str, str]]:
-    """Legend entries for the roles that occur and the lines that are drawn."""
-    roles = {run.role for run in parts}
-    entries = [(TEXT, "text")] if Role.TEXT in roles else []
-    if Role.VISUAL in roles:
-        entries += [(colour, words) for colour, words in zip(IMAGES, ("image 0, 2, ..", "image 1, 3, .."))][
-            : len({run.image % 2 for run in parts if run.image >= 0})
-        ]
-    entries += [(ANSWER, "answer")] if Role.ANSWER in roles else []
-    entries += [(PAD, "padding")] if Role.PAD in roles else []
+def _cells_legend(policy: str) -> list[tuple[str, str]]:
+    return [(STATES[CAUSAL], "attends (causal)"), (STATES[REVEALED], f"revealed by {policy}"), (STATES[CLOSED], "closed")]
+
+
+def _roles_legend(parts: list[Run]) -> list[tuple[str, str]]:
+    """The roles that occur, and the lines that are drawn."""
+    roles, images = {run.role for run in parts}, {run.image for run in parts} - {-1}
+    entries = [(IMAGES[k], "" if k == 0 and len(images) > 1 else "image") for k in range(min(2, len(images)))]
+    entries += [(colour, NAMES[role]) for colour, role in ((TEXT, T), (ANSWER, Role.ANSWER), (PAD, Role.PAD)) if role in roles]
     entries += [(":", "next turn")] if any(run.prefill > 0 for run in parts) else []
     return entries + ([("-", "next sample")] if any(run.sample > 0 for run in parts) else [])
 
@@ -222,42 +224,41 @@ def draw_row(layout: Layout, policy: "str | Policy", file: str | Path, title: st
     A row of more than `LIMIT` tokens is sampled, so that no [T, T] tensor is built. Raises `ValueError` if matplotlib is
     missing or the file cannot be written.
     """
-    policy, parts = get_policy(policy), runs(layout)
-    index, length = sampled(parts), parts[-1].stop
+    policy, parts, length = get_policy(policy), runs(layout), layout.shape[1]
+    index = sampled(parts)
     side = len(index) * max(1, min(44, LIMIT // len(index)))
-    box = Box(150, 190, side, len(index))
+    box = Box(170, 230, side, len(index))
     canvas = Canvas(max(box.left + side + 60, 860), box.top + side + 150)
     canvas.cells(box, states(policy, layout, index))
     _strips(canvas, box, parts, length, 20)
-    scale, taken = side / length, [-1e9, -1e9]
-    for run in parts:
-        middle, size = (run.start + run.length / 2) * scale, run.length * scale
-        if size >= 14 or middle - taken[0] >= 16:  # the words left of the mask need 14 pixels of height
-            canvas.text(box.left - 30, box.top + middle, run.label, 13, ha="right")
-            canvas.text(box.left + middle, box.top - 30, run.label, 13, ha="center", va="bottom", rotation=90)
-            taken[0] = middle
-        at = run.start * scale
-        if at - taken[1] >= 24:
-            canvas.text(box.left + side + 8, box.top + at, f"{run.start}", 12)
-            canvas.text(box.left + at, box.top + side + 8, f"{run.start}", 12, ha="center", va="top", rotation=90)
-            taken[1] = at
+    scale, edge = side / length, side + 8
+    longest = sorted(parts, key=lambda run: -run.length)
+    for run, at in _spaced(longest, lambda run: (run.start + run.stop) / 2 * scale):
+        words = run.label + (f" × {run.length}" if run.role == Role.VISUAL else "")
+        canvas.text(box.left - 30, box.top + at, words, 13, ha="right")
+        canvas.text(box.left + at, box.top - 30, words, 13, ha="center", va="bottom", rotation=90)
+    turns = [parts[0], *(run for before, run in pairwise(parts) if _opens_turn(before, run))]
+    for run, at in _spaced(turns + longest, lambda run: run.start * scale):
+        canvas.text(box.left + edge, box.top + at, str(run.start), 12)
+        canvas.text(box.left + at, box.top + edge, str(run.start), 12, ha="center", va="top", rotation=90)
     canvas.text(24, 32, policy.name, 24, weight="bold")
-    canvas.text(24, 64, f"opens {reveals(policy)}: {in_words(policy)}", 15)
+    canvas.text(24, 64, f"reveals {reveals(policy)}: {in_words(policy)}", 15)
     canvas.text(24, 90, title, 15)
-    bottom = box.top + side + 70
-    _legend(
-        canvas,
-        24,
-        bottom,
-        15,
-        [(STATES[CAUSAL], "attends (causal)"), (STATES[REVEALED], f"opened by {policy.name}"), (STATES[CLOSED], "closed")],
-    )
-    _legend(canvas, 24, bottom + 28, 15, _meanings(parts))
-    canvas.text(
-        24, bottom + 56, "rows: the token that looks; columns: the token it looks at; numbers: token positions", 13, color="#57606A"
-    )
+    bottom = box.top + edge + 62
+    _legend(canvas, 24, bottom, 15, _cells_legend(policy.name))
+    _legend(canvas, 24, bottom + 28, 15, _roles_legend(parts))
+    canvas.text(24, bottom + 56, f"{READING}. The numbers are positions of tokens.", 13, color=GREY)
     canvas.save(file)
     return box
+
+
+def _spaced(parts: list[Run], place: Callable[[Run], float]) -> list[tuple[Run, float]]:
+    """The runs whose words fit beside each other, 17 pixels apart; earlier ones of the list are chosen first."""
+    chosen: list[tuple[Run, float]] = []
+    for run in parts:
+        if all(abs(place(run) - other) >= 17 for _, other in chosen):
+            chosen.append((run, place(run)))
+    return chosen
 
 
 def _twin(policy: Policy) -> str:
@@ -270,14 +271,13 @@ def draw_policies(file: str | Path, example: str = EXAMPLE) -> list[Box]:
     """All policies on one row as a PNG of small multiples, for a page 900 pixels wide at twice that resolution."""
     layout = Layout.parse(example)
     parts, length = runs(layout), layout.shape[1]
-    cell, thick, columns = 26, 30, 3
-    side, step = cell * length, (600, 690)
+    cell, thick, columns, step = 26, 30, 3, (600, 690)
     lines = -(-len(POLICIES) // columns)
     canvas = Canvas(columns * step[0], lines * step[1] + 180)
     boxes = []
     for number, policy in enumerate(POLICIES.values()):
         row, column = divmod(number, columns)
-        box = Box(column * step[0] + 76, row * step[1] + 176, side, length)
+        box = Box(column * step[0] + 76, row * step[1] + 176, cell * length, length)
         boxes.append(box)
         canvas.cells(box, states(policy, layout, torch.arange(length)))
         _strips(canvas, box, parts, length, thick)
@@ -288,25 +288,12 @@ def draw_policies(file: str | Path, example: str = EXAMPLE) -> list[Box]:
             canvas.text(box.left + middle, box.top - 5 - thick / 2, name, 20, **style)
             canvas.text(box.left - 5 - thick / 2, box.top + middle, name, 20, rotation=90, **style)
         end = canvas.text(box.left - 35, box.top - 112, policy.name + ":", 34, weight="bold")
-        canvas.text(end + 14, box.top - 111, reveals(policy), 28, color="#B8430A" if policy.reveals else "#57606A")
-        canvas.text(box.left - 35, box.top - 66, in_words(policy) + _twin(policy), 25, color="#424A53")
+        canvas.text(end + 14, box.top - 111, reveals(policy), 28, color="#B8430A" if policy.reveals else GREY)
+        canvas.text(box.left - 35, box.top - 66, in_words(policy) + _twin(policy), 25, color=GREY)
     bottom = lines * step[1] + 40
-    _legend(
-        canvas,
-        41,
-        bottom,
-        26,
-        [(STATES[CAUSAL], "attends (causal)"), (STATES[REVEALED], "opened by the policy"), (STATES[CLOSED], "closed"), (":", "next turn")],
-    )
-    _legend(
-        canvas,
-        41,
-        bottom + 52,
-        26,
-        [(TEXT, "T  text of the prompt"), (IMAGES[0], ""), (IMAGES[1], "A, B, C  images (V)"), (ANSWER, "ans  answer")],
-    )
-    canvas.text(
-        41, bottom + 102, "Rows look, columns are looked at. Nothing looks ahead out of its own turn, or at an answer.", 25, color="#424A53"
-    )
+    _legend(canvas, 41, bottom, 26, [*_cells_legend("the policy"), (":", "next turn")])
+    roles = [(TEXT, "T  text of the prompt"), (IMAGES[0], ""), (IMAGES[1], "A, B, C  images (V)"), (ANSWER, "ans  answer")]
+    _legend(canvas, 41, bottom + 52, 26, roles)
+    canvas.text(41, bottom + 102, f"{READING}. Nothing looks ahead out of its own turn, or at an answer.", 25, color=GREY)
     canvas.save(file)
     return boxes

@@ -8,6 +8,7 @@ of sequence where the template has none (llava-1.5). What the template puts behi
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -138,30 +139,38 @@ def _in_place(processor, message: dict) -> dict:
     llava-1.5's and others' print all images first. For such a template the placeholders become part of the text, a line
     each, as LLaVA's own interleaved data has them; one that keeps the order (InternVL's) is left to itself.
     """
-    kinds = [part["type"] for part in message["content"]]
-    if kinds == sorted(kinds):  # images first
-        return message
-    rendered, position = _apply(processor, [message]), 0
-    for part in message["content"]:
-        position = rendered.find(processor.image_token if part["type"] == "image" else part["text"], position)
-        if position < 0:
-            break
-        position += len(processor.image_token if part["type"] == "image" else part["text"])
-    else:
+    kinds = tuple(part["type"] for part in message["content"])
+    if kinds == tuple(sorted(kinds)) or _keeps_order(processor, message["role"], kinds):  # images first, or a faithful template
         return message
     lines = (processor.image_token if part["type"] == "image" else part["text"] for part in message["content"])
     return {"role": message["role"], "content": [{"type": "text", "text": "\n".join(lines)}]}
 
 
+@lru_cache
+def _keeps_order(processor, role: str, kinds: tuple[str, ...]) -> bool:
+    """Whether the chat template leaves text and image parts of this order where they stand."""
+    marks = [processor.image_token if kind == "image" else f"[[part {k}]]" for k, kind in enumerate(kinds)]
+    parts = [{"type": "image"} if kind == "image" else {"type": "text", "text": mark} for kind, mark in zip(kinds, marks)]
+    rendered, position = _apply(processor, [{"role": role, "content": parts}]), 0
+    for mark in marks:
+        position = rendered.find(mark, position)
+        if position < 0:
+            return False
+        position += len(mark)
+    return True
+
+
 def _typed(k: int, message: dict) -> dict:
-    role, content = message["role"], message["content"]
+    role, content = message.get("role"), message.get("content")
     if role not in ("system", "user", "assistant"):
         raise ValueError(f"message {k}: role {role!r} is not one of system, user, assistant")
+    if not isinstance(content, str) and not (isinstance(content, list) and all(isinstance(part, dict) for part in content)):
+        raise ValueError(f"message {k}: its content is neither a text nor a list of parts: {str(content)[:80]}")
     parts = []
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        if part["type"] == "image":  # Arrow fills missing keys with None: a part keeps only what belongs to its type
+        if part.get("type") == "image":  # Arrow fills missing keys with None: a part keeps only what belongs to its type
             parts.append({"type": "image"})
-        elif part["type"] == "text" and isinstance(part["text"], str):
+        elif part.get("type") == "text" and isinstance(part.get("text"), str):
             parts.append({"type": "text", "text": part["text"]})
         else:
             raise ValueError(f"message {k}: {str(part)[:80]} is neither a text nor an image part")

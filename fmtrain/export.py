@@ -37,9 +37,9 @@ def rows_of(run: Path, count: int = 4) -> tuple[list[dict], str]:
     recipe = run / "recipe.yaml"
     if not recipe.is_file():
         return sample_rows(), "."
-    arguments = read(recipe).data
+    arguments = read(recipe, ["--use_cpu", "true"]).data  # a run in bf16 may be exported where there is no GPU
     try:
-        loaded = data.load(arguments.dataset_name, arguments.dataset_config, count, arguments.image_root)
+        loaded = data.load(arguments.dataset_name, arguments.dataset_config, count, arguments.image_root, mixture=arguments.datasets)
     except ValueError as error:
         print(f"note: the run's rows are not at hand ({error}); comparing on images of noise", file=sys.stderr)
         return sample_rows(), "."

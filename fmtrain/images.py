@@ -85,4 +85,6 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)  # orientations 5 to 8 swap sides
+    header = image.format != "PNG" or "exif" in image.info  # looking for a PNG's EXIF would decode all of it
+    turned = header and image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
+    return (height, width) if turned else (width, height)

@@ -56,7 +56,7 @@ def check(policy: Policy, merge: Merge | None) -> None:
 
 
 def sink(merge: Merge, layout: Layout, start: int = 0) -> torch.Tensor:
-    """The share of C_i that each key gets: float [B, Q, K], rows adding up to 1 (to 0 for padding)."""
+    """The keys that share C_i: bool [B, Q, K], none for padding."""
     position = layout.positions()
     index = torch.arange(layout.shape[1], device=position.device)
     same = (layout.sample[:, start:, None] == layout.sample[:, None]) & (layout.sample[:, start:, None] >= 0)
@@ -66,8 +66,12 @@ def sink(merge: Merge, layout: Layout, start: int = 0) -> torch.Tensor:
         prefill = layout.prefill[:, start:, None]
         length = (same & (prefill == layout.prefill[:, None]) & (prefill >= 0)).sum(-1)
         count = (length * merge.prefix + 1e-9).floor().long().clamp(min=1)
-    chosen = same & (position[:, None] < count[..., None]) & (index <= index[start:, None])
-    return chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+    return same & (position[:, None] < count[..., None]) & (index <= index[start:, None])
+
+
+def share(sink_BQK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What each of the keys gets of C_i: equal shares that add up to 1."""
+    return sink_BQK.to(dtype) / sink_BQK.sum(-1, keepdim=True).clamp(min=1)
 
 
 def last(layout: Layout, start: int = 0) -> torch.Tensor:
@@ -104,5 +108,8 @@ def weights(
     """The merged attention weights w [B, H, Q, K], by the definition above."""
     B_BHQK = scores_BHQK.masked_fill(~(past_B1QK | revealed_B1QK), -math.inf).softmax(-1)
     C_BHQ = pooled(B_BHQK * revealed_B1QK, last_BQ, query_Q, merge.kernel_size)
-    w_BHQK = B_BHQK * past_B1QK + C_BHQ[..., None] * sink_BQK[:, None].to(B_BHQK.dtype)
-    return w_BHQK / w_BHQK.sum(-1, keepdim=True) if merge.normalize else w_BHQK
+    w_BHQK = B_BHQK * past_B1QK + C_BHQ[..., None] * share(sink_BQK, B_BHQK.dtype)[:, None]
+    if not merge.normalize:
+        return w_BHQK
+    looks_ahead = revealed_B1QK.any(-1, keepdim=True)  # other rows are causal, to the last bit
+    return torch.where(looks_ahead, w_BHQK / w_BHQK.sum(-1, keepdim=True), w_BHQK)

@@ -16,12 +16,23 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache
 
 from fmtrain import attention
-from fmtrain.layout import Layout, Role
+from fmtrain.layout import PREFIX, Layout, Role
 from fmtrain.merge import Merge
 from fmtrain.merge import check as check_merge
 from fmtrain.policies import Policy, get_policy
 
 NAME = "fmtrain"  # of our attention function, of the keyword that carries the plan, of the section in config.json
+# Options of `generate` that a policy cannot be run with: the values that are fine, and why no other is.
+LOSES_THE_MASK = {
+    "cache_implementation": (
+        (None, "dynamic", "dynamic_full", "offloaded", "quantized"),
+        "the prefill of a static cache builds no mask; use a dynamic cache",
+    ),
+    "prefill_chunk_size": ((None,), "chunked prefill would cut what the policy reveals in two; prefill in one go"),
+    "use_cache": ((None, True), "without a cache every step would read the answer so far as part of the prefill"),
+    "assistant_model": ((None,), "speculative decoding feeds guessed answers together with the prefill"),
+    "prompt_lookup_num_tokens": ((None,), "speculative decoding feeds guessed answers together with the prefill"),
+}
 VERSION = 1  # of the mask definitions; changes when a policy, or merge, comes to mean something else
 
 
@@ -111,7 +122,9 @@ class Handle:
         check_host(policy, self._before)
         if not self.host:
             inner.set_attn_implementation({"text_config": NAME})
-        self._hook = inner.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        self._hooks = [inner.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)]
+        if not self.host:
+            self._hooks.append(inner.register_forward_pre_hook(self._before_loss, with_kwargs=True))
         self._had_generate = inner.__dict__.get("generate")
         inner.generate = functools.wraps(inner.generate)(functools.partial(self._generate, inner.generate))
         self._had_config = getattr(inner.config, NAME, None)
@@ -127,7 +140,8 @@ class Handle:
         inner = self._inner
         if attached(inner) is not self:
             return
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if not self.host:
             inner.set_attn_implementation({"text_config": self._before})
         del inner.generate, inner._fmtrain_handle
@@ -158,7 +172,8 @@ class Handle:
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Take the layout out of the keywords and put the plan in."""
-        kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs  # llava-next passes ids by position
+        if args:  # llava-next passes ids by position
+            kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
         layout = Layout.from_model_inputs(kwargs)
         cache = kwargs.get("past_key_values")
         seen = 0 if cache is None else int(cache.get_seq_length())
@@ -169,6 +184,9 @@ class Handle:
         if isinstance(cache, StaticCache):
             raise ValueError(f"policy {self.policy.name!r} with a static cache: its prefill builds no mask; use a dynamic cache")
         source = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if layout is None and seen and source.shape[1] == 1 and not self._padded(kwargs):
+            kwargs[NAME] = attention.step(self.backend)
+            return (), kwargs
         if layout is None:
             if module.training and torch.is_grad_enabled():
                 raise ValueError("training without a layout: answers would be read as part of the prefill; pass layout.model_inputs()")
@@ -183,24 +201,30 @@ class Handle:
         kwargs[NAME] = attention.plan(layout, self.policy, self.backend, self.merge, start=seen)
         return (), kwargs
 
+    @staticmethod
+    def _padded(kwargs: dict) -> bool:
+        mask = kwargs.get("attention_mask")
+        return mask is not None and not bool(mask.all())
+
     def _infer(self, kwargs: dict, rows: int, length: int, seen: int) -> Layout:
         """Without a layout, an empty cache means one prefill and one new token means decoding."""
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if seen == 0 and self._for_generate is not None:
-            layout = self._for_generate
-            if rows % layout.shape[0]:
-                raise ValueError(f"the layout has {layout.shape[0]} rows, the prompt {rows}")
-            return layout.map(lambda tensor: tensor.repeat_interleave(rows // layout.shape[0], dim=0))  # beams
-        if ids is None:
-            raise ValueError("inputs_embeds say nothing about images: pass layout.model_inputs()")
-        visual = ids == self._inner.config.image_token_id
-        if seen and (length > 1 or visual.any()):
+        ids, mask, given = kwargs.get("input_ids"), kwargs.get("attention_mask"), self._for_generate
+        if given is not None and given.shape[1] == seen + length:
+            if rows % given.shape[0]:
+                raise ValueError(f"the layout has {given.shape[0]} rows, the prompt {rows}")
+            return given.map(lambda tensor: tensor.repeat_interleave(rows // given.shape[0], dim=0))  # beams
+        if given is not None and seen == 0 and self.policy.reveals:
+            raise ValueError(f"the layout has {given.shape[1]} tokens, the prompt {length}")
+        if seen and length > 1 and self.policy.reveals:
             raise ValueError(
                 f"{length} tokens arrive on a cache of {seen} under policy {self.policy.name!r}: a chunk of a prefill "
                 "would lose what the policy reveals; prefill in one go, or pass the layout of the whole row"
             )
+        if ids is None and not seen:
+            raise ValueError("inputs_embeds say nothing about images: pass layout.model_inputs()")
+        device = (kwargs["inputs_embeds"] if ids is None else ids).device
         if mask is None:
-            mask = torch.ones(rows, seen + length, dtype=torch.bool, device=ids.device)
+            mask = torch.ones(rows, seen + length, dtype=torch.bool, device=device)
         elif mask.ndim != 2:
             raise ValueError(f"attention_mask has {mask.ndim} dimensions; with a policy attached it is the 2D padding mask")
         real = mask.bool()
@@ -208,15 +232,19 @@ class Handle:
             role = torch.where(real, int(Role.ANSWER), int(Role.PAD))
             nothing = torch.full_like(role, -1)
             return Layout(role, nothing, nothing, torch.where(real, 0, -1))
-        return _one_prefill(visual & real, real, self._image_index(visual & real, kwargs))
+        visual = (ids == self._inner.config.image_token_id) & real
+        return _one_prefill(visual, real, self._image_index(visual, kwargs))
 
     def _image_index(self, visual: torch.Tensor, kwargs: dict) -> torch.Tensor:
         """Index of each visual token's image in its row [B, T]: a run of image tokens is one image."""
         starts = visual.clone()
         starts[:, 1:] &= ~visual[:, :-1]
-        images = kwargs.get("image_sizes")
-        if images is None and self._inner.config.model_type == "llava":
-            images = kwargs.get("pixel_values")  # one entry an image; InternVL has one a tile, and marks where an image ends
+        images, kind = kwargs.get("image_sizes"), self._inner.config.model_type
+        if images is None and kind == "llava":
+            images = kwargs.get("pixel_values")  # one entry an image
+        if images is None and kind != "internvl":  # which marks where an image ends
+            features = (kwargs.get("mm_encoder_outputs") or {}).get("image")  # computed ahead, as `generate` does
+            images = None if features is None else features.pooler_output
         if self.policy.within_image and images is not None and len(images) != int(starts.sum()):
             raise ValueError(
                 f"{len(images)} images make {int(starts.sum())} runs of image tokens, so the ids do not tell where one "
@@ -227,22 +255,22 @@ class Handle:
     def _generate(self, generate, *args, **kwargs):
         """`generate` that also takes the tensors of `layout.model_inputs()`, and refuses what would lose the mask."""
         config = kwargs.get("generation_config") or self._inner.generation_config
-        option = {name: kwargs.get(name, getattr(config, name, None)) for name in ("cache_implementation", "prefill_chunk_size")}
-        if not self.host and option["cache_implementation"] not in (None, "dynamic", "dynamic_full", "offloaded", "quantized"):
-            raise ValueError(
-                f"policy {self.policy.name!r} with cache_implementation={option['cache_implementation']!r}: the prefill of a "
-                "static cache builds no mask; use a dynamic cache"
-            )
-        if not self.host and option["prefill_chunk_size"] is not None:
-            raise ValueError(
-                f"policy {self.policy.name!r} with prefill_chunk_size={option['prefill_chunk_size']}: chunked prefill would cut "
-                "what the policy reveals in two; prefill in one go"
-            )
+        if self.policy.reveals:
+            for option, (kept, reason) in LOSES_THE_MASK.items():
+                value = kwargs.get(option, getattr(config, option, None))
+                if value not in kept:
+                    shown = value if isinstance(value, (str, int, bool)) else type(value).__name__
+                    raise ValueError(f"policy {self.policy.name!r} with {option}={shown!r}: {reason}")
         self._for_generate = Layout.from_model_inputs(kwargs)
         try:
             return generate(*args, **kwargs)
         finally:
             self._for_generate = None
+
+    def _before_loss(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A loss without a layout would be that of another mask: answers read as part of the prefill."""
+        if kwargs.get("labels") is not None and PREFIX + "role" not in kwargs:
+            raise ValueError("labels without a layout: answers would be read as part of the prefill; pass layout.model_inputs()")
 
 
 def _one_prefill(visual: torch.Tensor, real: torch.Tensor, image: torch.Tensor) -> Layout:

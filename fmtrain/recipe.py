@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 from fmtrain.images import MAX_PIXELS
 from fmtrain.merge import Merge
 from fmtrain.merge import check as check_merge
+from fmtrain.mixing import entries
 from fmtrain.policies import Policy, get_policy
 
 PARTS = ("language_model", "projector", "vision_tower")
@@ -63,6 +65,11 @@ class DataArguments:
     """What the model is trained on and which of its parts learn."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "`digits`, a .jsonl or .parquet file, or a folder of them."})
+    datasets: list[str] | None = field(
+        default=None, metadata={"help": "Instead: several, {path: ..., epochs: 1} or {path: ..., weight: 0.3, image_root: ...} each."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the files as training goes; no copy, no check ahead, no end."})
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Of a stream: rows of a set to draw from; 1 keeps their order."})
     dataset_config: str | None = field(default=None, metadata={"help": "Of `digits`: its tasks, joined by +, or `curriculum`."})
     dataset_rows: int | None = field(default=None, metadata={"help": "Use this many rows (the first ones; `digits` makes as many)."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Rows for the evaluation loss, like dataset_name."})
@@ -79,6 +86,14 @@ class DataArguments:
         for part in self.train_parts or ():
             if part not in PARTS:
                 raise ValueError(f"train_parts names {part!r}; known are {', '.join(PARTS)}")
+        if self.datasets is not None:
+            self.datasets = [entry.plain() for entry in entries(self.datasets)]
+            if self.dataset_name is not None or self.image_root is not None or self.dataset_config is not None:
+                raise ValueError("datasets takes the place of dataset_name and dataset_config, and each entry has its own image_root")
+        if self.streaming and (self.dataset_rows is not None or self.dataset_name == "digits"):
+            raise ValueError("streaming reads files, all of them; it goes with neither dataset_rows nor `digits`")
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer {self.shuffle_buffer} is less than 1, which keeps the order of the files")
 
 
 @dataclass(frozen=True)
@@ -137,7 +152,8 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     pooling = sorted(key for key in {*named, *changed} if key.startswith("merge_"))
     if pooling and "+" not in (mask.mask or ""):
         raise ValueError(f"{path}: {', '.join(pooling)} belong to the light form, but the mask is {mask.mask!r}, not '{mask.mask}+merge'")
-    resolved = {key: getattr(group, key) for group in arguments for key in [*named, *changed] if hasattr(group, key)}
+    found = {key: getattr(group, key) for group in arguments for key in [*named, *changed] if hasattr(group, key)}
+    resolved = {key: value.value if isinstance(value, Enum) else value for key, value in found.items()}
     return Recipe(str(path), mask, data, training, model, resolved)
 
 
@@ -160,7 +176,7 @@ def _as_arguments(values: dict) -> list[str]:
         if value is None:
             continue  # the default
         if isinstance(value, list):
-            arguments += [f"--{key}", *(str(item) for item in value)]
+            arguments += [f"--{key}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value)]
         else:
             arguments.append(f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}")
     return arguments

@@ -12,7 +12,6 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):  # `accelerate lau
     sys.path[0] = os.path.dirname(sys.path[0])
 
 import json
-import signal
 import subprocess
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -22,23 +21,15 @@ import datasets
 import torch
 import yaml
 from accelerate import PartialState
-from rich.console import Console
-from transformers import AutoModelForImageTextToText, TrainerCallback
-from trl import SFTTrainer, get_peft_config, get_quantization_config
+from rich.markup import escape
+from transformers import AutoModelForImageTextToText
+from trl import get_quantization_config
 
-from fmtrain import audit, data, parts
-from fmtrain.checkpoint import is_adapter, load_processor, recorded_policy
-from fmtrain.collator import Collator, encode_row
-from fmtrain.layout import Layout
-from fmtrain.patch import Handle, attach, attached, check_host, unwrap
+from fmtrain import data, mixing, parts, stream
+from fmtrain.checkpoint import load_processor, recorded_policy
+from fmtrain.patch import Handle, attach, check_host
 from fmtrain.recipe import Recipe, read
-
-console = Console(stderr=True, highlight=False)
-
-
-def say(message) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        console.print(message)
+from fmtrain.trainer import build_trainer, say
 
 
 def load_model(recipe: Recipe):
@@ -71,20 +62,47 @@ def load_model(recipe: Recipe):
         raise ValueError(f"model {name}: {' '.join(str(error).split())[:400]}") from error
 
 
-def load_rows(recipe: Recipe, processor, name: str | None) -> data.Rows:
+def load_rows(recipe: Recipe, processor, name: str | None, mixture: list[dict] | None = None) -> data.Rows:
+    """The rows `name`, or those of a mix, checked."""
     arguments, training = recipe.data, recipe.training
-    loaded = data.load(name, arguments.dataset_config, arguments.dataset_rows, arguments.image_root, training.data_seed or training.seed)
+    seed = training.data_seed or training.seed
+    checks = dict(
+        max_length=training.max_length,
+        max_pixels=arguments.max_pixels,
+        check_images=arguments.check_images,
+        allow_evaluation_data=arguments.allow_evaluation_data,
+        workers=training.dataset_num_proc,
+    )
+    entries = mixing.entries(mixture) if mixture else []
     with training.main_process_first():
-        return data.prepare(
-            loaded,
-            processor,
-            name,
-            max_length=training.max_length,
-            max_pixels=arguments.max_pixels,
-            check_images=arguments.check_images,
-            allow_evaluation_data=arguments.allow_evaluation_data,
-            workers=training.dataset_num_proc,
-        )
+        if not entries:
+            loaded = data.load(name, arguments.dataset_config, arguments.dataset_rows, arguments.image_root, seed)
+            return data.prepare(loaded, processor, name, **checks)
+        sets = [data.prepare(data.load(e.path, image_root=e.image_root), processor, e.path, **checks) for e in entries]
+        return data.mix(sets, entries, seed, arguments.dataset_rows, rows_of_run(training))
+
+
+def rows_of_run(training) -> int | None:
+    """How many rows a run with a number of steps takes."""
+    batches = training.max_steps * training.gradient_accumulation_steps * training.world_size
+    return batches * training.train_batch_size if batches > 0 else None
+
+
+def stream_rows(recipe: Recipe, processor, checkpoint: str | None) -> data.Rows:
+    """The training rows of a recipe that says `streaming: true`, from where the checkpoint stopped."""
+    arguments, training = recipe.data, recipe.training
+    if training.max_steps <= 0:
+        raise ValueError(f"{recipe.path}: a stream has no end, so `streaming: true` needs max_steps")
+    skip = 0
+    if checkpoint is not None:
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        skip = state["global_step"] * training.gradient_accumulation_steps
+    check = stream.checker(processor, training.max_length, arguments.max_pixels, arguments.allow_evaluation_data)
+    seed, place = training.data_seed or training.seed, (training.process_index, training.world_size)
+    rows = stream.Stream((), seed, arguments.shuffle_buffer, training.train_batch_size, check, *place, skip)
+    single = [mixing.Entry(arguments.dataset_name, arguments.image_root)]
+    entries = mixing.entries(arguments.datasets) if arguments.datasets else single
+    return stream.load(entries, rows, training.dataloader_num_workers, rows_of_run(training))
 
 
 def subject(path: str):
@@ -93,7 +111,8 @@ def subject(path: str):
     policy, merge = recipe.mask.policy()
     model, processor = load_model(recipe)
     attach(model, policy, recipe.mask.attention_backend, merge)
-    loaded = data.load(recipe.data.dataset_name, recipe.data.dataset_config, 4, recipe.data.image_root, recipe.training.seed)
+    chosen = recipe.data
+    loaded = data.load(chosen.dataset_name, chosen.dataset_config, 4, chosen.image_root, recipe.training.seed, chosen.datasets)
     return model.eval(), processor, list(loaded.rows), loaded.image_root
 
 
@@ -153,109 +172,13 @@ def write_record(recipe: Recipe, handle: Handle, rows: data.Rows) -> None:
         "backend": "host" if handle.host else handle.backend.__name__.rpartition(".")[2],
         "base_model": recipe.model.model_name_or_path,
         "recipe": recipe.path,
-        "rows": len(rows.rows),
+        "rows": rows.size,
         "rows_dropped": rows.dropped,
         "versions": versions,
         "git_revision": git.stdout.strip() or None,
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe.resolved, sort_keys=False))
     (folder / "run.json").write_text(json.dumps(run, indent=2) + "\n")
-
-
-class MaskedSFTTrainer(SFTTrainer):
-    """TRL's trainer; every checkpoint of it, adapters included, carries the policy in a `config.json`."""
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """transformers looks for the module's own parameter names, but a LLaVA is saved under the hub's: it would load
-        nothing, warn, and go on from the base weights. So read the checkpoint as `from_pretrained` does."""
-        target = unwrap(model or self.model)
-        if is_adapter(resume_from_checkpoint) or self.is_fsdp_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
-        target.load_state_dict(saved.state_dict())
-
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            unwrap(self.model).config.save_pretrained(output_dir or self.args.output_dir)
-
-
-class AuditFirstBatch(TrainerCallback):
-    """Before step 0: a real batch is searched for leaks, and its loss stands beside its causal loss."""
-
-    def __init__(self, trainer: SFTTrainer, rows: list[dict]):
-        self.trainer, self.rows = trainer, rows
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        model, handle = self.trainer.model_wrapped, attached(self.trainer.model)
-        batch = self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
-        layout = Layout.from_model_inputs(batch)
-        labels = batch.pop("labels")
-        training = model.training
-        model.eval()
-        leak = audit.leaks(model, batch, layout)
-        with torch.no_grad():
-            loss = model(**batch, labels=labels, **layout.model_inputs()).loss.item()
-            with handle.under("causal"):
-                causal = model(**batch, labels=labels, **layout.model_inputs()).loss.item()
-        model.train(training)
-        say(f"audit of the first {len(self.rows)} rows: {leak.figure}; loss {loss:.4f} under the policy, {causal:.4f} causal")
-        if not leak.passed:
-            raise ValueError(f"the first batch leaks: {leak.figure}")
-
-
-class SaveOnTerm(TrainerCallback):
-    """SIGTERM ends the run after the step at hand, with a checkpoint."""
-
-    def __init__(self):
-        self.asked = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, *_) -> None:
-        self.asked = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        asked = self.asked
-        if args.world_size > 1:  # every rank must stop at the same step
-            flag = torch.tensor(float(asked), device=args.device)
-            torch.distributed.all_reduce(flag)
-            asked = bool(flag)
-        if asked:
-            self.asked = control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._before)
-
-
-def build_trainer(recipe: Recipe, model, processor, rows: data.Rows, eval_rows: data.Rows | None) -> MaskedSFTTrainer:
-    """The model's parts frozen or adapted as the recipe says, in TRL's trainer."""
-    training = recipe.training
-    training.max_length = None  # rows are dropped whole, in `data`; TRL would cut them
-    training.dataset_kwargs = {"skip_prepare_dataset": True}
-    blank, _ = encode_row(processor, audit.sample_rows()[1])  # a row with one image, of noise
-    pixels = {name: value for name, value in blank.items() if name not in ("input_ids", "attention_mask")}
-    lora = get_peft_config(recipe.model)
-    unreached = parts.choose(model, lora, recipe.data.train_parts, pixels)
-    if unreached:
-        say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
-    trainer = MaskedSFTTrainer(
-        model=model,
-        args=training,
-        data_collator=Collator(processor, rows.image_root, recipe.data.max_pixels, blank if training.world_size > 1 else None),
-        train_dataset=rows.rows,
-        eval_dataset=eval_rows.rows if eval_rows else None,
-        processing_class=processor,
-        peft_config=lora,
-    )
-    parts.without_graph(trainer.model)
-    first = [rows.rows[index] for index in range(min(len(rows.rows), max(2, min(4, training.per_device_train_batch_size))))]
-    trainer.add_callback(AuditFirstBatch(trainer, first))
-    trainer.add_callback(parts.EveryParameterLearns(trainer.model))
-    trainer.add_callback(trainer_stop := SaveOnTerm())
-    trainer.stopped = lambda: trainer_stop.asked
-    return trainer
 
 
 def main(arguments: list[str]) -> int:
@@ -270,9 +193,12 @@ def main(arguments: list[str]) -> int:
 
     model, processor = load_model(recipe)
     handle = attach(model, policy, recipe.mask.attention_backend, merge)
-    rows = load_rows(recipe, processor, recipe.data.dataset_name)
+    if recipe.data.streaming:
+        rows = stream_rows(recipe, processor, checkpoint)
+    else:
+        rows = load_rows(recipe, processor, recipe.data.dataset_name, recipe.data.datasets)
     eval_rows = load_rows(recipe, processor, recipe.data.eval_dataset_name) if recipe.data.eval_dataset_name else None
-    say(f"{len(rows.rows)} rows; {rows.dropped} dropped, longer than max_length {recipe.resolved.get('max_length')}")
+    say(f"{rows.size} rows; {rows.dropped} dropped, longer than max_length {recipe.resolved.get('max_length')}")
 
     trainer = build_trainer(recipe, model, processor, rows, eval_rows)
     say(parts.summary(trainer.model))
@@ -294,7 +220,8 @@ if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
     except ValueError as error:
-        say(f"[bold red]error:[/] {error}")
+        reason = (str(error).strip().splitlines() or [""])[-1]  # a data worker's error is its traceback, the message last
+        say(f"[bold red]error:[/] {escape(reason.removeprefix('ValueError: '))}")
         status = 2
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

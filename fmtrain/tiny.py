@@ -1,14 +1,16 @@
 """The embedded default: questions about pictures of real handwritten digits, and a tiny LLaVA that can answer them.
 
-    python -m fmtrain.tiny --out DIR     a random model of the tiny kind with its processor, to pretrain from
+    python -m fmtrain.tiny --out DIR     a random model with its processor: what recipes/tiny_pretrain.yaml starts from
 
-A picture is a 3 x 3 grid of scans (scikit-learn's bundled digits, 8 x 8 pixels each), 24 x 24 pixels in all, so with a
-patch size of 8 a visual token is one digit. Train and test never share a scan.
+A picture is a 3 x 3 grid of scans (scikit-learn's bundled digits, 8 x 8 pixels each), so with a patch size of 8 a visual
+token is one digit. Train and test never share a scan, and a row is the same whenever it is asked for.
 """
 
+import argparse
 import functools
 import io
 import string
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from sklearn.datasets import load_digits
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -30,16 +33,17 @@ from transformers import (
     LlavaProcessor,
 )
 
-CHECKPOINT = Path(__file__).parent / "tiny_llava"  # the pretrained one, made by recipes/tiny_pretrain.yaml
-SIDE, CELL = 3, 8  # cells along a picture's edge, pixels along a cell's
-CELLS = SIDE * SIDE
-FRAMES = 3  # pictures of an `order` row
-MOST = 4  # `count` asks for 0 to 4 of a digit
+CHECKPOINT = Path(__file__).parent / "tiny_llava"  # the pretrained model, made with recipes/tiny_pretrain.yaml
 SPLITS = ("train", "test")
+SIDE, CELL = 3, 8  # cells along a picture's edge, pixels along a cell's edge
+CELLS = SIDE * SIDE
+MOST = 4  # `count` shows the digit 0 to 4 times
+FRAMES = 3  # pictures of an `order` row
+DEFAULT_ROWS = 9600
 
 
 class Turn(NamedTuple):
-    """One question with the pictures shown beside it (digits' scans, [24, 24] of 0..255) and its answer."""
+    """A question with the pictures shown beside it, each uint8 [24, 24], and its answer."""
 
     pictures: list[np.ndarray]
     question: str
@@ -48,43 +52,45 @@ class Turn(NamedTuple):
 
 @functools.cache
 def scans(split: str) -> dict[int, np.ndarray]:
-    """The scans of a split by digit, each [N, 8, 8] of 0..255: one in five is for testing, always the same ones.
+    """The scans of a split by digit, each uint8 [N, 8, 8]. One in five is for testing, always the same ones.
 
     Raises `ValueError` for an unknown split.
     """
-    from sklearn.datasets import load_digits
-
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
     digits = load_digits()
     chosen = (np.random.default_rng(0).permutation(len(digits.target)) % 5 == 0) == (split == "test")
-    pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # they hold 0..16
     return {digit: pixels[chosen & (digits.target == digit)] for digit in range(10)}
 
 
 @dataclass
 class Artist:
-    """Draws the digits of one row: a random generator, the scans it may use, and how many cells of a grid it fills."""
+    """Draws one row: a random generator, the scans it may use, and how many cells of a picture it fills."""
 
     rng: np.random.Generator
     scans: dict[int, np.ndarray]
     filled: int = CELLS
 
-    def digit(self, but: Sequence[int] = ()) -> int:
-        """A random digit, none of `but`."""
-        return int(self.rng.choice([digit for digit in range(10) if digit not in but]))
+    def digit(self, but: int | None = None) -> int:
+        """A random digit, not `but`."""
+        drawn = int(self.rng.integers(10 if but is None else 9))
+        return drawn + (but is not None and drawn >= but)
 
     def cells(self) -> list[int]:
         """The cells to fill, in random order."""
         return self.rng.permutation(CELLS)[: self.filled].tolist()
 
-    def put(self, picture: np.ndarray | None, digits: dict[int, int]) -> np.ndarray:
-        """A copy of `picture` (None: a blank one) with a random scan of each digit in its cell."""
-        picture = np.zeros((SIDE * CELL, SIDE * CELL), np.uint8) if picture is None else picture.copy()
+    def digits(self) -> dict[int, int]:
+        """A random digit for each cell to fill, the cells in random order."""
+        return {cell: self.digit() for cell in self.cells()}
+
+    def put(self, digits: dict[int, int], on: np.ndarray | None = None) -> np.ndarray:
+        """A copy of the picture `on` (None: a black one) with a random scan of each digit in its cell."""
+        picture = np.zeros((SIDE * CELL, SIDE * CELL), np.uint8) if on is None else on.copy()
         for cell, digit in digits.items():
-            row, column = divmod(cell, SIDE)
-            scan = self.scans[digit][self.rng.integers(len(self.scans[digit]))]
-            picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL] = scan
+            top, left = CELL * (cell // SIDE), CELL * (cell % SIDE)
+            picture[top : top + CELL, left : left + CELL] = self.scans[digit][self.rng.integers(len(self.scans[digit]))]
         return picture
 
 
@@ -93,127 +99,130 @@ def _where(cell: int) -> str:
 
 
 def _read(artist: Artist) -> list[Turn]:
-    digits = {cell: artist.digit() for cell in artist.cells()}
+    digits = artist.digits()
     cell = next(iter(digits))
-    return [Turn([artist.put(None, digits)], _where(cell), str(digits[cell]))]
-
-
-def _list(artist: Artist) -> list[Turn]:
-    digits = {cell: artist.digit() for cell in sorted(artist.cells())}
-    return [Turn([artist.put(None, digits)], "What do you see?", " ".join(map(str, digits.values())))]
+    return [Turn([artist.put(digits)], _where(cell), str(digits[cell]))]
 
 
 def _count(artist: Artist) -> list[Turn]:
-    digit, cells = artist.digit(), artist.cells()
+    wanted, cells = artist.digit(), artist.cells()
     number = int(artist.rng.integers(min(MOST, len(cells)) + 1))
-    digits = {cell: digit if k < number else artist.digit(but=[digit]) for k, cell in enumerate(cells)}
-    return [Turn([artist.put(None, digits)], f"How often do you see {digit}?", str(number))]
-
-
-def _find(artist: Artist) -> list[Turn]:
-    digit, cells = artist.digit(), artist.cells()
-    number = int(artist.rng.integers(1, min(MOST, len(cells)) + 1))
-    digits = {cell: digit if k < number else artist.digit(but=[digit]) for k, cell in enumerate(cells)}
-    answer = " ".join(str(cell + 1) for cell in sorted(cells[:number]))
-    return [Turn([artist.put(None, digits)], f"In which cells do you see {digit}?", answer)]
+    digits = {cell: wanted if k < number else artist.digit(but=wanted) for k, cell in enumerate(cells)}
+    return [Turn([artist.put(digits)], f"How often do you see {wanted}?", str(number))]
 
 
 def _pair(artist: Artist) -> tuple[np.ndarray, np.ndarray, dict[int, int], str]:
     """Two pictures that differ in one cell, the digits of the first, and what changed."""
-    digits = {cell: artist.digit() for cell in artist.cells()}
-    cell = next(iter(digits))
-    new = artist.digit(but=[digits[cell]])
-    before = artist.put(None, digits)
-    return before, artist.put(before, {cell: new}), digits, f"from {digits[cell]} to {new}"
+    digits = artist.digits()
+    cell, old = next(iter(digits.items()))
+    new, before = artist.digit(but=old), artist.put(digits)
+    return before, artist.put({cell: new}, on=before), digits, f"from {old} to {new}"
 
 
 def _changed(artist: Artist) -> list[Turn]:
-    before, after, _, answer = _pair(artist)
-    return [Turn([before, after], "Which digit changed?", answer)]
-
-
-def _compare(artist: Artist) -> list[Turn]:
-    digits = {cell: artist.digit() for cell in sorted(artist.cells())}
-    new = {cell: artist.digit(but=[digits[cell]]) for cell in digits if artist.rng.random() < 0.4}
-    before = artist.put(None, digits)
-    answer = " ".join(str(new.get(cell, "same")) for cell in digits)
-    return [Turn([before, artist.put(before, new)], "What do you see change?", answer)]
+    before, after, _, change = _pair(artist)
+    return [Turn([before, after], "Which digit changed?", change)]
 
 
 def _order(artist: Artist) -> list[Turn]:
-    cells = artist.rng.permutation(CELLS)[:FRAMES].tolist()
-    digits = artist.rng.permutation(10)[:FRAMES].tolist()
-    frames = []
-    for cell, digit in zip(cells, digits):
-        frames.append(artist.put(frames[-1] if frames else None, {cell: digit}))
+    cells, digits = artist.rng.permutation(CELLS).tolist(), artist.rng.permutation(10)[:FRAMES].tolist()
+    frames = [artist.put({cells[0]: digits[0]})]
+    for cell, digit in zip(cells[1:], digits[1:]):
+        frames.append(artist.put({cell: digit}, on=frames[-1]))
     return [Turn(frames, "In what order do the digits appear?", " ".join(map(str, digits)))]
 
 
 def _dialogue(artist: Artist) -> list[Turn]:
-    before, after, digits, answer = _pair(artist)
+    before, after, digits, change = _pair(artist)
     cell = int(artist.rng.choice(list(digits)))
-    return [Turn([before], _where(cell), str(digits[cell])), Turn([after], "Which digit changed?", answer)]
+    return [Turn([before], _where(cell), str(digits[cell])), Turn([after], "Which digit changed?", change)]
+
+
+def _list(artist: Artist) -> list[Turn]:
+    digits = artist.digits()
+    return [Turn([artist.put(digits)], "What do you see?", " ".join(str(digits[cell]) for cell in sorted(digits)))]
 
 
 TASKS: dict[str, Callable[[Artist], list[Turn]]] = {
-    "list": _list,
-    "find": _find,
-    "compare": _compare,
-    "read": _read,
-    "count": _count,
-    "changed": _changed,
-    "order": _order,
-    "dialogue": _dialogue,
+    "read": _read,  # a cell of a picture
+    "count": _count,  # what the question names
+    "changed": _changed,  # between two pictures
+    "order": _order,  # in which digits appear over three pictures
+    "dialogue": _dialogue,  # `read`, and in a second turn a second picture: `changed`
 }
+LESSONS = {"list": _list}  # of pretraining only: many answer tokens a row, from which it learns to see
+# the share of an answer that needs no look at the pictures: all of a task's answers are equally likely
+CHANCE = {"read": 1 / 10, "count": 1 / (MOST + 1), "changed": 1 / 90, "order": 1 / 720, "dialogue": 1 / 900}
 
 
 def turns(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> list[Turn]:
-    """The dialogue that (split, task, seed, index) means, always the same."""
-    key = [SPLITS.index(split), list(TASKS).index(task), seed, index]
-    return TASKS[task](Artist(np.random.default_rng(key), scans(split), filled))
-
-
-def _png(picture: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    """The dialogue that these arguments mean, always the same."""
+    available, draw = scans(split), TASKS | LESSONS
+    rng = np.random.default_rng([SPLITS.index(split), list(draw).index(task), seed, index])
+    return draw[task](Artist(rng, available, filled))
 
 
 def row(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> dict:
-    """A row in the project's format, with its task and PNG bytes for images."""
-    name = f"{task}/{split}/{seed}/{index}"
-    messages, images = [], []
+    """A dialogue as a row, its pictures as PNG."""
+    name, messages, images = f"{split}-{task}-{seed}-{index}", [], []
     for turn in turns(split, task, seed, index, filled):
-        parts = [{"type": "image", "text": None} for _ in turn.pictures] + [{"type": "text", "text": turn.question}]
+        parts = [*({"type": "image", "text": None} for _ in turn.pictures), {"type": "text", "text": turn.question}]
         messages.append({"role": "user", "content": parts})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         for picture in turn.pictures:
-            images.append({"bytes": _png(picture), "path": f"{name.replace('/', '-')}-{len(images)}.png"})
+            file = io.BytesIO()
+            Image.fromarray(picture).save(file, "PNG", compress_level=1)
+            images.append({"bytes": file.getvalue(), "path": f"{name}-{len(images)}.png"})
     return {"id": name, "source": f"digits/{task}", "task": task, "messages": messages, "images": images}
 
 
-TEXT = Value("string")
+_TEXT = Value("string")
 FEATURES = Features(
-    {
-        "id": TEXT,
-        "source": TEXT,
-        "task": TEXT,
-        "messages": List({"role": TEXT, "content": List({"type": TEXT, "text": TEXT})}),
-        "images": List(ImageFeature(decode=False)),
-    }
+    id=_TEXT,
+    source=_TEXT,
+    task=_TEXT,
+    messages=List({"role": _TEXT, "content": List({"type": _TEXT, "text": _TEXT})}),
+    images=List(ImageFeature(decode=False)),
 )
 
 
 def rows(split: str, tasks: Sequence[str], count: int, seed: int = 0) -> Dataset:
     """`count` rows, the tasks taking turns. Raises `ValueError` for an unknown split or task."""
-    unknown = sorted(set(tasks) - TASKS.keys())
+    unknown = [task for task in tasks if task not in TASKS | LESSONS]
     if unknown or not tasks:
-        raise ValueError(f"unknown task {unknown[0]!r}; known are {', '.join(TASKS)}" if unknown else "no task is given")
-    made = [row(split, tasks[k % len(tasks)], seed, k // len(tasks)) for k in range(count)]
+        raise ValueError(f"unknown task {unknown[0]!r}; known are {', '.join(TASKS | LESSONS)}" if unknown else "no task is named")
+    made = (row(split, tasks[k % len(tasks)], seed, k // len(tasks)) for k in range(count))
+    return Dataset.from_list(list(made), features=FEATURES)
+
+
+# until this share of the rows: how often each task comes. What is hard to find (counting, comparing) is learnt alone
+CURRICULUM = (
+    (0.18, {"list": 1, "read": 2}),
+    (0.36, {"count": 1}),
+    (0.50, {"changed": 1}),
+    (1.00, {"read": 1, "count": 2, "changed": 2, "order": 1, "dialogue": 2}),
+)
+
+
+def curriculum(count: int, seed: int = 0) -> Dataset:
+    """`count` training rows to be read in order, for pretraining. Every other picture has some of its cells empty."""
+    rng, made = np.random.default_rng(seed), []
+    for index in range(count):
+        weights = next(weights for until, weights in CURRICULUM if index < until * count)
+        task = rng.choice(list(weights), p=np.array(list(weights.values())) / sum(weights.values()))
+        filled = CELLS if rng.random() < 0.5 else int(rng.integers(1, CELLS + 1))
+        made.append(row("train", str(task), seed, index, filled))
     return Dataset.from_list(made, features=FEATURES)
 
 
-# llava-hf/llava-1.5-7b-hf's chat template
+def training_rows(config: str | None, count: int | None, seed: int = 0) -> Dataset:
+    """What `dataset_name: digits` means in a recipe; config: tasks joined by +, `curriculum`, or None for all tasks."""
+    if config == "curriculum":
+        return curriculum(count or DEFAULT_ROWS, seed)
+    return rows("train", config.split("+") if config else list(TASKS), count or DEFAULT_ROWS, seed)
+
+
+# that of llava-hf/llava-1.5-7b-hf
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
     "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
@@ -224,27 +233,22 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 WORDS = (
-    "USER ASSISTANT digit is in cell often same do you see changed change cells from to what order the digits appear "
-    "0 1 2 3 4 5 6 7 8 9"
+    "▁USER ▁ASSISTANT ▁digit ▁digits ▁is ▁in ▁cell ▁often ▁do ▁you ▁see ▁changed ▁from ▁to ▁what ▁order ▁the ▁appear "
+    "▁0 ▁1 ▁2 ▁3 ▁4 ▁5 ▁6 ▁7 ▁8 ▁9 Which How In What"
 ).split()
-FIRST_WORDS = ("Which", "How", "In", "What")  # no blank stands before them
 
 
 def tokenizer() -> LlamaTokenizer:
-    """A LlamaTokenizer to which each of our words, blank included, is one token; other text is letters and bytes.
+    """A LlamaTokenizer with one token for each of our words; any other text is letters and bytes.
 
-    A merge adds one letter to the beginning of a word, so merges of different words never meet.
+    A merge adds one letter to the beginning of a word, so the merges of different words do not meet.
     """
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.printable[:94]]
-    merges = []
-    for word in [*("▁" + word for word in WORDS), *FIRST_WORDS]:
-        for end in range(2, len(word) + 1):
-            if word[:end] not in tokens:
-                tokens.append(word[:end])
-                merges.append((word[: end - 1], word[end - 1]))
+    merges = dict.fromkeys((word[: end - 1], word[end - 1]) for word in WORDS for end in range(2, len(word) + 1))
+    tokens += ["".join(merge) for merge in merges]
     return LlamaTokenizer(
         vocab={token: number for number, token in enumerate(tokens)},
-        merges=merges,
+        merges=list(merges),
         add_bos_token=True,
         extra_special_tokens={"image_token": "<image>"},
         pad_token="<pad>",
@@ -252,51 +256,51 @@ def tokenizer() -> LlamaTokenizer:
     )
 
 
-def random_model(seed: int = 0, **sizes) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A random tiny LLaVA and its processor, of LLaVA-1.5's classes and conventions."""
-    words = tokenizer()
-    size = SIDE * CELL
-    hidden, layers, heads = sizes.get("hidden", 128), sizes.get("layers", 4), sizes.get("heads", 4)
-    vhidden, vlayers = sizes.get("vhidden", 96), sizes.get("vlayers", 3)
+TEXT_SIZES = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4)
+VISION_SIZES = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
+SPREAD = 0.08  # of the language model's random weights; with Llama's own 0.02 these few layers learn much later
+
+
+def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A tiny LLaVA that has learnt nothing, and its processor, in the classes and conventions of LLaVA-1.5."""
+    words, size = tokenizer(), SIDE * CELL
+    ids = dict(bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
+    text = LlamaConfig(**TEXT_SIZES, **ids, vocab_size=len(words), max_position_embeddings=512, initializer_range=SPREAD)
+    vision = CLIPVisionConfig(**VISION_SIZES, image_size=size, patch_size=CELL)
     config = LlavaConfig(
-        text_config=LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=hidden,
-            intermediate_size=sizes.get("inter", 344),
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=512,
-            initializer_range=sizes.get("std", 0.02),
-            tie_word_embeddings=sizes.get("tie", False),
-            rope_parameters={"rope_type": "default", "rope_theta": sizes.get("theta", 10000.0)},
-            bos_token_id=words.bos_token_id,
-            eos_token_id=words.eos_token_id,
-            pad_token_id=words.pad_token_id,
-        ),
-        vision_config=CLIPVisionConfig(
-            hidden_size=vhidden,
-            intermediate_size=vhidden * 4,
-            num_hidden_layers=vlayers,
-            num_attention_heads=4,
-            image_size=size,
-            patch_size=CELL,
-            initializer_factor=sizes.get("vfactor", 1.0),
-        ),
-        image_token_id=words.convert_tokens_to_ids("<image>"),
-        image_seq_length=CELLS,
+        vision_config=vision, text_config=text, image_token_id=words.convert_tokens_to_ids("<image>"), image_seq_length=CELLS
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id
-    )
-    edge = {"height": size, "width": size}
+    with torch.no_grad():  # a digit read and a digit written start out alike
+        model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
+    model.generation_config = GenerationConfig(**ids, do_sample=False)
+    images = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=edge),
+        images,
         words,
-        patch_size=config.vision_config.patch_size,
+        patch_size=CELL,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # CLIP's class token
         chat_template=TEMPLATE,
     )
     return model, processor
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fmtrain.tiny", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.out.exists():
+        print(f"error: {options.out} exists already; name a new folder", file=sys.stderr)
+        return 2
+    model, processor = random_model(options.seed)
+    model.save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    print(f"{options.out}: {model.num_parameters():,} random weights, {len(processor.tokenizer)} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

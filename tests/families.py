@@ -8,7 +8,9 @@ SentencePiece-like BPE trained here on a few sentences, so that no file is downl
 import functools
 import json
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -88,7 +90,8 @@ def _llama_tokenizer(**special) -> LlamaTokenizer:
     bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(show_progress=False, vocab_size=420, special_tokens=["<unk>", "<s>", "</s>", *bytes_]))
+    trainer = trainers.BpeTrainer(show_progress=False, vocab_size=420, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    bpe.train_from_iterator(CORPUS, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in learnt["merges"]]
     return LlamaTokenizer(vocab=learnt["vocab"], merges=merges, add_bos_token=True, **special)
@@ -99,7 +102,8 @@ def _qwen_tokenizer(**special) -> Qwen2Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(CORPUS, trainers.BpeTrainer(show_progress=False, vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(show_progress=False, vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    bpe.train_from_iterator(CORPUS, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in learnt["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=merges, eos_token="<|im_end|>", **special)
@@ -229,3 +233,36 @@ def model(family: str, seed: int = 0):
             if name.endswith("image_newline"):
                 parameter.normal_()
     return fresh
+
+
+IMAGE = {"type": "image"}
+
+
+def photo(seed: int, width: int = 16, height: int = 16) -> Image.Image:
+    """Noise of one's own: no two seeds share a pixel, so that every image is told from every other."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def user(*parts) -> dict:
+    """A user's turn of texts and `IMAGE` parts, in this order."""
+    return {"role": "user", "content": [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def dialogues() -> dict[str, tuple[list[dict], list[Image.Image]]]:
+    """Single- and multi-turn rows with 0, 1, 2 and 3 images; wide and tall ones make several tiles in the families that tile."""
+    return {
+        "text": ([user("which digit changed?"), assistant("7")], []),
+        "single": ([user(IMAGE, "which digit?"), assistant("from 3 to 7")], [photo(1, 32, 16)]),
+        "two_turns": (
+            [user(IMAGE, "what is it?"), assistant("a red cube"), user(IMAGE, "and now?"), assistant("3")],
+            [photo(2), photo(3, 16, 32)],
+        ),
+        "three": (
+            [user(IMAGE, "first", IMAGE, IMAGE, "which?"), assistant("the 2"), user("sure?"), assistant("no")],
+            [photo(4), photo(5, 32, 16), photo(6)],
+        ),
+    }

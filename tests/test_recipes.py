@@ -1,16 +1,23 @@
-"""Every shipped recipe loads, and opens with what it is and its command."""
+"""Every shipped recipe loads, opens with what it is and its command, and those that name data sets train on fixtures."""
 
+import importlib
+import json
+
+import families
 import pytest
 import training
 import yaml
 
+from data_prep import check
+from data_prep.convert import main as convert
+from fmtrain import sft
 from fmtrain.recipe import read
 
 RECIPES = sorted(path for path in (training.ROOT / "recipes").glob("*.yaml") if not path.name.startswith("matrix"))
 
 
 def test_how_many_there_are():
-    assert len(RECIPES) == 6, [path.name for path in RECIPES]
+    assert len(RECIPES) == 8, [path.name for path in RECIPES]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -31,3 +38,61 @@ def test_distributed_configurations_are_complete():
         "zero2": "DEEPSPEED",
         "zero3": "DEEPSPEED",
     }
+
+
+FIXTURES = training.ROOT / "tests" / "data_prep" / "fixtures"
+FAMILIES = {"llava_onevision_interleave_lora": "llava_onevision"}
+PREPARED = {  # converter and options of the sets that are not named like their converter
+    "m4_instruct": ["interleave"],
+    "refcoco+": ["refcoco"],  # the fixture holds refcoco alone
+    "refcocog": ["refcoco"],
+}
+ON_DATA_SETS = [path for path in RECIPES if read(path, ["--use_cpu", "true"]).data.dataset_name != "digits"]
+
+
+@pytest.fixture(scope="module")
+def prepare(tmp_path_factory):
+    """`prepare(set, order)`: the rows of a set's fixture, converted and checked as the recipes say, and their image root."""
+    folder, done = tmp_path_factory.mktemp("prepared"), {}
+
+    def run(name: str, order: str) -> dict:
+        converter, out = PREPARED.get(name, [name])[0], folder / f"{name}_{order}"
+        if out not in done:
+            module = importlib.import_module(f"data_prep.{converter}")
+            source = FIXTURES / converter
+            assert convert(module.CONVERTER, ["--source", str(source), "--out", str(out), "--order", order]) == 0
+            rejected = folder / f"{name}_{order}_rejected.jsonl"
+            assert check.main([str(out), "--image-root", str(source), "--reject", str(rejected), "--workers", "1"]) == 0
+            done[out] = {"path": str(out), "image_root": str(source)}
+        return done[out]
+
+    return run
+
+
+def test_recipes_that_name_data_sets():
+    assert len(ON_DATA_SETS) == 5, [path.name for path in ON_DATA_SETS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", ON_DATA_SETS, ids=lambda path: path.stem)
+def test_three_steps_on_fixtures(path, prepare, tmp_path, monkeypatch):
+    family, recipe = FAMILIES.get(path.stem, "llava"), read(path, ["--use_cpu", "true"])
+    families.model(family).save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(sft, "load_processor", lambda *_, **__: families.processor(family))  # no torchvision, no video processor
+    monkeypatch.setattr(families.processor(family), "save_pretrained", lambda *_, **__: [])
+    if recipe.data.datasets:
+        order = "dual" if any("--order dual" in line for line in path.read_text().splitlines()) else "image_first"
+        sets = [one | prepare(one["path"].rpartition("/")[2], order) for one in recipe.data.datasets]
+        data = ["--datasets", *(json.dumps(one) for one in sets)]
+    else:
+        one = prepare(recipe.data.dataset_name.rpartition("/")[2], "image_first")
+        data = ["--dataset_name", one["path"], "--image_root", one["image_root"]]
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "dataset_num_proc": 1}
+    small |= {"max_steps": 3, "lora_r": 4, "lora_alpha": 8, "logging_steps": 1, "report_to": "none"}
+    small |= {"use_cpu": "true", "bf16": "false", "dtype": "float32", "output_dir": tmp_path / "out"}
+    small |= {"model_name_or_path": tmp_path / "base"}
+    assert sft.main([str(path), *data, *(f"--{key}={value}" for key, value in small.items())]) == 0
+    losses = training.losses(tmp_path / "out")
+    assert list(losses) == [1, 2, 3] and all(0 < loss < 100 for loss in losses.values())
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["policy"] == recipe.mask.policy()[0].name and run["rows"] > 0 and run["rows_dropped"] == 0

@@ -13,6 +13,7 @@ import training
 from PIL import Image
 
 from fmtrain import sft
+from fmtrain.patch import unwrap
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_frozen_tower_runs_without_a_graph(folder):
 
     def watch(model):
         original(model)
-        sft.unwrap(model).base_model.vision_tower.register_forward_hook(
+        unwrap(model).base_model.vision_tower.register_forward_hook(
             lambda module, args, output: seen.append((module.training, output.last_hidden_state.requires_grad))
         )
 
@@ -171,6 +172,12 @@ def test_recipe_mistakes(folder):
 
 def test_masks_that_would_silently_be_lost(folder):
     assert "flash_attention_2" in refused(folder, "--attn_implementation", "flash_attention_2")
+
+
+def test_four_bits_without_bitsandbytes(folder):
+    """QLoRA is TRL's `load_in_4bit`; where the package that it needs is missing, one line says so."""
+    message = refused(folder, "--load_in_4bit", "true")
+    assert "bitsandbytes" in message
 
 
 def test_image_mistakes(folder):
@@ -295,8 +302,11 @@ def wandb_records(file: Path):
 
 
 @pytest.mark.slow
-def test_wandb_runs_offline_without_a_key_and_can_be_read_back(folder):
-    run = training.launch(folder / "recipe.yaml", "--report_to", "wandb", HOME=str(folder))
+def test_wandb_offline_without_a_key_and_tensorboard_can_be_read_back(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    training.write_recipe(folder, report_to=["wandb", "tensorboard"])
+    run = training.launch(folder / "recipe.yaml", HOME=str(folder))
     assert run.returncode == 0, run.stderr[-2000:]
     [file] = (folder / "wandb").glob("offline-run-*/*.wandb")
     config, logged = {}, []
@@ -308,6 +318,9 @@ def test_wandb_runs_offline_without_a_key_and_can_be_read_back(folder):
     assert json.loads(config["fmtrain"])["policy"] == "v2v"
     seen = {entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
     assert seen == pytest.approx(training.losses(folder / "out"))
+    [events] = folder.rglob("events.out.tfevents.*")
+    scalars = EventAccumulator(str(events.parent)).Reload().Scalars("train/loss")
+    assert {event.step: event.value for event in scalars} == pytest.approx(training.losses(folder / "out"))
 
 
 def kill_after(recipe: Path, checkpoint: Path, *overrides: str) -> None:

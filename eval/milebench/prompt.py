@@ -34,14 +34,15 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """Room for a prompt, in tokens: `length` in all, `per_image` for an image, `overhead` for everything else.
+    """Room for a prompt, in tokens: `length` in all, `per_image` for an image (or for each of the sample's images),
+    `overhead` for everything else.
 
     The overhead is what the caller puts around the prompt: chat template, system text, BOS, and room for the answer.
-    MileBench has no such term (Q17), so `original=True` takes none.
+    MileBench has no such term (Q17), and one cost for all images, so `original=True` takes neither.
     """
 
     length: int
-    per_image: int
+    per_image: int | Sequence[int]
     overhead: int = 0
 
 
@@ -87,11 +88,13 @@ def build_prompt(
     """Prompt of a sample. `combined` N: its images come as (at most N) combined images in front of the text.
 
     Raises ValueError naming file, sample and numbers for an instruction id out of range, for combined images that are
-    missing, and for an overhead in original mode.
+    missing, and for an overhead or several costs of images in original mode.
     """
     instruction = task.instruction(sample, original)
     if original and window.overhead:
         raise ValueError(f"{task.path}: MileBench subtracts no overhead ({window.overhead}) from the window")
+    if original and not isinstance(window.per_image, int):
+        raise ValueError(f"{task.path}: MileBench has one cost for all images, not {window.per_image}")
     build = _build_original if original else _build_fixed
     return build(task, sample, instruction, tokenizer, window, combined)
 
@@ -211,7 +214,9 @@ def _pieces_by_index(context: str, n_images: int) -> tuple[list[_Piece], list[st
 
 
 def _cost(piece: _Piece, tokenizer: Tokenizer, window: Window) -> int:
-    return window.per_image if isinstance(piece, int) else len(_encode(tokenizer, piece))
+    if isinstance(piece, int):
+        return window.per_image if isinstance(window.per_image, int) else window.per_image[piece]
+    return len(_encode(tokenizer, piece))
 
 
 def _fit(pieces: Sequence[_Piece], tokenizer: Tokenizer, window: Window, room: int) -> list[_Piece]:

@@ -1,8 +1,8 @@
 """Attention under a policy, computed by one of several backends.
 
-A backend is a module with `prepare(layout, policy, merge, start)`, run once per forward, and `attend(q, k, v, plan,
-scale)`, run in every layer. `reference` defines what is correct; the others are tested against it. Optional packages
-are imported inside the backend that needs them.
+A backend is a module with `prepare(layout, policy, merge, start)`, run once per forward, `attend(q, k, v, plan, scale)`,
+run in every layer, and `STEP`, what it prepares for one token that sees everything. `reference` defines what is correct;
+the others are tested against it. Optional packages are imported inside the backend that needs them.
 
 Shape names: B rows, H query heads, G key heads (H is a multiple), Q queries, K keys, D head size.
 """
@@ -46,6 +46,11 @@ def plan(layout: Layout, policy: Policy, backend: ModuleType, merge: Merge | Non
     """Prepare `backend` for one forward whose queries are the tokens from `start` on."""
     check_merge(policy, merge)
     return Plan(backend, backend.prepare(layout, policy, merge, start))
+
+
+def step(backend: ModuleType) -> Plan:
+    """The plan of one decoded token that attends to every token before it."""
+    return Plan(backend, backend.STEP)
 
 
 def attend(

@@ -14,11 +14,14 @@ from fmtrain.policies import Policy
 
 @dataclass(frozen=True)
 class Prepared:
-    masks: masks.Masks
+    masks: masks.Masks | None  # None: every key is seen
     merge: Merge | None
     sink_BQK: torch.Tensor | None = None
     last_BQ: torch.Tensor | None = None
     query_Q: torch.Tensor | None = None
+
+
+STEP = Prepared(None, None)
 
 
 def prepare(layout: Layout, policy: Policy, merge: Merge | None, start: int) -> Prepared:
@@ -34,6 +37,8 @@ def weights(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, prepared: Prepared, scal
     exact = torch.promote_types(q_BHQD.dtype, torch.float32)
     k_BHKD = k_BGKD.repeat_interleave(q_BHQD.shape[1] // k_BGKD.shape[1], dim=1)
     scores = (q_BHQD.to(exact) @ k_BHKD.to(exact).transpose(-1, -2)) * scale
+    if prepared.masks is None:
+        return scores.softmax(-1)
     if prepared.merge is None:
         return scores.masked_fill(~prepared.masks.both_B1QK, -math.inf).softmax(-1)
     return merged_weights(

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from fmtrain import masks
 from fmtrain.attention import reference
 from fmtrain.layout import Layout
-from fmtrain.merge import Merge
+from fmtrain.merge import Merge, share
 from fmtrain.policies import Policy
 
 CHUNK = 128  # queries at a time in the light form: [B, H, 128, K] scores in float32
@@ -26,6 +26,9 @@ class Prepared:
     mask_B1QK: torch.Tensor | None  # None: no mask is needed beyond `is_causal`
     is_causal: bool
     light: reference.Prepared | None  # of the light form
+
+
+STEP = Prepared(None, False, None)
 
 
 def prepare(layout: Layout, policy: Policy, merge: Merge | None, start: int) -> Prepared:
@@ -67,12 +70,14 @@ def _closed_form(q_BHQD, k_BGKD, v_BGKD, light: reference.Prepared, scale: float
     keys, queries = F.pad(keys, (0, 8)), F.pad(q_BHQD, (0, 8))  # the kernels want one head size for q, k and v
     mask = torch.cat([light.masks.past_B1QK, light.masks.revealed_B1QK], dim=-1)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=q_BHQD.shape[1] != k_BGKD.shape[1])
-    sink_BGQD = light.sink_BQK[:, None].to(v_BGKD.dtype) @ v_BGKD
+    sink_BGQD = share(light.sink_BQK, v_BGKD.dtype)[:, None] @ v_BGKD
     sink_BHQD = sink_BGQD.repeat_interleave(q_BHQD.shape[1] // v_BGKD.shape[1], dim=1)
     return out[..., :D] + out[..., D : D + 1] * sink_BHQD
 
 
 def _chunked(q_BHQD, k_BGKD, v_BGKD, light: reference.Prepared, scale: float) -> torch.Tensor:
+    if q_BHQD.shape[2] <= CHUNK:
+        return reference.attend(q_BHQD, k_BGKD, v_BGKD, light, scale)
     outputs = []
     for begin in range(0, q_BHQD.shape[2], CHUNK):
         rows = slice(begin, begin + CHUNK)

@@ -191,9 +191,7 @@ def test_evaluation_rows_are_refused_unless_allowed(fixtures, convert, tmp_path)
 
 def test_the_placeholder_quirk_of_the_mix_is_reported(fixtures, convert, tmp_path):
     convert("llava_mix665k", fixtures / "llava_mix665k", tmp_path / "out")
-    code, found = findings_of(
-        tmp_path / "out", "--image-root", fixtures / "llava_mix665k", json_file=tmp_path / "f.json"
-    )
+    code, found = findings_of(tmp_path / "out", "--image-root", fixtures / "llava_mix665k", json_file=tmp_path / "f.json")
     assert code == 1 and found["problems"] == {"missing image": 1, "placeholder in text": 1}
 
 
@@ -216,7 +214,7 @@ def test_token_lengths(prepared):
 def test_token_lengths_are_those_of_encode(prepared, tmp_path):
     from families import processor
 
-    from fmtrain import encode
+    from fmtrain.encode import encode
     from fmtrain.images import open_image
 
     llava = processor("llava")

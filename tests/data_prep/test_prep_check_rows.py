@@ -43,9 +43,7 @@ def damage_type(row, draw):
 
 def damage_part(row, draw):
     part = draw(st.sampled_from([p for m in row["messages"] for p in m["content"]]))
-    part.update(
-        draw(st.sampled_from([{"type": "video"}, {"text": 3}, {"type": None}, {"url": "x"}, {"type": ["text"]}]))
-    )
+    part.update(draw(st.sampled_from([{"type": "video"}, {"text": 3}, {"type": None}, {"url": "x"}, {"type": ["text"]}])))
     return "format"
 
 
@@ -69,9 +67,7 @@ def damage_order(row, draw):
 
 def damage_answer(row, draw):
     answers = [m for m in row["messages"] if m["role"] == "assistant"]
-    draw(st.sampled_from(answers))["content"] = [
-        {"type": "text", "text": draw(st.sampled_from(["", " ", "\n\t", "\u2003"]))}
-    ]
+    draw(st.sampled_from(answers))["content"] = [{"type": "text", "text": draw(st.sampled_from(["", " ", "\n\t", "\u2003"]))}]
     return "empty answer"
 
 
@@ -150,9 +146,7 @@ def test_damage_is_always_found(damage, row, data):
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda s: st.lists(s) | st.dictionaries(st.text(), s))
-)
+@given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda s: st.lists(s) | st.dictionaries(st.text(), s)))
 def test_anything_else_is_not_a_row_and_never_crashes(value):
     assert row_problems(value)[0].kind == "format"
     for key in ("id", "source", "messages", "images"):

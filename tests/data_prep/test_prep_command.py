@@ -172,11 +172,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(earlier, convert, t
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert partial.is_file()
-    assert (
-        (out.is_dir() and {file.name: file.read_bytes() for file in out.iterdir()} == before)
-        if earlier
-        else not out.exists()
-    )
+    assert (out.is_dir() and {file.name: file.read_bytes() for file in out.iterdir()} == before) if earlier else not out.exists()
     assert convert("llava_mix665k", source, out) == 0
     assert sum(1 for _ in read_rows(out)) == 6_000
     assert listing(tmp_path) == CONVERTED

@@ -10,12 +10,11 @@ import pytest
 
 import data_prep
 from data_prep.convert import Converter
-from data_prep.rows import features, format_problems, image_part, read_rows, text_part
+from data_prep.rows import format_problems, image_part, read_rows, text_part
 from fmtrain.images import open_image
+from fmtrain.row_format import features
 
-NAMES = (
-    "aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa visual_genome vqav2 vsr"
-).split()
+NAMES = ("aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa visual_genome vqav2 vsr").split()
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [(name, k) for name in NAMES for k in range(len(json.loads((GOLDEN / f"{name}.json").read_text())))]
 
@@ -75,9 +74,7 @@ def test_datasets_loads_all_three_forms(fixtures, convert, tmp_path):
         convert("refcoco", fixtures / "refcoco", tmp_path / form, *chosen)
         (file,) = (tmp_path / form).glob("rows*")
         kind = "json" if form == "lines" else "parquet"
-        loaded[form] = datasets.load_dataset(
-            kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache" / form)
-        )
+        loaded[form] = datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache" / form))
     assert loaded["lines"].features == loaded["columns"].features == datasets.Features.from_dict(features())
     assert loaded["bytes"].features == datasets.Features.from_dict(features(embed_images=True))
     assert loaded["lines"][0] == loaded["columns"][0] == next(read_rows(tmp_path / "lines"))

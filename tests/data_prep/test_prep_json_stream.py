@@ -31,9 +31,7 @@ def write(folder: Path, text: str) -> Path:
 @BORROW
 @given(st.lists(ELEMENTS, max_size=6), st.sampled_from([None, 1]), st.booleans())
 def test_arrays(tmp_path, values, indent, ascii_only):
-    path = write(
-        tmp_path, json.dumps(values, indent=indent, ensure_ascii=ascii_only, default=str).replace("\\ud", "\\ue")
-    )
+    path = write(tmp_path, json.dumps(values, indent=indent, ensure_ascii=ascii_only, default=str).replace("\\ud", "\\ue"))
     expected = json.loads(path.read_text(encoding="utf-8"))
     assert list(json_stream.array(path)) == list(enumerate(expected, start=1))
 

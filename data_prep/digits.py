@@ -1,0 +1,122 @@
+"""The embedded digit questions (`fmtrain.tiny`) as files.
+
+    python -m data_prep.digits --out DIR                rows: DIR/train.jsonl, DIR/test.jsonl, DIR/images/*.png
+    python -m data_prep.digits --out DIR --milebench    MileBench's format: DIR/DigitsRead/DigitsRead.json, .../images/
+
+Rows name their images relative to DIR. MileBench's format holds one split; there `read` and `count` are multiple-choice,
+the others open-ended, and of a dialogue the last question is asked, with the turn before it as text.
+"""
+
+import shutil
+import sys
+from argparse import ArgumentParser, RawTextHelpFormatter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from data_prep.command_line import guarded
+from data_prep.rows import KEYS
+from data_prep.writing import encoded, write_json
+from fmtrain.tiny import MOST, SPLITS, TASKS, row
+
+CHOICES = {"read": [str(digit) for digit in range(10)], "count": [str(number) for number in range(MOST + 1)]}
+INSTRUCTION = "Answer the question about the pictures."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the files. Returns 0, or 2 after one line on stderr if `--out` holds anything or cannot be written."""
+    parser = ArgumentParser(prog="python -m data_prep.digits", description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--split", choices=SPLITS, help="default: both, or test with --milebench")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
+    parser.add_argument("--count", type=int, default=200, help="rows a task and split (default: 200)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--milebench", action="store_true")
+    options = parser.parse_args(arguments)
+
+    def write() -> int:
+        if options.count < 1 or options.seed < 0:
+            raise ValueError(f"--count is {options.count}, --seed {options.seed}: at least 1 row and a seed from 0 on are needed")
+        with new_folder(options.out) as folder:
+            if options.milebench:
+                for task in options.tasks:
+                    write_milebench(folder, options.split or "test", task, options.count, options.seed)
+            else:
+                for split in [options.split] if options.split else SPLITS:
+                    write_rows(folder, split, options.tasks, options.count, options.seed)
+        print(f"{options.out}: {options.count} rows each of {', '.join(options.tasks)}")
+        return 0
+
+    return guarded(write)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A staging folder that becomes `out` when the block ends, and vanishes when it raises. Raises `ValueError` if `out`
+    holds anything."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} {'is a file' if out.is_file() else 'is not empty'}; choose a new folder")
+    staging = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        staging.replace(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_rows(folder: Path, split: str, tasks: Iterable[str], count: int, seed: int) -> None:
+    """Rows of a split, the tasks taking turns, into `folder`/SPLIT.jsonl and their images beside it."""
+    with (folder / f"{split}.jsonl").open("wb") as file:
+        for index in range(count):
+            for task in tasks:
+                made = row(split, task, seed, index)
+                names = _write_images(made, folder / "images")
+                made["images"] = [f"images/{name}" for name in names]
+                file.write(encoded({key: made[key] for key in KEYS}) + b"\n")
+
+
+def write_milebench(folder: Path, split: str, task: str, count: int, seed: int) -> None:
+    """A task as a data set of MileBench: `folder`/DigitsTASK/DigitsTASK.json and images."""
+    name = f"Digits{task.capitalize()}"
+    samples = []
+    for index in range(count):
+        made = row(split, task, seed, index)
+        *history, last = made["messages"]
+        places = iter(range(1, len(made["images"]) + 1))
+        parts = (part for message in history for part in message["content"])
+        context = " ".join(part["text"] or f"{{image#{next(places)}}}" for part in parts)
+        instance: dict[str, Any] = {"context": context, "images_path": _write_images(made, folder / name / "images")}
+        if task in CHOICES:
+            instance["choice_list"] = CHOICES[task]
+        samples.append(
+            {
+                "sample_id": index,
+                "task_instruction_id": 0,
+                "task_instance": instance,
+                "response": last["content"][0]["text"],
+                "image_quantity_level": "Few",
+            }
+        )
+    meta = {
+        "dataset": name,
+        "split": split,
+        "num_sample": count,
+        "task_instruction": [INSTRUCTION],
+        "question_type": "multi-choice" if task in CHOICES else "open-ended",
+    }
+    write_json(folder / name / f"{name}.json", {"meta_data": meta, "data": samples})
+
+
+def _write_images(made: dict[str, Any], folder: Path) -> list[str]:
+    """The images of a row as files of `folder`; returns their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in made["images"]:
+        (folder / image["path"]).write_bytes(image["bytes"])
+    return [image["path"] for image in made["images"]]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""What latency and throughput are measured on: a checkpoint, or a random LLaVA of a chosen size, and rows for it.
+
+The random ones are transformers' own `LlavaForConditionalGeneration` (a CLIP tower, a Llama), built in memory; speed does
+not depend on what the weights are.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+from fmtrain import tiny
+from fmtrain.checkpoint import load
+from fmtrain.patch import attached, unwrap
+
+PATCH = 14  # pixels along a patch's edge, as in CLIP-L/14
+PICTURE = (336, 336)  # pixels of the noise images, before the processor resizes them
+WORD = "digit"  # one token for the embedded tokenizer, a few for others
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a random LLaVA: the language model, the tower, and the edge of an image in patches (its square is the tokens)."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    key_heads: int
+    patches: int
+    tower_hidden: int
+    tower_layers: int
+    vocabulary: int = 32064
+
+
+SIZES = {  # named by the parameters in the language model's layers
+    "mini": Size(64, 128, 2, 4, 2, 2, 32, 2, 512),
+    "25m": Size(512, 1408, 8, 8, 8, 12, 256, 2),
+    "100m": Size(768, 2048, 12, 12, 12, 12, 256, 2),
+    "1b": Size(2048, 5632, 22, 32, 4, 24, 1024, 24),
+    "7b": Size(4096, 11008, 32, 32, 32, 24, 1024, 24),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model without a policy, its processor, and what it is called in a report."""
+
+    name: str
+    model: torch.nn.Module
+    processor: object
+
+    def describe(self) -> dict:
+        text = unwrap(self.model).config.get_text_config()
+        return {
+            "model": self.name,
+            "class": type(unwrap(self.model)).__name__,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "layers": text.num_hidden_layers,
+            "heads": text.num_attention_heads,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+        }
+
+
+def random_llava(size: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Subject:
+    """A random LLaVA of `SIZES` with the embedded tokenizer. Raises `ValueError` for an unknown size."""
+    if size not in SIZES:
+        raise ValueError(f"unknown size {size!r}; known are {', '.join(SIZES)}")
+    chosen, words = SIZES[size], tiny.tokenizer()
+    edge = chosen.patches * PATCH
+    config = LlavaConfig(
+        text_config=LlamaConfig(
+            vocab_size=max(chosen.vocabulary, len(words)),
+            hidden_size=chosen.hidden,
+            intermediate_size=chosen.intermediate,
+            num_hidden_layers=chosen.layers,
+            num_attention_heads=chosen.heads,
+            num_key_value_heads=chosen.key_heads,
+            max_position_embeddings=8192,
+            tie_word_embeddings=False,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        ),
+        vision_config=CLIPVisionConfig(
+            hidden_size=chosen.tower_hidden,
+            intermediate_size=4 * chosen.tower_hidden,
+            num_hidden_layers=chosen.tower_layers,
+            num_attention_heads=max(1, chosen.tower_hidden // 64),
+            image_size=edge,
+            patch_size=PATCH,
+        ),
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=chosen.patches**2,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}),
+        words,
+        patch_size=PATCH,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's class token
+        chat_template=tiny.TEMPLATE,
+    )
+    return Subject(f"random LLaVA {size}", model.eval(), processor)
+
+
+def subject(name: str, size: str, device: str | torch.device, dtype: torch.dtype) -> Subject:
+    """The model called `name`: "random" (of that size) or a checkpoint folder, with no policy attached."""
+    if name == "random":
+        return random_llava(size, device, dtype)
+    model, processor = load(name, policy="causal", dtype=dtype)
+    attached(model).detach()
+    return Subject(Path(name).name, model.to(device), processor)
+
+
+def row(images: int, words: int, answer: int = 0, seed: int = 0) -> dict:
+    """A row of one turn: images of noise, a question of so many words and, if `answer`, an answer of so many."""
+    rng = np.random.default_rng(seed)
+    pictures = [Image.fromarray(rng.integers(0, 256, (*PICTURE, 3), dtype=np.uint8)) for _ in range(images)]
+    question = [{"type": "image"}] * images + [{"type": "text", "text": " ".join([WORD] * words)}]
+    messages = [{"role": "user", "content": question}]
+    if answer:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": " ".join([WORD] * answer)}]})
+    return {"id": f"noise-{seed}", "messages": messages, "images": pictures}
+
+
+def check_length(subject: Subject, tokens: int) -> None:
+    """Raises `ValueError` for rows that the model has no positions for."""
+    longest = unwrap(subject.model).config.get_text_config().max_position_embeddings
+    if tokens > longest:
+        raise ValueError(f"{subject.name} has {longest} positions, {tokens} tokens were asked for; take fewer images or words")

@@ -1,0 +1,118 @@
+"""TRL's trainer as fmtrain runs it: what learns, what is audited before step 0, what every checkpoint carries."""
+
+import os
+import signal
+
+import torch
+from rich.console import Console
+from transformers import TrainerCallback
+from trl import SFTTrainer, get_peft_config
+
+from fmtrain import audit, data, parts
+from fmtrain.checkpoint import is_adapter
+from fmtrain.collator import Collator, encode_row
+from fmtrain.layout import Layout
+from fmtrain.patch import attached, unwrap
+from fmtrain.recipe import Recipe
+
+console = Console(stderr=True, highlight=False)
+
+
+def say(message) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        console.print(message, soft_wrap=True)  # one message, one line, however narrow a log is
+
+
+class MaskedSFTTrainer(SFTTrainer):
+    """TRL's trainer; every checkpoint of it, adapters included, carries the policy in a `config.json`."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """transformers looks for the module's own parameter names, but a LLaVA is saved under the hub's: it would load
+        nothing, warn, and go on from the base weights. So read the checkpoint as `from_pretrained` does."""
+        target = unwrap(model or self.model)
+        if is_adapter(resume_from_checkpoint) or self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        target.load_state_dict(saved.state_dict())
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            unwrap(self.model).config.save_pretrained(output_dir or self.args.output_dir)
+
+
+class AuditFirstBatch(TrainerCallback):
+    """Before step 0: a real batch is searched for leaks, and its loss stands beside its causal loss."""
+
+    def __init__(self, trainer: SFTTrainer, rows: list[dict]):
+        self.trainer, self.rows = trainer, rows
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        model, handle = self.trainer.model_wrapped, attached(self.trainer.model)
+        batch = self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
+        layout = Layout.from_model_inputs(batch)
+        labels = batch.pop("labels")
+        training = model.training
+        model.eval()
+        leak = audit.leaks(model, batch, layout)
+        with torch.no_grad():
+            loss = model(**batch, labels=labels, **layout.model_inputs()).loss.item()
+            with handle.under("causal"):
+                causal = model(**batch, labels=labels, **layout.model_inputs()).loss.item()
+        model.train(training)
+        say(f"audit of the first {len(self.rows)} rows: {leak.figure}; loss {loss:.4f} under the policy, {causal:.4f} causal")
+        if not leak.passed:
+            raise ValueError(f"the first batch leaks: {leak.figure}")
+
+
+class SaveOnTerm(TrainerCallback):
+    """SIGTERM ends the run after the step at hand, with a checkpoint."""
+
+    def __init__(self):
+        self.asked = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_) -> None:
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        asked = self.asked
+        if args.world_size > 1:  # every rank must stop at the same step
+            flag = torch.tensor(float(asked), device=args.device)
+            torch.distributed.all_reduce(flag)
+            asked = bool(flag)
+        if asked:
+            self.asked = control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def build_trainer(recipe: Recipe, model, processor, rows: data.Rows, eval_rows: data.Rows | None) -> MaskedSFTTrainer:
+    """The model's parts frozen or adapted as the recipe says, in TRL's trainer."""
+    training = recipe.training
+    training.max_length = None  # rows are dropped whole, in `data`; TRL would cut them
+    training.dataset_kwargs = {"skip_prepare_dataset": True}
+    blank, _ = encode_row(processor, audit.sample_rows()[1])  # a row with one image, of noise
+    pixels = {name: value for name, value in blank.items() if name not in ("input_ids", "attention_mask")}
+    lora = get_peft_config(recipe.model)
+    unreached = parts.choose(model, lora, recipe.data.train_parts, pixels)
+    if unreached:
+        say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
+    trainer = MaskedSFTTrainer(
+        model=model,
+        args=training,
+        data_collator=Collator(processor, rows.image_root, recipe.data.max_pixels, blank if training.world_size > 1 else None),
+        train_dataset=rows.rows,
+        eval_dataset=eval_rows.rows if eval_rows else None,
+        processing_class=processor,
+        peft_config=lora,
+    )
+    parts.without_graph(trainer.model)
+    trainer.add_callback(AuditFirstBatch(trainer, rows.first(max(2, min(4, training.per_device_train_batch_size)))))
+    trainer.add_callback(parts.EveryParameterLearns(trainer.model))
+    trainer.add_callback(trainer_stop := SaveOnTerm())
+    trainer.stopped = lambda: trainer_stop.asked
+    return trainer

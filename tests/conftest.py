@@ -1,0 +1,44 @@
+"""Common to all tests: nothing is downloaded, one thread per worker, and a warning raised by our own code is an error."""
+
+import functools
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import families
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "error:::fmtrain")
+
+
+@pytest.fixture(params=families.FAMILIES)
+def family(request) -> str:
+    return request.param
+
+
+@functools.cache
+def _model(family: str, lora: bool):
+    if not lora:
+        return families.model(family)
+    from peft import LoraConfig, get_peft_model
+
+    targets = r".*language_model.*\.(q_proj|k_proj|v_proj|down_proj)"
+    model = get_peft_model(families.model(family), LoraConfig(r=4, target_modules=targets))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # PEFT starts it at zero, where LoRA changes nothing
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model_of():
+    """`model_of(family, lora=False)`: one random model for the whole session. Attach in a `with`, leave it as it was."""
+    return lambda family, lora=False: _model(family, lora)

@@ -1,0 +1,296 @@
+"""Several sets in one run, and sets that are streamed: the rows, their order, and what a resumed run leaves unopened."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import families
+import pytest
+import test_data
+import training
+
+import fmtrain.collator
+from fmtrain import data, mixing, sft, stream
+from fmtrain.recipe import read
+
+own_cache = test_data.own_cache
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """base/, and three sets a (12 rows), b (8) and c (5, Parquet with images); all name their images alike."""
+    folder = tmp_path_factory.mktemp("mix")
+    training.workplace(folder, rows=1)
+    for seed, (name, count) in enumerate({"a": 12, "b": 8}.items()):
+        rows = [test_data.simple(k) | {"id": f"{name}{k}", "images": [f"{k}.png"]} for k in range(count)]
+        test_data.write(folder / name / "rows.jsonl", rows)
+        for k in range(count):
+            training.picture(100 * seed + k, (20 + seed, 20)).save(folder / name / f"{k}.png")
+    rows = [test_data.simple(k, 1, id=f"c{k}") for k in range(5)]
+    test_data.embedded(folder / "c", rows, False)
+    return folder
+
+
+def entry(place: Path, name: str, **values) -> dict:
+    return {"path": str(place / name), **values}
+
+
+def ids(rows) -> list[str]:
+    return [row["id"] for row in rows]
+
+
+# --- what a recipe says ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([{"path": "a", "wieght": 1}], ["entry 1", "'wieght'", "'weight'"]),
+        ([{"path": "a"}, {"path": "b", "weight": 0.5, "epochs": 1}], ["entry 2", "b", "both"]),
+        ([{"path": "a", "weight": -1}], ["weight -1 of a", "above 0"]),
+        ([{"path": "a", "epochs": 0}], ["epochs 0 of a", "above 0"]),
+        ([{"path": "a", "epochs": "two"}], ["epochs 'two' of a", "number"]),
+        ([{"path": "a", "epochs": True}], ["epochs True of a"]),
+        ([{"path": "a", "weight": float("nan")}], ["weight", "of a is not a number above 0"]),
+        ([{"epochs": 1}], ["entry 1", "no path"]),
+        ([{"path": 3}], ["path 3"]),
+        ([{"path": "a", "image_root": ""}], ["image_root ''"]),
+        (["a"], ["'a'", "mapping"]),
+        ([{"path": "a"}, {"path": "b", "weight": 1.2}], ["add up to 1.2", "below 1"]),
+        ([], ["datasets"]),
+    ],
+)
+def test_entries_that_are_refused(tmp_path, entries, words):
+    with pytest.raises(ValueError) as error:
+        read(training.write_recipe(tmp_path, dataset_name=None, datasets=entries))
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+
+
+def test_recipe_keys_of_data(tmp_path):
+    given = [{"path": "it's", "epochs": 1.5}, {"path": "b", "image_root": "im", "weight": 0.25}]
+    recipe = read(training.write_recipe(tmp_path, dataset_name=None, datasets=given))
+    assert [mixing.Entry(**one).plain() for one in recipe.data.datasets] == [mixing.Entry(**one).plain() for one in given]
+    assert recipe.resolved["datasets"] == recipe.data.datasets
+    assert read(tmp_path / "recipe.yaml", ["--datasets", "{path: x, epochs: 2}"]).data.datasets == [{"path": "x", "epochs": 2}]
+    for changes, word in (
+        ({"datasets": given}, "takes the place of dataset_name"),
+        ({"datasets": given, "dataset_name": None, "image_root": "x"}, "its own image_root"),
+        ({"streaming": True, "dataset_name": "digits"}, "streaming reads files"),
+        ({"shuffle_buffer": 0}, "shuffle_buffer 0"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            read(training.write_recipe(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("values", "run", "expected"),
+    [
+        ([{}, {}], None, [100, 40]),
+        ([{"epochs": 2.5}, {"epochs": 0.1}], None, [250, 4]),
+        ([{"epochs": 0.6}, {"weight": 0.25}], None, [60, 20]),
+        ([{"weight": 3}, {"weight": 1}], None, [100, 33]),
+        ([{"weight": 0.1}, {"weight": 0.4}], None, [10, 40]),
+        ([{"weight": 1}, {"weight": 4}], 1000, [200, 800]),
+        ([{"weight": 1}, {"weight": 99}], 6, [1, 6]),
+        ([{"epochs": 1}, {"weight": 0.5}], 1000, [100, 100]),
+    ],
+)
+def test_shares(values, run, expected):
+    assert mixing.shares([mixing.Entry("s", **value) for value in values], [100, 40], run) == expected
+
+
+def test_a_set_that_would_give_nothing():
+    with pytest.raises(ValueError, match=r"epochs 0.01 of small with 10 rows is less than one row"):
+        mixing.shares([mixing.Entry("small", epochs=0.01)], [10])
+
+
+# --- map-style ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_mix_is_what_its_entries_say_and_depends_on_the_seed_alone(place):
+    mixture = [entry(place, "a", epochs=1.5), entry(place, "b", epochs=2), entry(place, "c", epochs=0.6)]
+    found = data.load(None, mixture=mixture, seed=3)
+    times = Counter(ids(found.rows))
+    assert found.size == 18 + 16 + 3 and Counter(name[0] for name in times.elements()) == {"a": 18, "b": 16, "c": 3}
+    assert {times[f"a{k}"] for k in range(12)} == {1, 2} and {times[f"b{k}"] for k in range(8)} == {2}
+    assert max(times[f"c{k}"] for k in range(5)) == 1
+    assert ids(data.load(None, mixture=mixture, seed=3).rows) == ids(found.rows)
+    other = data.load(None, mixture=mixture, seed=4)
+    assert ids(other.rows) != ids(found.rows) and Counter(ids(other.rows)) != times
+
+
+def test_every_row_opens_the_images_of_its_own_set(place):
+    (place / "elsewhere").mkdir(exist_ok=True)
+    for k in range(8):
+        training.picture(k, (33, 20)).save(place / "elsewhere" / f"{k}.png")
+    mixture = [entry(place, "a"), entry(place, "b", image_root=str(place / "elsewhere")), entry(place, "c")]
+    found, widths = data.load(None, mixture=mixture), {"a": set(), "b": set(), "c": set()}
+    opened = fmtrain.collator.open_image
+    for row in found.rows:
+        widths[row["id"][0]] |= {opened(image, row["image_root"]).width for image in row["images"]}
+        fmtrain.collator.encode_row(families.processor("llava"), row, found.image_root)
+    assert widths == {"a": {20}, "b": {33}, "c": {24}}
+
+
+def recipe_of(place: Path, folder: Path, *overrides: str, **changes):
+    values = {"dataset_name": None, "model_name_or_path": str(place / "base"), "output_dir": str(folder / "out"), **changes}
+    return read(training.write_recipe(folder, **values), [*overrides])
+
+
+def test_long_rows_are_dropped_before_sets_are_mixed(place, tmp_path):
+    mixture = [entry(place, "a"), entry(place, "b", epochs=2)]
+    processor = families.processor("llava")
+    lengths = {row["id"]: fmtrain.collator.encode_row(processor, row)[1].shape[1] for row in data.load(None, mixture=mixture).rows}
+    limit = max(lengths.values()) - 1  # two digits make the longest rows: a10, a11
+    recipe = recipe_of(place, tmp_path, datasets=mixture, max_length=limit)
+    found = sft.load_rows(recipe, processor, None, recipe.data.datasets)
+    kept = [name for name, length in lengths.items() if length <= limit]
+    assert found.dropped == len(lengths) - len(kept) > 0 and set(ids(found.rows)) == set(kept)
+    bad = test_data.write(tmp_path / "bad" / "rows.jsonl", [test_data.simple(0)])
+    recipe = recipe_of(place, tmp_path, datasets=[*mixture, {"path": str(bad)}])
+    with pytest.raises(ValueError, match=r"bad/rows.jsonl, row r0: image '0_0.png' does not exist"):
+        sft.load_rows(recipe, processor, None, recipe.data.datasets)
+
+
+# --- the same order, whatever the workers ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_workers_do_not_change_the_order(place, tmp_path, streaming):
+    mixture = [entry(place, "a", epochs=1.5), entry(place, "b"), entry(place, "c", weight=0.2)]
+    processor, found = families.processor("llava"), []
+    for workers in (0, 1, 2):
+        recipe = recipe_of(
+            place, tmp_path, datasets=mixture, streaming=streaming, shuffle_buffer=4, max_steps=9, dataloader_num_workers=workers
+        )
+        if streaming:
+            rows = sft.stream_rows(recipe, processor, None)
+        else:
+            rows = sft.load_rows(recipe, processor, None, recipe.data.datasets)
+        trainer = sft.build_trainer(recipe, families.model("llava"), processor, rows, None)
+        trainer.data_collator = ids
+        found.append(list(islice(trainer.get_train_dataloader(), 7)))
+    assert found[0] == found[1] == found[2] and all(len(batch) == 4 for batch in found[0])
+
+
+def a_stream(place: Path, mixture: list[dict], **values) -> stream.Stream:
+    options = dict(seed=1, buffer=4, batch_size=3, check=lambda row, path: None) | values
+    made = []
+    original = datasets.IterableDataset.from_generator
+    try:
+        datasets.IterableDataset.from_generator = lambda generator, gen_kwargs: made.append(generator.__self__)
+        loaded = stream.load(mixing.entries(mixture), stream.Stream((), **options), 0)
+    finally:
+        datasets.IterableDataset.from_generator = original
+    assert loaded.size == sum(source.share for source in made[0].sources)
+    return made[0]
+
+
+def test_a_stream_gives_every_set_its_share_in_every_pass(place):
+    mixture = [entry(place, "a", epochs=0.5), entry(place, "b", epochs=2), entry(place, "c")]
+    rows = ids(islice(a_stream(place, mixture).rows(), 54))
+    first, second = Counter(rows[:27]), Counter(rows[27:])
+    for times in (first, second):
+        assert Counter(name[0] for name in times.elements()) == {"a": 6, "b": 16, "c": 5}
+        assert {times[f"b{k}"] for k in range(8)} == {2} and {times[f"c{k}"] for k in range(5)} == {1}
+    assert first.keys() != second.keys(), "another half of a in the next pass"
+    assert rows == ids(islice(a_stream(place, mixture).rows(), 54)) != ids(islice(a_stream(place, mixture, seed=2).rows(), 54))
+    files = ids(islice(a_stream(place, [entry(place, "a")], buffer=1).rows(), 24))
+    assert files == [f"a{k}" for k in range(12)] * 2
+
+
+def test_ranks_share_a_stream_batch_by_batch(place):
+    mixture = [entry(place, "a"), entry(place, "b")]
+    whole = ids(islice(a_stream(place, mixture).rows(), 24))
+    ranks = [ids(islice(a_stream(place, mixture, rank=rank, world_size=2).rows(), 12)) for rank in (0, 1)]
+    assert [name for k in range(0, 12, 3) for rank in ranks for name in rank[k : k + 3]] == whole
+    late = list(islice(a_stream(place, mixture, rank=1, world_size=2, skip=2).rows(), 12))
+    assert late[:6] == [stream.SKIPPED] * 6 and ids(late[6:]) == ranks[1][6:]
+
+
+def test_what_a_stream_refuses(place, tmp_path):
+    processor = families.processor("llava")
+
+    def refused(rows: list[dict] | str, **changes) -> str:
+        file = tmp_path / "rows.jsonl"
+        file.write_text(rows) if isinstance(rows, str) else test_data.write(file, rows)
+        training.picture(1).save(tmp_path / "0_0.png")
+        recipe = recipe_of(place, tmp_path, **({"dataset_name": str(file), "streaming": True, "max_steps": 3} | changes))
+        with pytest.raises(ValueError) as error:
+            list(islice(sft.stream_rows(recipe, processor, None).rows, 9))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    good = test_data.simple(0)
+    assert "needs max_steps" in refused([good], max_steps=-1)
+    assert "rows.jsonl row 2: not JSON" in refused(json.dumps(good) + "\n{\n")
+    assert "rows.jsonl row 1: a row has messages and images" in refused([{"id": "x", "text": "y"}])
+    assert "row r9: image '9_0.png' does not exist" in refused([good] * 8 + [test_data.simple(9)])
+    assert "row r0: is evaluation data" in refused([good | {"source": "evaluation_only/x"}])
+    assert "over max_length 5; a stream drops no row" in refused([good], max_length=5)
+    assert "holds no row" in refused("\n")
+    assert "not .json" in refused([good], dataset_name=str(test_data.write(tmp_path / "rows.json", [good])))
+
+
+# --- resuming ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twice(place, tmp_path, monkeypatch, streaming):
+    """Counted in the collator, the only place where images are decoded."""
+    opened, original = [], fmtrain.collator.open_image
+
+    def count(image, root, limit):
+        if isinstance(image, str):  # the row of noise that tells shapes has a PIL image
+            opened.append(f"{root}/{image}")
+        return original(image, root, limit)
+
+    monkeypatch.setattr(fmtrain.collator, "open_image", count)
+    mixture = [entry(place, "a", epochs=1.5), entry(place, "b")]
+    stream_keys = {"streaming": True, "shuffle_buffer": 5} if streaming else {}
+    recipe_of(place, tmp_path, datasets=mixture, max_steps=6, per_device_train_batch_size=2, lora_dropout=0.2, **stream_keys)
+    path = str(tmp_path / "recipe.yaml")
+
+    def run(*overrides: str) -> list[str]:
+        opened.clear()
+        assert sft.main([path, *overrides]) == 0
+        return list(opened)
+
+    whole, expected = run(), training.losses(tmp_path / "out")
+    audit = 2  # rows that are audited before step 0
+    run("--output_dir", str(tmp_path / "cut"), "--save_steps", "4", "--max_steps", "6")
+    for folder in (tmp_path / "cut").glob("checkpoint-6"):
+        (folder / "trainer_state.json").unlink()  # as if killed after step 4
+    resumed = run("--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "true", "--save_steps", "4")
+    assert training.losses(tmp_path / "cut") == expected and len(expected) == 6
+    before = len(whole) - len(resumed)
+    assert before == 4 * 2 and resumed[:audit] == whole[:audit] and resumed[audit:] == whole[audit + before :]
+
+
+# --- in processes of their own -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_streaming_processes_with_workers_give_the_losses_of_one(place, tmp_path):
+    mixture = [entry(place, "a", epochs=1.5), entry(place, "c")]
+    recipe_of(place, tmp_path, datasets=mixture, streaming=True, max_steps=4, use_peft=False, per_device_train_batch_size=2)
+    recipe = str(tmp_path / "recipe.yaml")
+    assert sft.main([recipe, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "alone")]) == 0
+    start = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone"]
+    words = [*start, str(training.ROOT / "fmtrain" / "sft.py"), recipe, "--use_cpu", "true", "--dataloader_num_workers", "2"]
+    run = subprocess.run(words, env=training.environment(), cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert training.losses(tmp_path / "out") == pytest.approx(training.losses(tmp_path / "alone"), rel=1e-3)
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_one_line(place, tmp_path):
+    bad = test_data.write(tmp_path / "bad.jsonl", [test_data.simple(k, 0) for k in range(9)] + [test_data.simple(9)])
+    recipe_of(place, tmp_path, dataset_name=str(bad), streaming=True, shuffle_buffer=1, max_steps=9, dataloader_num_workers=1)
+    run = training.launch(tmp_path / "recipe.yaml")
+    [line] = [line for line in run.stderr.splitlines() if "error:" in line] or [run.stderr[-3000:]]
+    assert run.returncode == 2 and line == f"error: {bad}, row r9: image '9_0.png' does not exist in {tmp_path}"

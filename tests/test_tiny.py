@@ -1,0 +1,231 @@
+"""The embedded default: what its rows say is what its pictures show, and its splits share no scan."""
+
+import io
+import json
+import re
+from collections import Counter, defaultdict
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from data_prep import digits as digit_files
+from data_prep.rows import format_problems, read_rows
+from eval.milebench.prompt import require_inputs
+from eval.milebench.tasks import read_task
+from fmtrain import data, tiny
+from fmtrain.checkpoint import load
+from fmtrain.collator import encode_row
+from fmtrain.encode import labels
+from fmtrain.layout import Role
+
+ALL = [*tiny.TASKS, *tiny.LESSONS]
+
+
+@cache
+def model():
+    return tiny.random_model()
+
+
+@cache
+def known_scans() -> dict[bytes, int]:
+    """Which digit each of scikit-learn's scans is, by its pixels scaled from 0..16 to 0..255."""
+    digits = load_digits()
+    return {np.rint(scan * 255 / 16).astype(np.uint8).tobytes(): int(digit) for scan, digit in zip(digits.images, digits.target)}
+
+
+def cells(image: dict) -> list[bytes]:
+    """The pixels of each cell of a row's image."""
+    pixels = np.asarray(Image.open(io.BytesIO(image["bytes"])))
+    return [cell.tobytes() for cell in pixels.reshape(3, 8, 3, 8).swapaxes(1, 2).reshape(9, 64)]
+
+
+def seen(image: dict) -> list[int | None]:
+    """The digit in each cell of a row's image; None for an empty cell."""
+    return [known_scans()[cell] if any(cell) else None for cell in cells(image)]
+
+
+def change(before: list, after: list) -> str:
+    ((old, new),) = [(a, b) for a, b in zip(before, after) if a != b]
+    return f"from {old} to {new}"
+
+
+def solve(question: str, shown: list[list[int | None]]) -> str:
+    """The answer to a question about the pictures shown until then, from what is in their cells."""
+    if cell := re.fullmatch(r"Which digit is in cell ([1-9])\?", question):
+        return str(shown[-1][int(cell[1]) - 1])
+    if wanted := re.fullmatch(r"How often do you see ([0-9])\?", question):
+        return str(shown[-1].count(int(wanted[1])))
+    if question == "Which digit changed?":
+        return change(*shown)
+    if question == "In what order do the digits appear?":
+        frames = [{digit for digit in frame if digit is not None} for frame in shown]
+        return " ".join(str(*(now - before)) for before, now in zip([set(), *frames], frames))
+    assert question == "What do you see?"
+    return " ".join(str(digit) for digit in shown[-1] if digit is not None)
+
+
+def dialogue(row: dict) -> list[tuple[str, int, str]]:
+    """(question, images shown until then, answer) of each turn."""
+    found, shown = [], 0
+    for user, assistant in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        *images, question = user["content"]
+        assert all(part == {"type": "image", "text": None} for part in images)
+        shown += len(images)
+        found.append((question["text"], shown, assistant["content"][0]["text"]))
+    assert shown == len(row["images"])
+    return found
+
+
+def test_train_and_test_share_no_scan():
+    pixels = {split: [scan.tobytes() for of_digit in tiny.scans(split).values() for scan in of_digit] for split in tiny.SPLITS}
+    assert not set(pixels["train"]) & set(pixels["test"])
+    assert len(pixels["train"]) == 1437 and len(pixels["test"]) == 360
+    assert set(pixels["train"]) | set(pixels["test"]) == set(known_scans())
+    assert all(len(tiny.scans(split)[digit]) >= 25 for split in tiny.SPLITS for digit in range(10))
+
+
+@pytest.mark.parametrize("split", tiny.SPLITS)
+def test_rows_draw_from_their_split_only(split):
+    allowed = {scan.tobytes() for of_digit in tiny.scans(split).values() for scan in of_digit} | {bytes(64)}
+    for row in tiny.rows(split, ALL, 70, seed=3):
+        for image in row["images"]:
+            assert set(cells(image)) <= allowed
+
+
+def test_a_row_depends_on_split_task_seed_and_index_alone():
+    mixed, alone = tiny.rows("test", ["read", "order"], 20, seed=5), tiny.rows("test", ["order"], 10, seed=5)
+    assert [row for row in mixed if row["task"] == "order"] == list(alone)
+    assert list(tiny.rows("test", ["order"], 10, seed=6)) != list(alone)
+    assert list(tiny.rows("train", ["order"], 10, seed=5)) != list(alone)
+    rows = list(tiny.rows("test", ALL, 140))
+    assert len({row["id"] for row in rows}) == len({str(row["images"]) for row in rows}) == 140
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_answers_are_what_the_pictures_show(task):
+    for row in [*tiny.rows("test", [task], 40, seed=1), *(tiny.row("train", task, 2, k, filled=1 + k % 9) for k in range(45))]:
+        shown = [seen(image) for image in row["images"]]
+        assert not format_problems({key: row[key] for key in ("id", "source", "messages", "images")})
+        assert row["source"] == f"digits/{task}"
+        for question, images, answer in dialogue(row):
+            assert solve(question, shown[:images]) == answer, row["id"]
+
+
+@pytest.mark.parametrize("task", tiny.TASKS)
+def test_the_question_does_not_give_the_answer_away(task):
+    """The most frequent answer to each question is right no more often than it is among shuffled answers."""
+    made = [tiny.turns("train", task, 0, index) for index in range(1000)]
+    questions = [" ".join(turn.question for turn in turns) for turns in made]
+    answers = [" ".join(turn.answer for turn in turns) for turns in made]
+    assert len(set(answers)) <= round(1 / tiny.CHANCE[task])
+
+    def best_guess(answers) -> int:
+        given = defaultdict(Counter)
+        for question, answer in zip(questions, answers):
+            given[question][answer] += 1
+        return sum(counts.most_common(1)[0][1] for counts in given.values())
+
+    rng = np.random.default_rng(0)
+    assert best_guess(answers) <= max(best_guess(rng.permutation(answers)) for _ in range(100))
+
+
+def test_the_earlier_turn_does_not_give_the_change_away():
+    """That the old digit is the one just read is as likely as that both asked for the same cell: 1 in 9."""
+    made = [tiny.turns("train", "dialogue", 0, index) for index in range(1000)]
+    told = sum(change.answer.startswith(f"from {read.answer} ") for read, change in made)
+    # the same cell in 1/9, another cell with the same digit in 8/9 x 1/10: 0.2, with a standard deviation of 0.0127
+    assert abs(told / 1000 - 0.2) < 0.05
+
+
+@pytest.mark.parametrize("task", ALL)
+def test_rows_encode_and_our_words_are_single_tokens(task):
+    processor = model()[1]
+    for row in tiny.rows("train", [task], 12):
+        inputs, layout = encode_row(processor, row)
+        ids = inputs["input_ids"]
+        assert (layout.role == Role.VISUAL).sum() == 9 * len(row["images"]) == (ids == processor.image_token_id).sum()
+        answers = [answer for _, _, answer in dialogue(row)]
+        learnt = processor.tokenizer.decode(ids[layout.role == Role.ANSWER])
+        assert learnt == "".join(f" {answer}</s>" for answer in answers).lstrip(), learnt
+        assert (labels(ids, layout) != -100).sum() == sum(len(answer.split()) + 1 for answer in answers)
+        words = set(processor.tokenizer.convert_ids_to_tokens(ids[0].tolist()))
+        assert not {word for word in words if len(word) == 1 and word.isalpha()}, "a word of ours is spelt out"
+
+
+def test_any_text_survives_the_tokenizer():
+    words = tiny.tokenizer()
+    text = "Why, naïve reader, are 12 cells grey?\n\tPrediction: 数字 Whiches Whichever insane"
+    assert words.decode(words(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_the_curriculum_begins_with_lessons_and_is_reproducible():
+    made = tiny.curriculum(200, seed=4)
+    assert list(made) == list(tiny.training_rows("curriculum", 200, seed=4))
+    until, weights = tiny.CURRICULUM[0]
+    assert set(made["task"][: int(until * 200)]) <= set(weights) < set(made["task"])
+    assert set(tiny.LESSONS) & set(weights)
+    assert tiny.training_rows("order+read", 4)["task"] == ["order", "read"] * 2
+    assert tiny.training_rows(None, 5)["task"] == list(tiny.TASKS)
+    with pytest.raises(ValueError, match="unknown task 'raed'"):
+        tiny.training_rows("raed", 4)
+    with pytest.raises(ValueError, match="unknown split 'val'"):
+        tiny.rows("val", ["read"], 1)
+
+
+def test_a_random_checkpoint_is_written_and_loads(tmp_path, capsys):
+    out = tmp_path / "random"
+    assert tiny.main(["--out", str(out)]) == 0
+    loaded, processor = load(str(out), policy="causal")
+    assert 1e6 < loaded.num_parameters() < 2e6
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+    for row in tiny.rows("test", ALL, 7):
+        fresh, again = encode_row(model()[1], row)[0], encode_row(processor, row)[0]
+        assert fresh.keys() == again.keys() and all(torch.equal(fresh[key], again[key]) for key in fresh)
+    assert loaded.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("</s>")
+    assert tiny.main(["--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_row_files(tmp_path, capsys):
+    out = tmp_path / "digits"
+    assert digit_files.main(["--out", str(out), "--count", "3", "--tasks", "changed", "dialogue", "--seed", "7"]) == 0
+    rows = list(read_rows(out / "test.jsonl"))
+    assert [row["id"] for row in rows] == [row["id"] for row in tiny.rows("test", ["changed", "dialogue"], 6, seed=7)]
+    loaded = data.prepare(data.load(str(out / "train.jsonl")), model()[1], "train.jsonl")
+    assert len(loaded.rows) == 6
+    embedded = tiny.rows("train", ["changed", "dialogue"], 6, seed=7)
+    for written, row in zip(loaded.rows, embedded):
+        assert [(out / name).read_bytes() for name in written["images"]] == [image["bytes"] for image in row["images"]]
+    assert digit_files.main(["--out", str(out)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device", "x.png")
+
+    monkeypatch.setattr(digit_files, "_write_images", full_disk)
+    assert digit_files.main(["--out", str(tmp_path / "digits")]) == 2
+    assert capsys.readouterr().err == "error: x.png: No space left on device\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_milebench_folder(tmp_path):
+    out = tmp_path / "milebench"
+    assert digit_files.main(["--out", str(out), "--milebench", "--count", "4"]) == 0
+    for task in tiny.TASKS:
+        name = f"Digits{task.capitalize()}"
+        read = read_task(out, name)
+        require_inputs(read, None)
+        meta = json.loads((out / name / f"{name}.json").read_text())["meta_data"]
+        assert (meta["dataset"], meta["split"], meta["num_sample"]) == (name, "test", len(read.samples))
+        for sample, row in zip(read.samples, tiny.rows("test", [task], 4)):
+            *earlier, (question, _, answer) = dialogue(row)
+            assert sample.response == answer and sample.context.endswith(question)
+            assert all(f"{asked} {said}" in sample.context for asked, _, said in earlier)
+            assert sample.choices is None or answer in sample.choices
+            assert [f"{{image#{k + 1}}}" in sample.context for k in range(len(sample.images))] == [True] * len(row["images"])
