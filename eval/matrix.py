@@ -136,7 +136,7 @@ def print_overall(results: dict) -> None:
         marks = ["* " if row["mask"] == cell["mask"] else "" for cell in found]
         texts = [f"{100 * one['score']:.1f}\n{100 * one['low']:.0f}..{100 * one['high']:.0f}" for one in found]
         table.add_row(row["name"], *(mark + text for mark, text in zip(marks, texts)))
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 def parse(arguments: Sequence[str]) -> tuple[MatrixRecipe, bool]:

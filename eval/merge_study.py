@@ -33,7 +33,7 @@ from fmtrain.checkpoint import load, recorded_policy
 from fmtrain.collator import Collator
 from fmtrain.layout import Layout
 from fmtrain.masks import Masks
-from fmtrain.merge import Merge, pooled
+from fmtrain.merge import Merge, pooled, share
 from fmtrain.patch import NAME, attach, attached, unwrap
 from fmtrain.policies import Policy
 from fmtrain.recipe import MaskArguments
@@ -71,7 +71,7 @@ def take_apart(q_BHQD, k_BGKD, v_BGKD, scale: float | None, prepared: reference.
     F_BHQK = B_BHQK * masks.revealed_B1QK
     future, C = F_BHQK.sum(-1), pooled(F_BHQK, prepared.last_BQ, prepared.query_Q, merge.kernel_size)
     total = 1 - future + C if merge.normalize else torch.ones_like(C)
-    sink = prepared.sink_BQK[:, None].to(v_BHKD.dtype) @ v_BHKD
+    sink = share(prepared.sink_BQK, v_BHKD.dtype)[:, None] @ v_BHKD
     reveals = masks.revealed_B1QK.any(-1)
     return Pieces(B_BHQK @ v_BHKD, A_BHQK @ v_BHKD, sink, future, C, (1 - future) / total, C / total, reveals)
 

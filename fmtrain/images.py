@@ -5,6 +5,7 @@ A training file is input from elsewhere. It may name any path, so a name is reso
 refused before it is decoded.
 """
 
+import contextlib
 import io
 import os
 import re
@@ -12,7 +13,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 64_000_000  # 8000 x 8000; the largest images of LLaVA's mixes are below 30 million
 
@@ -57,7 +58,7 @@ def _read(source: Any, root: str | os.PathLike, max_pixels: int, use):
     embedded = isinstance(source, dict) and source.get("bytes") is not None
     file = io.BytesIO(source["bytes"]) if embedded else resolve(name, root)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _whole_files_only():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
             with Image.open(file) as image:
                 return use(_limited(image, repr(name), max_pixels))
@@ -66,6 +67,16 @@ def _read(source: Any, root: str | os.PathLike, max_pixels: int, use):
     except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise for broken data
         reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
         raise ValueError(f"image {name!r} cannot be read: {reason}") from error
+
+
+@contextlib.contextmanager
+def _whole_files_only():
+    """Some packages tell Pillow, for the whole process, to fill up truncated images with grey."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _limited(image: Image.Image, name: str, max_pixels: int) -> Image.Image:

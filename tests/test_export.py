@@ -94,7 +94,9 @@ def test_nothing_is_written_when_something_is_off(trained, tmp_path, monkeypatch
     refused(untouched, tmp_path / "exported", "0 tensors differ from the base, 28 should")
     half = tmp_path / "half"
     shutil.copytree(trained / "out", half)
-    save_file({n: torch.zeros_like(t) if "lora_B" in n and "q_proj" in n else t for n, t in weights.items()}, half / "adapter_model.safetensors")
+    save_file(
+        {n: torch.zeros_like(t) if "lora_B" in n and "q_proj" in n else t for n, t in weights.items()}, half / "adapter_model.safetensors"
+    )
     refused(half, tmp_path / "exported", "24 tensors differ from the base, 28 should")
     broken = tmp_path / "broken"
     shutil.copytree(trained / "out", broken)

@@ -23,7 +23,7 @@ from fmtrain.policies import get_policy
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHOICES = ["a red cube", "two blue spheres", "the lazy dog"]
 
-CODE = '''
+CODE = """
 from PIL import Image
 
 def visuals(doc):
@@ -36,7 +36,7 @@ def messages(doc):
     parts = [{"type": "text", "text": "first: "}]
     parts += [{"type": "image", "url": image} for image in visuals(doc)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": doc["question"]}]}]
-'''
+"""
 COMMON = """
 dataset_path: json
 dataset_kwargs:

@@ -17,7 +17,13 @@ def recipe(tmp_path):
 
 
 def test_values_are_typed_and_the_command_line_wins(recipe):
-    path = recipe(learning_rate="2e-3", bf16=False, train_parts=["language_model", "projector"], report_to=["wandb", "tensorboard"], lr_scheduler_type="cosine")
+    path = recipe(
+        learning_rate="2e-3",
+        bf16=False,
+        train_parts=["language_model", "projector"],
+        report_to=["wandb", "tensorboard"],
+        lr_scheduler_type="cosine",
+    )
     found = read(path, ["--learning_rate=5e-4", "--mask", "future", "--logging_steps", "3"])
     assert found.training.learning_rate == 5e-4 and found.training.logging_steps == 3 and found.mask.mask == "future"
     assert found.data.train_parts == ["language_model", "projector"] and found.training.report_to == ["wandb", "tensorboard"]

@@ -326,7 +326,11 @@ def test_wandb_offline_without_a_key_and_tensorboard_can_be_read_back(folder):
 def kill_after(recipe: Path, checkpoint: Path, *overrides: str) -> None:
     """Start a run and SIGKILL it once `checkpoint` is whole."""
     process = subprocess.Popen(
-        training.command(recipe, *overrides), env=training.environment(), cwd=recipe.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        training.command(recipe, *overrides),
+        env=training.environment(),
+        cwd=recipe.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 120
     while not (checkpoint / "trainer_state.json").exists():

@@ -86,7 +86,9 @@ def environment(**more: str) -> dict[str, str]:
 
 def launch(recipe: Path, *overrides: str, **env: str) -> subprocess.CompletedProcess:
     """A whole run in a process of its own."""
-    return subprocess.run(command(recipe, *overrides), env=environment(**env), cwd=recipe.parent, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(recipe, *overrides), env=environment(**env), cwd=recipe.parent, capture_output=True, text=True, timeout=300
+    )
 
 
 def losses(output: Path) -> dict[int, float]:

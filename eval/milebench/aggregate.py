@@ -52,10 +52,7 @@ def _sample_score(one: Scored) -> dict[str, Any]:
 def results_json(models: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
     """Content of result.json from {model: {data set: content of eval.json}}, without data sets that MileBench lacks."""
     return {
-        model: {
-            group: {name: tasks.get(name, {}) for name, data in DATASETS.items() if data.group == group}
-            for group in GROUPS
-        }
+        model: {group: {name: tasks.get(name, {}) for name, data in DATASETS.items() if data.group == group} for group in GROUPS}
         for model, tasks in models.items()
     }
 
@@ -120,9 +117,7 @@ def _task_summary(task: ScoredTask, score: Estimate) -> dict[str, Any]:
     }
 
 
-def _mean_over(
-    scores: Mapping[str, Estimate], parts: Sequence[str], incomplete: Sequence[str] = ()
-) -> tuple[Estimate, list[str]] | None:
+def _mean_over(scores: Mapping[str, Estimate], parts: Sequence[str], incomplete: Sequence[str] = ()) -> tuple[Estimate, list[str]] | None:
     """Mean over the `parts` that have a score, and the parts with none or an incomplete one; None without any."""
     there = [scores[name] for name in parts if name in scores]
     missing = [name for name in parts if name not in scores or name in incomplete]

@@ -92,9 +92,7 @@ def _score_needle(task: Task, sample: Sample, record: Record, original: bool) ->
     gold, answer = record["gt_response"], record["pred_response"]
     if original:
         whole_token = task.scorer == NEEDLE_TOKEN
-        return Scored(
-            sample, needle_original(normalize_original(gold), normalize_original(answer), whole_token), record
-        )
+        return Scored(sample, needle_original(normalize_original(gold), normalize_original(answer), whole_token), record)
     return Scored(sample, needle(gold, answer), record)
 
 

@@ -47,9 +47,7 @@ def read_predictions(path: Path) -> list[Record]:
     return records
 
 
-def match_predictions(
-    task: Task, records: Sequence[Record], path: Path, original: bool = False
-) -> list[tuple[Sample, Record]]:
+def match_predictions(task: Task, records: Sequence[Record], path: Path, original: bool = False) -> list[tuple[Sample, Record]]:
     """Each record with its sample, in the order of the records.
 
     As in MileBench a record's id must be an integer with `original`; otherwise "12" is 12 too (Q20), and the record

@@ -69,11 +69,7 @@ class Prompt:
         places = self.pieces.count(None)
         if places != len(self.images):
             raise ValueError(f"sample {self.sample_id}: {places} places for {len(self.images)} images")
-        parts = [
-            {"type": "image"} if piece is None else {"type": "text", "text": piece}
-            for piece in self.pieces
-            if piece != ""
-        ]
+        parts = [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in self.pieces if piece != ""]
         return [{"role": "user", "content": parts}]
 
 
@@ -144,9 +140,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 _Piece = str | int  # text, or the index of an image
 
 
-def _build_fixed(
-    task: Task, sample: Sample, instruction: str, tokenizer: Tokenizer, window: Window, combined: int | None
-) -> Prompt:
+def _build_fixed(task: Task, sample: Sample, instruction: str, tokenizer: Tokenizer, window: Window, combined: int | None) -> Prompt:
     """Images by index. Text that is not cut stays as written; a window without room for more holds the instruction."""
     context = sample.context + _choice_block(task, sample, original=False)
     paths = image_paths(task, sample, combined)
@@ -225,9 +219,7 @@ def _fit(pieces: Sequence[_Piece], tokenizer: Tokenizer, window: Window, room: i
     for piece in reversed(pieces):
         cost = _cost(piece, tokenizer, window)
         if cost > room:
-            is_last_text = isinstance(piece, str) and not any(
-                isinstance(other, str) and other.strip() for other in kept
-            )
+            is_last_text = isinstance(piece, str) and not any(isinstance(other, str) and other.strip() for other in kept)
             if is_last_text and room > 0:
                 kept.append(tokenizer.decode(_encode(tokenizer, piece)[-room:]))
             break
@@ -239,9 +231,7 @@ def _fit(pieces: Sequence[_Piece], tokenizer: Tokenizer, window: Window, room: i
 # --- as MileBench ---------------------------------------------------------------------------------------------------
 
 
-def _build_original(
-    task: Task, sample: Sample, instruction: str, tokenizer: Tokenizer, window: Window, combined: int | None
-) -> Prompt:
+def _build_original(task: Task, sample: Sample, instruction: str, tokenizer: Tokenizer, window: Window, combined: int | None) -> Prompt:
     """MileBench's text and images, oddities included: places are matched to images from the right, not by index."""
     context = sample.context + _choice_block(task, sample, original=True)
     for k in range(1, len(sample.images) + 1):
@@ -262,9 +252,7 @@ def _build_original(
     return Prompt(sample.sample_id, tuple(pieces[:-1]), tuple(images), str(sample.response))
 
 
-def _walk_original(
-    context: str, images: Sequence[str], tokenizer: Tokenizer, budget: int, per_image: int
-) -> tuple[str, list[str]]:
+def _walk_original(context: str, images: Sequence[str], tokenizer: Tokenizer, budget: int, per_image: int) -> tuple[str, list[str]]:
     """Text and images that MileBench keeps of a context with `<ImageHere>` places."""
     left, kept_images, kept, total, lead = list(images), [], [], 0, False
     for fragment in reversed(context.split(PLACE)):
@@ -290,8 +278,7 @@ def _combined_paths_original(task: Task, sample: Sample, combined: int) -> list[
     names = _combined_names(task, sample, combined)
     if len(names) != 1:
         raise ValueError(
-            f"{task.path}: sample {sample.sample_id}: MileBench takes 1 combined image, 'combined_{combined}_images' "
-            f"has {len(names)}"
+            f"{task.path}: sample {sample.sample_id}: MileBench takes 1 combined image, 'combined_{combined}_images' has {len(names)}"
         )
     folder = task.image_dir.replace(os.path.basename(task.image_dir), f"combined_{combined}_images")
     return [os.path.join(folder, name) for name in names]

@@ -40,9 +40,7 @@ def find_models(predictions: Path, tasks: Sequence[str] | None) -> dict[str, tup
     """
     if not predictions.is_dir():
         raise ValueError(f"{predictions}: no such folder")
-    folders = (
-        [predictions] if _tasks_in(predictions) else sorted(path for path in predictions.iterdir() if path.is_dir())
-    )
+    folders = [predictions] if _tasks_in(predictions) else sorted(path for path in predictions.iterdir() if path.is_dir())
     found = {}
     for folder in folders:
         there = _tasks_in(folder)
@@ -50,9 +48,7 @@ def find_models(predictions: Path, tasks: Sequence[str] | None) -> dict[str, tup
             continue
         for name in tasks or ():
             if name not in there:
-                raise ValueError(
-                    f"{folder / name / PREDICTIONS}: no such file ({len(there)} other tasks have predictions)"
-                )
+                raise ValueError(f"{folder / name / PREDICTIONS}: no such file ({len(there)} other tasks have predictions)")
         found[folder.resolve().name if folder == predictions else folder.name] = (folder, list(tasks or there))
     if not found:
         raise ValueError(f"{predictions}: holds neither <task>/{PREDICTIONS} nor <model>/<task>/{PREDICTIONS}")
@@ -65,9 +61,7 @@ def _tasks_in(folder: Path) -> list[str]:
     return [name for name in DATASETS if name in names] + [name for name in names if name not in DATASETS]
 
 
-def score_models(
-    data: Path, models: Mapping[str, tuple[Path, Sequence[str]]], original: bool
-) -> dict[str, list[ScoredTask]]:
+def score_models(data: Path, models: Mapping[str, tuple[Path, Sequence[str]]], original: bool) -> dict[str, list[ScoredTask]]:
     """Scored tasks of every model. Raises ValueError for the first file that cannot be scored."""
     return {
         model: [
@@ -140,9 +134,7 @@ def print_table(model: str, found: Mapping[str, Any], console: Console) -> None:
     for key in ("codes", "groups", "overall"):
         table.add_section()
         for name, part in found[key].items():
-            table.add_row(
-                name, "", f"mean, {len(part['missing'])} parts missing" if part["missing"] else "mean", *_numbers(part)
-            )
+            table.add_row(name, "", f"mean, {len(part['missing'])} parts missing" if part["missing"] else "mean", *_numbers(part))
     console.print(table)
 
 
@@ -154,9 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m eval.milebench.score", description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json")
-    parser.add_argument(
-        "--predictions", type=Path, required=True, metavar="DIR", help="a model's folder, or one of several"
-    )
+    parser.add_argument("--predictions", type=Path, required=True, metavar="DIR", help="a model's folder, or one of several")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: every task that has predictions")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--scoring", choices=["fixed", "original"], default="fixed")
@@ -175,9 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_table(model, found, console)
         for name, part in found["tasks"].items():
             if name in DATASETS and part["scorer"] != DATASETS[name].scorer:
-                console.print(
-                    f"note: {name} is scored by {part['scorer']}, the paper's table has {DATASETS[name].scorer}"
-                )
+                console.print(f"note: {name} is scored by {part['scorer']}, the paper's table has {DATASETS[name].scorer}")
     return 0
 
 

@@ -112,8 +112,7 @@ class Task:
         elif isinstance(key, int) and (-len(table) if original else 0) <= key < len(table):
             return table[key]
         raise ValueError(
-            f"{self.path}: sample {sample.sample_id}: task_instruction_id {key!r} is not among the {len(table)} "
-            f"entries of task_instruction"
+            f"{self.path}: sample {sample.sample_id}: task_instruction_id {key!r} is not among the {len(table)} entries of task_instruction"
         )
 
 
@@ -155,9 +154,7 @@ def parse_task(document: Any, name: str, path: Path, image_dir: str) -> Task:
     for row, entry in enumerate(field(document, "data", list, f"{path}")):
         sample = _parse_sample(entry, f"{path}: data[{row}]", path)
         if sample.number in first:
-            raise ValueError(
-                f"{path}: sample {sample.number} occurs twice (data[{first[sample.number]}] and data[{row}])"
-            )
+            raise ValueError(f"{path}: sample {sample.number} occurs twice (data[{first[sample.number]}] and data[{row}])")
         first[sample.number] = row
         samples.append(sample)
     if not samples:

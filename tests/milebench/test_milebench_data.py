@@ -13,8 +13,7 @@ def test_the_table_is_the_papers():
         codes.setdefault(data.code, []).append(name)
     assert len(DATASETS) == 29
     assert {code: len(names) for code, names in sorted(codes.items())} == (
-        {"I-1": 1, "N-1": 1, "N-2": 1, "S-1": 4, "S-2": 3, "S-3": 3, "S-4": 2, "S-5": 1}
-        | {"T-1": 3, "T-2": 4, "T-3": 2, "T-4": 4}
+        {"I-1": 1, "N-1": 1, "N-2": 1, "S-1": 4, "S-2": 3, "S-3": 3, "S-4": 2, "S-5": 1} | {"T-1": 3, "T-2": 4, "T-3": 2, "T-4": 4}
     )
     groups = [data.group for data in DATASETS.values()]
     assert [groups.count(group) for group in dict.fromkeys(groups)] == [13, 13, 3]
@@ -105,9 +104,7 @@ def test_instructions(annotation):
         path.write_text(json.dumps(document))
         task = read_task(data, "TQA")
         for original in (False, True):
-            with pytest.raises(
-                ValueError, match=rf"TQA.json: sample 0: task_instruction_id {instruction_id!r} is not among"
-            ):
+            with pytest.raises(ValueError, match=rf"TQA.json: sample 0: task_instruction_id {instruction_id!r} is not among"):
                 task.instruction(task.samples[0], original)
     put(-1, "data", 0, "task_instruction_id")(document)
     put(["a", "b"], "meta_data", "task_instruction")(document)

@@ -98,9 +98,7 @@ def test_q7_whole_words_and_the_longest_option():
     assert original("i do not know", ["no", "yes"]) == "A" and extract("I do not know", ["no", "yes"]) is None
     assert extract("about 1000 of them", ["100", "1000"]) == 1
     assert extract("it is 3.5 m", ["5 m", "3.5 m"]) == 1
-    assert (
-        original("it is red cube", ["red", "red cube"]) == "A" and extract("it is red cube", ["red", "red cube"]) == 1
-    )
+    assert original("it is red cube", ["red", "red cube"]) == "A" and extract("it is red cube", ["red", "red cube"]) == 1
     assert extract("a dark red cube lies there", COLOURS) == 2
     assert extract("Red-Cube!", COLOURS) == 0 and extract("redcube", COLOURS) == 0
     assert original("yes", ["!", "yes"]) == "A" and extract("yes", ["!", "yes"]) == 1
@@ -164,13 +162,9 @@ def test_q13_needles_are_whole_words(gold, answer, expected):
 
 
 def test_q14_labels():
-    assert [label(i) for i in (0, 25, 26, 51, 52, 77, 78, 701, 702)] == [
-        *("A", "Z", "AA", "AZ", "BA", "BZ", "CA", "ZZ", "AAA")
-    ]
+    assert [label(i) for i in (0, 25, 26, 51, 52, 77, 78, 701, 702)] == [*("A", "Z", "AA", "AZ", "BA", "BZ", "CA", "ZZ", "AAA")]
     many = [f"c{i}" for i in range(60)]
-    assert [extract(answer, many) for answer in ("AB", "ab", "The answer is BH.", "AU:", "look at it")] == [
-        *(27, 27, 59, 46, None)
-    ]
+    assert [extract(answer, many) for answer in ("AB", "ab", "The answer is BH.", "AU:", "look at it")] == [*(27, 27, 59, 46, None)]
 
 
 def test_q14_gpr1200_is_answered_by_text(make_data, make_predictions):

@@ -81,9 +81,7 @@ def test_needles(golden):
     assert len(cases) == 160
 
 
-@pytest.mark.parametrize(
-    ("part", "annotations", "n_tasks", "n_files"), [("eval", "annotations", 20, 52), ("e2e", "data", 5, 15)]
-)
+@pytest.mark.parametrize(("part", "annotations", "n_tasks", "n_files"), [("eval", "annotations", 20, 52), ("e2e", "data", 5, 15)])
 def test_output_files_byte_for_byte(golden, tmp_path, part, annotations, n_tasks, n_files):
     outputs = golden / part / "outputs"
     arguments = [

@@ -66,11 +66,7 @@ def task(name: str, scores: list[float]) -> ScoredTask:
 def test_summary_of_all_datasets():
     """Data set i scores i % 2 for all its samples: every aggregate can be counted by hand."""
     found = summary([task(name, [i % 2] * 2) for i, name in enumerate(DATASETS)])
-    assert (
-        list(found["codes"])
-        == list(CODES)
-        == [*("T-1", "T-2", "T-3", "T-4", "S-1", "S-2", "S-3", "S-4", "S-5", "N-1", "N-2", "I-1")]
-    )
+    assert list(found["codes"]) == list(CODES) == [*("T-1", "T-2", "T-3", "T-4", "S-1", "S-2", "S-3", "S-4", "S-5", "N-1", "N-2", "I-1")]
     by_code = {code: [i % 2 for i, data in enumerate(DATASETS.values()) if data.code == code] for code in CODES}
     expected = {code: sum(values) / len(values) for code, values in by_code.items()}
     assert {code: part["score"] for code, part in found["codes"].items()} == pytest.approx(expected)
@@ -87,9 +83,7 @@ def test_summary_of_all_datasets():
 
 def test_summary_of_some_datasets_says_what_is_missing():
     found = summary([task("TQA", [1, 0]), task("GPR1200", [1, 1]), task("Digits", [0, 0])])
-    assert {code: part["missing"] for code, part in found["codes"].items()} == (
-        {"S-1": ["MultiModalQA", "WebQA", "WikiVQA"], "I-1": []}
-    )
+    assert {code: part["missing"] for code, part in found["codes"].items()} == ({"S-1": ["MultiModalQA", "WebQA", "WikiVQA"], "I-1": []})
     assert found["overall"]["Realistic"]["missing"] == list(CODES[:9])
     assert found["overall"]["Diagnostic"]["missing"] == ["N-1", "N-2"]
     assert found["tasks"]["Digits"]["code"] is None and "N" not in found["overall"]

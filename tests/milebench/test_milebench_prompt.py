@@ -22,9 +22,7 @@ def task_of(context: str, n_images: int, name: str = "TQA", **instance) -> Task:
     return parse_task({"meta_data": meta, "data": [sample]}, name, Path("a.json"), f"d/{name}/images")
 
 
-def build(
-    words, context: str, n_images: int, window: Window = LARGE, combined: int | None = None, **instance
-) -> Prompt:
+def build(words, context: str, n_images: int, window: Window = LARGE, combined: int | None = None, **instance) -> Prompt:
     task = task_of(context, n_images, **instance)
     return build_prompt(task, task.samples[0], words, window, combined)
 
@@ -109,9 +107,7 @@ def test_q14_labels_past_26_are_those_of_the_scorer(words):
     choices = [f"c{i}" for i in range(54)]
     text = build(words, "", 0, choice_list=choices).text
     assert "\nZ. c25\nAA. c26\n" in text and "\nAZ. c51\nBA. c52\nBB. c53\nYour answer is: " in text
-    assert build(words, "", 0, name="GPR1200", choice_list=["p", "q"]).text.endswith(
-        "\nChoice list: \np\nq\nYour answer is: "
-    )
+    assert build(words, "", 0, name="GPR1200", choice_list=["p", "q"]).text.endswith("\nChoice list: \np\nq\nYour answer is: ")
 
 
 def test_q15_no_room_leaves_the_instruction(words):
@@ -186,9 +182,7 @@ def test_cutting_keeps_the_question(words):
     # "one " is 1 token, an image 10, " two " 2, an image 10, " three four" 3: 26 in all.
     context = "one {image#1} two {image#2} three four"
     kept = [build(words, context, 2, Window(2 + room, 10)) for room in (26, 25, 24, 15, 14, 13, 12, 3, 2)]
-    assert [
-        (prompt.text.removeprefix("Look here.\n"), [Path(path).stem for path in prompt.images]) for prompt in kept
-    ] == [
+    assert [(prompt.text.removeprefix("Look here.\n"), [Path(path).stem for path in prompt.images]) for prompt in kept] == [
         ("one <ImageHere> two <ImageHere> three four", ["1", "2"]),
         ("<ImageHere> two <ImageHere> three four", ["1", "2"]),
         (" two <ImageHere> three four", ["2"]),

@@ -51,9 +51,7 @@ def test_a_run_from_the_shell(sound, tmp_path):
         for i, score, name in ((0, 1, "A"), (1, 0, "B"), (2, 1, "A"), (3, 0, ""))
     ]
     with (out / "result.csv").open() as file:
-        assert list(csv.DictReader(file)) == [
-            {"Model": "model", "IEdit (Rouge-L f)": "55.56", "TQA (Accuracy)": "50.0"}
-        ]
+        assert list(csv.DictReader(file)) == [{"Model": "model", "IEdit (Rouge-L f)": "55.56", "TQA (Accuracy)": "50.0"}]
 
 
 @pytest.mark.parametrize(
@@ -103,9 +101,7 @@ def test_what_is_missing(sound, tmp_path, capsys):
         assert main([*folders, *arguments[2:]]) == 2
         assert capsys.readouterr().err.endswith(f"{message}\n")
     (tmp_path / "file").write_text("")
-    assert (
-        main(["--data", str(data), "--predictions", str(model), "--tasks", "TQA", "--out", str(tmp_path / "file")]) == 2
-    )
+    assert main(["--data", str(data), "--predictions", str(model), "--tasks", "TQA", "--out", str(tmp_path / "file")]) == 2
     assert "file: cannot be written (" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "empty", "file", "model"]
 
@@ -123,9 +119,7 @@ def test_several_models_into_the_folder_of_predictions(sound, tmp_path, capsys):
     for _ in range(2):  # scoring again gives the same
         assert main(arguments) == 0
         assert (outputs / "a" / "TQA" / "pred.json").read_text() == predictions
-        assert (outputs / "result.csv").read_text() == (
-            "Model,TQA (Accuracy),IEdit (Rouge-L f)\na,50.0,\nb,50.0,55.56\n"
-        )
+        assert (outputs / "result.csv").read_text() == ("Model,TQA (Accuracy),IEdit (Rouge-L f)\na,50.0,\nb,50.0,55.56\n")
     assert main([*arguments, "--tasks", "TQA", "IEdit"]) == 2
     assert "a/IEdit/pred.json: no such file" in capsys.readouterr().err
 
