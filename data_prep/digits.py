@@ -1,9 +1,9 @@
 """The embedded digit questions (`fmtrain.tiny`) as files.
 
-    python -m data_prep.digits --out DIR                rows: DIR/train.jsonl, DIR/test.jsonl, DIR/images/*.png
+    python -m data_prep.digits --out DIR                rows: DIR/train/rows.jsonl, DIR/test/rows.jsonl, .../images/
     python -m data_prep.digits --out DIR --milebench    MileBench's format: DIR/DigitsRead/DigitsRead.json, .../images/
 
-Rows name their images relative to DIR. MileBench's format holds one split; there `read` and `count` are multiple-choice,
+The splits are folders of their own, so that `dataset_name: DIR/train` is training data and no more. MileBench's format holds one split; there `read` and `count` are multiple-choice,
 the others open-ended, and of a dialogue the last question is asked, with the turn before it as text.
 """
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
                     write_milebench(folder, options.split or "test", task, options.count, options.seed)
             else:
                 for split in [options.split] if options.split else SPLITS:
-                    write_rows(folder, split, options.tasks, options.count, options.seed)
+                    write_rows(folder / split, split, options.tasks, options.count, options.seed)
         print(f"{options.out}: {options.count} rows each of {', '.join(options.tasks)}")
         return 0
 
@@ -68,8 +68,9 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_rows(folder: Path, split: str, tasks: Iterable[str], count: int, seed: int) -> None:
-    """Rows of a split, the tasks taking turns, into `folder`/SPLIT.jsonl and their images beside it."""
-    with (folder / f"{split}.jsonl").open("wb") as file:
+    """Rows of a split, the tasks taking turns, into `folder`/rows.jsonl and their images beside it."""
+    folder.mkdir()
+    with (folder / "rows.jsonl").open("wb") as file:
         for index in range(count):
             for task in tasks:
                 made = row(split, task, seed, index)

@@ -193,13 +193,13 @@ def test_a_random_checkpoint_is_written_and_loads(tmp_path, capsys):
 def test_row_files(tmp_path, capsys):
     out = tmp_path / "digits"
     assert digit_files.main(["--out", str(out), "--count", "3", "--tasks", "changed", "dialogue", "--seed", "7"]) == 0
-    rows = list(read_rows(out / "test.jsonl"))
+    rows = list(read_rows(out / "test" / "rows.jsonl"))
     assert [row["id"] for row in rows] == [row["id"] for row in tiny.rows("test", ["changed", "dialogue"], 6, seed=7)]
-    loaded = data.prepare(data.load(str(out / "train.jsonl")), model()[1], "train.jsonl")
+    loaded = data.prepare(data.load(str(out / "train")), model()[1], "digits/train")
     assert len(loaded.rows) == 6
     embedded = tiny.rows("train", ["changed", "dialogue"], 6, seed=7)
     for written, row in zip(loaded.rows, embedded):
-        assert [(out / name).read_bytes() for name in written["images"]] == [image["bytes"] for image in row["images"]]
+        assert [(out / "train" / name).read_bytes() for name in written["images"]] == [image["bytes"] for image in row["images"]]
     assert digit_files.main(["--out", str(out)]) == 2
     assert "is not empty" in capsys.readouterr().err
 
