@@ -3,8 +3,9 @@
     python -m data_prep.digits --out DIR                rows: DIR/train/rows.jsonl, DIR/test/rows.jsonl, .../images/
     python -m data_prep.digits --out DIR --milebench    MileBench's format: DIR/DigitsRead/DigitsRead.json, .../images/
 
-The splits are folders of their own, so that `dataset_name: DIR/train` is training data and no more. MileBench's format holds one split; there `read` and `count` are multiple-choice,
-the others open-ended, and of a dialogue the last question is asked, with the turn before it as text.
+The splits are folders of their own, so that `dataset_name: DIR/train` is training data and no more. MileBench's format
+holds one split; there `read` and `count` are multiple-choice, the others open-ended, and of a dialogue the last question
+is asked, with the turn before it as text.
 """
 
 import shutil

@@ -189,29 +189,27 @@ FEATURES = Features(
 def rows(split: str, tasks: Sequence[str], count: int, seed: int = 0) -> Dataset:
     """`count` rows, the tasks taking turns. Raises `ValueError` for an unknown split or task."""
     unknown = [task for task in tasks if task not in TASKS | LESSONS]
-    if unknown or not tasks:
-        raise ValueError(f"unknown task {unknown[0]!r}; known are {', '.join(TASKS | LESSONS)}" if unknown else "no task is named")
+    if unknown:
+        raise ValueError(f"unknown task {unknown[0]!r}; known are {', '.join(TASKS | LESSONS)}")
     made = (row(split, tasks[k % len(tasks)], seed, k // len(tasks)) for k in range(count))
     return Dataset.from_list(list(made), features=FEATURES)
 
 
-# until this share of the rows: how often each task comes. What is hard to find (counting, comparing) is learnt alone
+# until this share of the rows: how often each task comes. First to see; then to compare, which is hardly found in a mixture
 CURRICULUM = (
-    (0.18, {"list": 1, "read": 2}),
-    (0.36, {"count": 1}),
-    (0.50, {"changed": 1}),
-    (1.00, {"read": 1, "count": 2, "changed": 2, "order": 1, "dialogue": 2}),
+    (0.20, {"list": 1, "read": 2, "count": 1}),
+    (0.46, {"changed": 1}),
+    (1.00, {"read": 1, "count": 1.5, "changed": 1.5, "order": 1.5, "dialogue": 1.5}),
 )
 
 
 def curriculum(count: int, seed: int = 0) -> Dataset:
-    """`count` training rows to be read in order, for pretraining. Every other picture has some of its cells empty."""
+    """`count` training rows for pretraining, to be read in order; one to all cells of a picture are filled."""
     rng, made = np.random.default_rng(seed), []
     for index in range(count):
         weights = next(weights for until, weights in CURRICULUM if index < until * count)
         task = rng.choice(list(weights), p=np.array(list(weights.values())) / sum(weights.values()))
-        filled = CELLS if rng.random() < 0.5 else int(rng.integers(1, CELLS + 1))
-        made.append(row("train", str(task), seed, index, filled))
+        made.append(row("train", str(task), seed, index, int(rng.integers(1, CELLS + 1))))
     return Dataset.from_list(made, features=FEATURES)
 
 
@@ -233,7 +231,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 WORDS = (
-    "▁USER ▁ASSISTANT ▁digit ▁digits ▁is ▁in ▁cell ▁often ▁do ▁you ▁see ▁changed ▁from ▁to ▁what ▁order ▁the ▁appear "
+    "▁USER ▁ASSISTANT ▁digit ▁digits ▁is ▁in ▁cell ▁often ▁do ▁you ▁see ▁change ▁changed ▁from ▁to ▁same ▁what ▁order ▁the ▁appear "
     "▁0 ▁1 ▁2 ▁3 ▁4 ▁5 ▁6 ▁7 ▁8 ▁9 Which How In What"
 ).split()
 
@@ -267,17 +265,15 @@ def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaPro
     ids = dict(bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
     text = LlamaConfig(**TEXT_SIZES, **ids, vocab_size=len(words), max_position_embeddings=512, initializer_range=SPREAD)
     vision = CLIPVisionConfig(**VISION_SIZES, image_size=size, patch_size=CELL)
-    config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=words.convert_tokens_to_ids("<image>"), image_seq_length=CELLS
-    )
+    image = dict(image_token_id=words.convert_tokens_to_ids("<image>"), image_seq_length=CELLS)
+    config = LlavaConfig(vision_config=vision, text_config=text, **image)
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():  # a digit read and a digit written start out alike
         model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
     model.generation_config = GenerationConfig(**ids, do_sample=False)
-    images = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     processor = LlavaProcessor(
-        images,
+        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
         words,
         patch_size=CELL,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
