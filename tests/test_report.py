@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import time
 from html.parser import HTMLParser
 
 import numpy as np
@@ -201,6 +202,12 @@ def test_the_command_renders_again(results, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def _media(records) -> dict[str, str]:
+    """Path of each logged file by its key."""
+    items = (item for record in records if record.WhichOneof("record_type") == "history" for item in record.history.item)
+    return {item.nested_key[0]: json.loads(item.value_json) for item in items if item.nested_key[-1] == "path"}
+
+
 def test_wandb_offline_without_a_key(results, tmp_path, monkeypatch):
     from test_sft import wandb_records
 
@@ -211,10 +218,10 @@ def test_wandb_offline_without_a_key(results, tmp_path, monkeypatch):
     report.write(tmp_path / "out", results)
     tracking.log(results, tmp_path / "out")
     [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    logged = {}
-    for record in wandb_records(file):
-        if record.WhichOneof("record_type") == "history":
-            logged |= {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item if item.nested_key[-1] == "path"}
+    logged, deadline = {}, time.monotonic() + 30
+    while "report" not in logged or "cells" not in logged:  # W&B's own process may still be writing the end of the file
+        assert time.monotonic() < deadline, f"logged: {sorted(logged)}"
+        logged |= _media(wandb_records(file))
     media = file.parent / "files"
     table = json.loads((media / logged["cells"]).read_text())
     assert len(table["data"]) == len(results["cells"]) and table["data"][0][6] == pytest.approx(results["cells"][0]["score"], abs=5e-5)

@@ -292,6 +292,8 @@ def wandb_records(file: Path):
             position += 32768 - position % 32768
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        if position + 7 + length > len(data):
+            return  # still being written
         parts += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):

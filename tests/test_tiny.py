@@ -14,10 +14,11 @@ from sklearn.datasets import load_digits
 
 from data_prep import digits as digit_files
 from data_prep.rows import format_problems, read_rows
+from eval import answers as asking
 from eval.milebench.prompt import require_inputs
 from eval.milebench.tasks import read_task
 from fmtrain import data, tiny
-from fmtrain.checkpoint import load
+from fmtrain.checkpoint import load, recorded_policy
 from fmtrain.collator import encode_row
 from fmtrain.encode import labels
 from fmtrain.layout import Role
@@ -188,6 +189,24 @@ def test_a_random_checkpoint_is_written_and_loads(tmp_path, capsys):
         assert fresh.keys() == again.keys() and all(torch.equal(fresh[key], again[key]) for key in fresh)
     assert loaded.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("</s>")
     assert tiny.main(["--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_the_code_still_describes_the_shipped_model():
+    """Its vocabulary and sizes are those that a pretraining today would start from."""
+    shipped, processor = load(str(tiny.CHECKPOINT))
+    assert processor.tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
+    assert {name: p.shape for name, p in shipped.named_parameters()} == {name: p.shape for name, p in model()[0].named_parameters()}
+    assert recorded_policy(str(tiny.CHECKPOINT)) == ("causal", None)
+
+
+def test_the_shipped_model_is_far_above_chance_on_every_task():
+    shipped, processor = load(str(tiny.CHECKPOINT))
+    for task in tiny.TASKS:
+        asked = list(asking.questions(processor, tiny.rows("test", [task], 40, seed=9)))
+        said = asking.answer(shipped, processor, asked, batch_size=40)
+        wrong = {question.row for question, text in zip(asked, said, strict=True) if text != question.reference}
+        # the weakest, `count`, is right on 0.82 of 3,000 rows: below 0.6 of 40 is more than three standard deviations off
+        assert 1 - len(wrong) / 40 >= 0.6 > 2 * tiny.CHANCE[task], task
 
 
 def test_row_files(tmp_path, capsys):
