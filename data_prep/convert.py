@@ -17,8 +17,8 @@ from data_prep.manifest import Fingerprint, Tally, image_digest, is_current, wri
 from data_prep.orders import ORDERS, arrange, has_order, passes
 from data_prep.rows import Problem, Row, format_problems
 from data_prep.writing import encoded, prepared_folder, rejected, replacing, row_writer
-from fmtrain.images import resolve
-from fmtrain.row_format import EVALUATION_ONLY
+from fmtrain.data.images import resolve
+from fmtrain.data.row_format import EVALUATION_ONLY
 
 Options = argparse.Namespace
 

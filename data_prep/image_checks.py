@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.rows import Problem, unsafe_name
-from fmtrain.images import open_image, resolve
+from fmtrain.data.images import open_image, resolve
 
 SIMILAR = 8  # of 128 bits; recompressed and rescaled photographs differ in 0 to 6, unrelated ones in about 64
 _PLAIN = 3  # an image whose hash has fewer bits set has next to no structure, so its hash says nothing

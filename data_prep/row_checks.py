@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 
 from data_prep.rows import PLACEHOLDER, Message, Problem, Row, format_problems
-from fmtrain.row_format import EVALUATION_ONLY
+from fmtrain.data.row_format import EVALUATION_ONLY
 
 
 def text_of_message(message: Message) -> str:

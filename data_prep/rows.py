@@ -19,8 +19,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fmtrain.row_format import COLUMNS as KEYS
-from fmtrain.row_format import features
+from fmtrain.data.row_format import COLUMNS as KEYS
+from fmtrain.data.row_format import features
 
 Row = dict[str, Any]
 Part = dict[str, str | None]
@@ -92,7 +92,7 @@ def assistant(answer: str) -> Message:
 
 def unsafe_name(name: Any) -> str | None:
     """Why an image name is refused whatever the folder holds, or None. What the file system says is left to
-    `fmtrain.images.resolve`."""
+    `fmtrain.data.images.resolve`."""
     if not isinstance(name, str) or not name or "\0" in name:
         return f"image name {name!r:.200} is not a path"
     if _URL.match(name):

@@ -19,8 +19,8 @@ def length_counter(processor_dir: Path, root: Path) -> Callable[[Row], int]:
     processor; nothing is downloaded."""
     from transformers import AutoProcessor
 
-    from fmtrain.data import token_count
-    from fmtrain.images import image_size
+    from fmtrain.data.files import token_count
+    from fmtrain.data.images import image_size
 
     try:
         processor = AutoProcessor.from_pretrained(str(processor_dir), local_files_only=True)

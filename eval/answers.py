@@ -1,6 +1,6 @@
 """Greedy answers to the questions of rows: what a model says at every assistant turn, given the reference history.
 
-Prompts go through `fmtrain.encode` and batches are padded on the left, so that a batch gives what single rows give.
+Prompts go through `fmtrain.data.encode` and batches are padded on the left, so that a batch gives what single rows give.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from fmtrain.audit import on
-from fmtrain.collator import batch, encode_row
-from fmtrain.encode import check, image_count
+from fmtrain.data.collator import batch, encode_row
+from fmtrain.data.encode import check, image_count
 from fmtrain.layout import Layout
 
 

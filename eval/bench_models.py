@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
-from fmtrain import tiny
 from fmtrain.checkpoint import load
 from fmtrain.patch import attached, unwrap
+from fmtrain.tiny import model as tiny_model
 
 PATCH = 14  # pixels along a patch's edge, as in CLIP-L/14
 PICTURE = (336, 336)  # pixels of the noise images, before the processor resizes them
@@ -69,7 +69,7 @@ def random_llava(size: str, device: str | torch.device = "cpu", dtype: torch.dty
     """A random LLaVA of `SIZES` with the embedded tokenizer. Raises `ValueError` for an unknown size."""
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; known are {', '.join(SIZES)}")
-    chosen, words = SIZES[size], tiny.tokenizer()
+    chosen, words = SIZES[size], tiny_model.tokenizer()
     edge = chosen.patches * PATCH
     config = LlavaConfig(
         text_config=LlamaConfig(
@@ -105,7 +105,7 @@ def random_llava(size: str, device: str | torch.device = "cpu", dtype: torch.dty
         patch_size=PATCH,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # CLIP's class token
-        chat_template=tiny.TEMPLATE,
+        chat_template=tiny_model.TEMPLATE,
     )
     return Subject(f"random LLaVA {size}", model.eval(), processor)
 

@@ -23,9 +23,11 @@ import transformers
 from eval.answers import answer, questions
 from eval.milebench.decoder import Variant
 from eval.milebench.generate import fingerprint
-from fmtrain import attached, data, tiny
+from fmtrain import attached
 from fmtrain.checkpoint import load
+from fmtrain.data import files as data
 from fmtrain.patch import VERSION, Handle
+from fmtrain.tiny import digits
 
 HELD_OUT = 1  # seed of the held-out digits; training rows come from other scans
 
@@ -63,8 +65,8 @@ def held_out(name: str, tasks: tuple[str, ...], rows_per_task: int, image_root: 
     Raises `ValueError` for a task that is not there or has no row.
     """
     if name == "digits":
-        tasks = tasks or tuple(tiny.TASKS)
-        rows = [row for task in tasks for row in tiny.rows("test", [task], rows_per_task, seed=HELD_OUT).with_format(None)]
+        tasks = tasks or tuple(digits.TASKS)
+        rows = [row for task in tasks for row in digits.rows("test", [task], rows_per_task, seed=HELD_OUT).with_format(None)]
         return HeldOut(rows, ".", [item for row in rows for item in _items(row)])
     loaded = data.load(name, image_root=image_root)
     by_task: dict[str, list[dict]] = {}

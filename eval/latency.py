@@ -33,15 +33,15 @@ from eval.interleaved import (
     shuffled,
     write,
 )
-from fmtrain import tiny
 from fmtrain.attention import BACKENDS
 from fmtrain.audit import on
-from fmtrain.collator import encode_row
+from fmtrain.data.collator import encode_row
 from fmtrain.layout import Layout, Role
 from fmtrain.merge import Merge
 from fmtrain.patch import attach, unwrap
 from fmtrain.policies import Policy
-from fmtrain.recipe import MaskArguments
+from fmtrain.tiny import model as tiny_model
+from fmtrain.training.recipe import MaskArguments
 
 BASE = "nothing attached"
 VARIANTS = ("causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge")
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device, dtype = choose_device(options.device, options.dtype, options.threads)
         stopwatch = Stopwatch(device, options.clock)
         chosen = variants(options.variants, options.backend, options.merge_kernel_size)
-        names = options.model or [*([str(tiny.CHECKPOINT)] if tiny.CHECKPOINT.is_dir() else []), "random"]
+        names = options.model or [*([str(tiny_model.CHECKPOINT)] if tiny_model.CHECKPOINT.is_dir() else []), "random"]
         size = options.size if options.size != "auto" else "7b" if device.type == "cuda" else "100m"
         command = " ".join(["python -m eval.latency", *(sys.argv[1:] if arguments is None else arguments)])
         found = {"command": command, "machine": machine(stopwatch), "paper": "arXiv 2505.18605, Table 6", "models": []}

@@ -4,7 +4,7 @@
     accelerate launch --num_processes 8 -m eval.lmms --model fmtrain ...
 
 Arguments and results are lmms-eval's. `--model_args` takes pretrained (an exported checkpoint or a run with an adapter),
-policy, merge_prefix, merge_kernel_size, backend and dtype. Prompts go through `fmtrain.encode`, as in training. Tasks that
+policy, merge_prefix, merge_kernel_size, backend and dtype. Prompts go through `fmtrain.data.encode`, as in training. Tasks that
 ask for likelihoods (output_type multiple_choice) need the harness's `--force_simple`.
 
 Written against lmms-eval 0.7.3.
@@ -31,8 +31,8 @@ from tqdm import tqdm
 from eval.milebench.decoder import Decoder, variant
 from eval.milebench.fitting import joined
 from fmtrain.checkpoint import load, recorded_policy
-from fmtrain.encode import encode
-from fmtrain.images import open_image
+from fmtrain.data.encode import encode
+from fmtrain.data.images import open_image
 from fmtrain.layout import Layout, Role
 
 PLACE = "<image>"  # what the harness's tasks write into a text for an image

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from eval.milebench.decoder import Variant
-from fmtrain.recipe import MaskArguments
+from fmtrain.training.recipe import MaskArguments
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,18 @@ from tqdm import tqdm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from eval.interleaved import rich_table
-from fmtrain import data, tiny
 from fmtrain.attention import reference
 from fmtrain.audit import on
 from fmtrain.checkpoint import load, recorded_policy
-from fmtrain.collator import Collator
+from fmtrain.data import files as data
+from fmtrain.data.collator import Collator
 from fmtrain.layout import Layout
 from fmtrain.masks import Masks
 from fmtrain.merge import Merge, pooled, share
 from fmtrain.patch import NAME, attach, attached, unwrap
 from fmtrain.policies import Policy
-from fmtrain.recipe import MaskArguments
+from fmtrain.tiny import digits
+from fmtrain.training.recipe import MaskArguments
 
 FORMS = ("direct", "merge", "control", "causal")
 RESAMPLES = 9999
@@ -268,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"{options.checkpoint}: no such checkpoint folder")
         policy, merge = choose_mask(options.checkpoint, options)
         if options.dataset == "digits":
-            loaded = data.Rows(tiny.rows("test", list(tiny.TASKS), options.rows), ".")
+            loaded = data.Rows(digits.rows("test", list(digits.TASKS), options.rows), ".")
         else:
             loaded = data.load(options.dataset, count=options.rows, image_root=options.image_root)
         model, processor = load(options.checkpoint, policy="causal", dtype=torch.float32)

@@ -19,8 +19,8 @@ from markupsafe import Markup
 from eval import charts, published, tables
 from eval.paired import OVERALL
 from eval.tabulate import CAUSAL
-from fmtrain.drawing import in_words
 from fmtrain.policies import get_policy
+from fmtrain.preview.drawing import in_words
 
 TEMPLATE = "report.html"
 NAMES = {"causal-causal": "against causal-causal", "diagonal": "against the diagonal", "inference-only": "training against inference only"}

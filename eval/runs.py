@@ -21,9 +21,9 @@ from pathlib import Path
 import yaml
 
 from eval.matrix_recipe import MatrixRecipe
-from fmtrain import recipe as training_recipe
 from fmtrain.checkpoint import recorded_policy
 from fmtrain.merge import Merge
+from fmtrain.training import recipe as training_recipe
 
 TRAINER = Path(__file__).parent.parent / "fmtrain" / "sft.py"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.answers import Question, answer, questions
-from fmtrain import data, tiny
 from fmtrain.checkpoint import load, recorded_policy
+from fmtrain.data import files as data
+from fmtrain.tiny import digits
 
 
 def picture_name(image) -> str:
@@ -23,7 +24,7 @@ def picture_name(image) -> str:
 def held_out(name: str, tasks: str, count: int, image_root: str | None, seed: int) -> tuple[list[dict], str]:
     """Rows that no training run of the embedded default has seen, or the first of a file."""
     if name == "digits":
-        return list(tiny.rows("test", tasks.split("+"), count, seed).with_format(None)), "."
+        return list(digits.rows("test", tasks.split("+"), count, seed).with_format(None)), "."
     loaded = data.load(name, None, count, image_root)
     return list(loaded.rows), loaded.image_root
 
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--before", required=True)
     parser.add_argument("--after", required=True)
     parser.add_argument("--data", default="digits", help="digits, or rows as a recipe names them")
-    parser.add_argument("--tasks", default="+".join(tiny.TASKS), help="of digits, joined by +")
+    parser.add_argument("--tasks", default="+".join(digits.TASKS), help="of digits, joined by +")
     parser.add_argument("--image-root")
     parser.add_argument("--show", type=int, default=10, help="questions to print")
     parser.add_argument("--count", type=int, default=200, help="rows for the share of exact answers")

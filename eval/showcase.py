@@ -8,7 +8,7 @@ from PIL import Image
 
 from eval.cells import HeldOut, right
 from eval.tabulate import Row
-from fmtrain.images import open_image
+from fmtrain.data.images import open_image
 
 LARGEST = 320  # pixels along the longer edge of a picture in the report
 

@@ -35,11 +35,11 @@ from eval.interleaved import (
     write,
 )
 from eval.latency import BASE, VARIANTS, Variant, variants
-from fmtrain import parts
 from fmtrain.attention import BACKENDS
 from fmtrain.audit import on
-from fmtrain.collator import Collator
+from fmtrain.data.collator import Collator
 from fmtrain.layout import Layout, Role
+from fmtrain.training import trainable as parts
 
 HEADER = ("policy", "backend", "tokens/s", "of causal's [95 %]", "ms/step", "peak MiB")
 RATE = 1e-5  # learning rate: what is learnt does not matter, as long as it stays finite

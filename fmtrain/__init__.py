@@ -1,11 +1,9 @@
 """fmtrain: train a LLaVA with any attention mask, and run it with the same one.
 
-Names are imported when first used, so that `fmtrain.images` alone does not load torch.
+Names are imported when first used, so that `fmtrain.data.images` alone does not load torch.
 """
 
 import importlib
-import sys
-import types
 
 __version__ = "0.1.0"
 
@@ -19,7 +17,7 @@ _HOME = {
     "attend": "attention",
     "attach": "patch",
     "attached": "patch",
-    "encode": "encode",
+    "encode": "data.encode",
     "load": "checkpoint",
 }
 __all__ = list(_HOME)
@@ -31,13 +29,3 @@ def __getattr__(name: str):
     value = getattr(importlib.import_module(f"fmtrain.{_HOME[name]}"), name)
     globals()[name] = value
     return value
-
-
-class _Package(types.ModuleType):
-    """Importing the submodule `fmtrain.encode` would put the module where the function of that name belongs."""
-
-    def __setattr__(self, name: str, value) -> None:
-        super().__setattr__(name, getattr(value, name) if name in _HOME and isinstance(value, types.ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Package

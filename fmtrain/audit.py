@@ -21,8 +21,8 @@ from rich.table import Table
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fmtrain.attention import attend
-from fmtrain.collator import batch, encode_row
-from fmtrain.encode import check, image_count
+from fmtrain.data.collator import batch, encode_row
+from fmtrain.data.encode import check, image_count
 from fmtrain.layout import Layout, Role
 from fmtrain.patch import attached, unwrap
 

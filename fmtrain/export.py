@@ -21,13 +21,13 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from fmtrain import data
 from fmtrain.attention import BACKENDS
 from fmtrain.audit import on, sample_rows
 from fmtrain.checkpoint import base_of, is_adapter, load
-from fmtrain.collator import batch, encode_row
+from fmtrain.data import files as data
+from fmtrain.data.collator import batch, encode_row
 from fmtrain.patch import attached, unwrap
-from fmtrain.recipe import read
+from fmtrain.training.recipe import read
 
 TOLERANCE = 1e-4  # of float32 logits, relative to the largest: (W + BA) x against W x + B (A x), through all layers
 

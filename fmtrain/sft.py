@@ -25,11 +25,13 @@ from rich.markup import escape
 from transformers import AutoModelForImageTextToText
 from trl import get_quantization_config
 
-from fmtrain import data, mixing, parts, stream
 from fmtrain.checkpoint import load_processor, recorded_policy
+from fmtrain.data import files as data
+from fmtrain.data import mixing, stream
 from fmtrain.patch import Handle, attach, check_host
-from fmtrain.recipe import Recipe, read
-from fmtrain.trainer import build_trainer, say
+from fmtrain.training import trainable as parts
+from fmtrain.training.recipe import Recipe, read
+from fmtrain.training.trainer import build_trainer, say
 
 
 def load_model(recipe: Recipe):

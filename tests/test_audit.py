@@ -77,7 +77,7 @@ def test_a_mask_lost_in_generate_alone_is_found(monkeypatch):
 
 def test_prompts_that_differ_are_found(monkeypatch):
     """A template whose finished turn differs from its generation prompt, taken at its word."""
-    encode = importlib.import_module("fmtrain.encode")
+    encode = importlib.import_module("fmtrain.data.encode")
     render = encode.render
 
     def training_only(processor, messages, add_generation_prompt=False):

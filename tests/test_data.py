@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 import training
 
-from fmtrain import data, sft
-from fmtrain.collator import Collator, encode_row
-from fmtrain.encode import encode
-from fmtrain.images import image_size
-from fmtrain.row_format import features
+from fmtrain import sft
+from fmtrain.data import files as data
+from fmtrain.data.collator import Collator, encode_row
+from fmtrain.data.encode import encode
+from fmtrain.data.images import image_size
+from fmtrain.data.row_format import features
 
 
 @pytest.fixture(autouse=True)

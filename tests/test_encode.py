@@ -9,8 +9,8 @@ import torch
 from families import IMAGE, assistant, dialogues, photo, user
 
 from fmtrain import Layout, Role
-from fmtrain.collator import batch
-from fmtrain.encode import encode, labels
+from fmtrain.data.collator import batch
+from fmtrain.data.encode import encode, labels
 
 SYSTEM = {"role": "system", "content": [{"type": "text", "text": "be brief."}]}
 END = {"llava": "</s>", "llava_next": "</s>", "llava_onevision": "<|im_end|>", "internvl": "<|im_end|>"}

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 import fmtrain
 from fmtrain import export as exporting
 from fmtrain import sft
-from fmtrain.collator import encode_row
+from fmtrain.data.collator import encode_row
 from fmtrain.export import export
 
 

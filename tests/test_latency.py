@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from eval import bench_models, interleaved, latency, throughput
 from fmtrain import Merge, attach
 from fmtrain.attention import sdpa
-from fmtrain.encode import encode
+from fmtrain.data.encode import encode
 from fmtrain.patch import attached
 
 LIGHT = ["future", "v2v", "v2t"]

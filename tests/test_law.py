@@ -13,8 +13,8 @@ import torch
 from families import IMAGE, assistant, photo, user
 
 from fmtrain import POLICIES, Layout, Merge, Role, attach
-from fmtrain.collator import batch
-from fmtrain.encode import encode
+from fmtrain.data.collator import batch
+from fmtrain.data.encode import encode
 
 NEAR = dict(rtol=0, atol=1e-4)
 PAPER = ["causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge"]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from eval import lmms
 from eval.milebench.decoder import Decoder
-from fmtrain.encode import encode
+from fmtrain.data.encode import encode
 from fmtrain.patch import VERSION, attach
 from fmtrain.policies import get_policy
 

@@ -13,9 +13,11 @@ import pytest
 import test_data
 import training
 
-import fmtrain.collator
-from fmtrain import data, mixing, sft, stream
-from fmtrain.recipe import read
+import fmtrain.data.collator
+from fmtrain import sft
+from fmtrain.data import files as data
+from fmtrain.data import mixing, stream
+from fmtrain.training.recipe import read
 
 own_cache = test_data.own_cache
 
@@ -129,10 +131,10 @@ def test_every_row_opens_the_images_of_its_own_set(place):
         training.picture(k, (33, 20)).save(place / "elsewhere" / f"{k}.png")
     mixture = [entry(place, "a"), entry(place, "b", image_root=str(place / "elsewhere")), entry(place, "c")]
     found, widths = data.load(None, mixture=mixture), {"a": set(), "b": set(), "c": set()}
-    opened = fmtrain.collator.open_image
+    opened = fmtrain.data.collator.open_image
     for row in found.rows:
         widths[row["id"][0]] |= {opened(image, row["image_root"]).width for image in row["images"]}
-        fmtrain.collator.encode_row(families.processor("llava"), row, found.image_root)
+        fmtrain.data.collator.encode_row(families.processor("llava"), row, found.image_root)
     assert widths == {"a": {20}, "b": {33}, "c": {24}}
 
 
@@ -144,7 +146,7 @@ def recipe_of(place: Path, folder: Path, *overrides: str, **changes):
 def test_long_rows_are_dropped_before_sets_are_mixed(place, tmp_path):
     mixture = [entry(place, "a"), entry(place, "b", epochs=2)]
     processor = families.processor("llava")
-    lengths = {row["id"]: fmtrain.collator.encode_row(processor, row)[1].shape[1] for row in data.load(None, mixture=mixture).rows}
+    lengths = {row["id"]: fmtrain.data.collator.encode_row(processor, row)[1].shape[1] for row in data.load(None, mixture=mixture).rows}
     limit = max(lengths.values()) - 1  # two digits make the longest rows: a10, a11
     recipe = recipe_of(place, tmp_path, datasets=mixture, max_length=limit)
     found = sft.load_rows(recipe, processor, None, recipe.data.datasets)
@@ -242,14 +244,14 @@ def test_what_a_stream_refuses(place, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twice(place, tmp_path, monkeypatch, streaming):
     """Counted in the collator, the only place where images are decoded."""
-    opened, original = [], fmtrain.collator.open_image
+    opened, original = [], fmtrain.data.collator.open_image
 
     def count(image, root, limit):
         if isinstance(image, str):  # the row of noise that tells shapes has a PIL image
             opened.append(f"{root}/{image}")
         return original(image, root, limit)
 
-    monkeypatch.setattr(fmtrain.collator, "open_image", count)
+    monkeypatch.setattr(fmtrain.data.collator, "open_image", count)
     mixture = [entry(place, "a", epochs=1.5), entry(place, "b")]
     stream_keys = {"streaming": True, "shuffle_buffer": 5} if streaming else {}
     recipe_of(place, tmp_path, datasets=mixture, max_steps=6, per_device_train_batch_size=2, lora_dropout=0.2, **stream_keys)

@@ -9,8 +9,8 @@ from families import IMAGE, assistant, photo, user
 from transformers import DynamicCache, StaticCache
 
 from fmtrain import POLICIES, Layout, Merge, Role, attach
-from fmtrain.collator import batch
-from fmtrain.encode import encode
+from fmtrain.data.collator import batch
+from fmtrain.data.encode import encode
 
 NEAR = dict(rtol=0, atol=1e-4)  # float32, logits of about 1: see test_law
 SINGLE = ([user(IMAGE, IMAGE, "which digit?")], [photo(1), photo(2, 32, 16)])

@@ -189,7 +189,7 @@ def test_no_module_shadows_another_when_sft_is_launched_by_its_path():
     assert not (inside - {"__init__"}) & (installed | set(sys.stdlib_module_names))
 
 
-EVERYTHING = "import fmtrain; [getattr(fmtrain, name) for name in fmtrain.__all__]; import fmtrain.collator"
+EVERYTHING = "import fmtrain; [getattr(fmtrain, name) for name in fmtrain.__all__]; import fmtrain.data.collator"
 
 
 @pytest.mark.slow
@@ -197,7 +197,7 @@ EVERYTHING = "import fmtrain; [getattr(fmtrain, name) for name in fmtrain.__all_
     "statement, optional",
     [
         ("import fmtrain", "torch transformers wandb deepspeed flash_attn bitsandbytes matplotlib"),
-        ("import fmtrain.images", "torch transformers wandb deepspeed flash_attn bitsandbytes matplotlib"),
+        ("import fmtrain.data.images", "torch transformers wandb deepspeed flash_attn bitsandbytes matplotlib"),
         (EVERYTHING, "trl wandb deepspeed flash_attn bitsandbytes matplotlib"),
     ],
 )
@@ -208,6 +208,8 @@ def test_an_import_loads_no_optional_package(statement, optional):
 
 
 def test_names_of_the_package_do_not_depend_on_what_was_imported_before():
-    """`fmtrain.encode` is the function, also where some module has imported the submodule of the same name first."""
-    done = run("-c", "import fmtrain.collator, fmtrain; from fmtrain import encode; assert callable(fmtrain.encode) and callable(encode)")
+    """`fmtrain.data.encode` is the function, also where some module has imported the submodule of the same name first."""
+    done = run(
+        "-c", "import fmtrain.data.collator, fmtrain; from fmtrain import encode; assert callable(fmtrain.data.encode) and callable(encode)"
+    )
     assert done.returncode == 0, done.stderr

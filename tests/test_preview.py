@@ -11,9 +11,10 @@ import training
 from PIL import Image
 from rich.console import Console
 
-from fmtrain import drawing, preview
 from fmtrain.layout import Layout, Role
 from fmtrain.policies import POLICIES, get_policy
+from fmtrain.preview import command as preview
+from fmtrain.preview import drawing
 
 REVEALS = {
     "causal": "",

@@ -5,7 +5,7 @@ import training
 import yaml
 
 from fmtrain.merge import Merge
-from fmtrain.recipe import read
+from fmtrain.training.recipe import read
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import yaml
 from data_prep import check
 from data_prep.convert import main as convert
 from fmtrain import sft
-from fmtrain.recipe import read
+from fmtrain.training.recipe import read
 
 RECIPES = sorted(path for path in (training.ROOT / "recipes").glob("*.yaml") if not path.name.startswith("matrix"))
 

@@ -111,7 +111,7 @@ def test_a_frozen_tower_runs_without_a_graph(folder):
 
 
 def test_rows_that_are_too_long_are_dropped_whole_and_counted(folder):
-    from fmtrain.collator import encode_row
+    from fmtrain.data.collator import encode_row
 
     processor = training.families.processor("llava")
     rows = training.read_rows(folder)

@@ -17,18 +17,21 @@ from data_prep.rows import format_problems, read_rows
 from eval import answers as asking
 from eval.milebench.prompt import require_inputs
 from eval.milebench.tasks import read_task
-from fmtrain import data, tiny
 from fmtrain.checkpoint import load, recorded_policy
-from fmtrain.collator import encode_row
-from fmtrain.encode import labels
+from fmtrain.data import files as data
+from fmtrain.data.collator import encode_row
+from fmtrain.data.encode import labels
 from fmtrain.layout import Role
+from fmtrain.tiny import digits
+from fmtrain.tiny import model as tiny_model
+from fmtrain.tiny.__main__ import main as tiny_main
 
-ALL = [*tiny.TASKS, *tiny.LESSONS]
+ALL = [*digits.TASKS, *digits.LESSONS]
 
 
 @cache
 def model():
-    return tiny.random_model()
+    return tiny_model.random_model()
 
 
 @cache
@@ -83,33 +86,33 @@ def dialogue(row: dict) -> list[tuple[str, int, str]]:
 
 
 def test_train_and_test_share_no_scan():
-    pixels = {split: [scan.tobytes() for of_digit in tiny.scans(split).values() for scan in of_digit] for split in tiny.SPLITS}
+    pixels = {split: [scan.tobytes() for of_digit in digits.scans(split).values() for scan in of_digit] for split in digits.SPLITS}
     assert not set(pixels["train"]) & set(pixels["test"])
     assert len(pixels["train"]) == 1437 and len(pixels["test"]) == 360
     assert set(pixels["train"]) | set(pixels["test"]) == set(known_scans())
-    assert all(len(tiny.scans(split)[digit]) >= 25 for split in tiny.SPLITS for digit in range(10))
+    assert all(len(digits.scans(split)[digit]) >= 25 for split in digits.SPLITS for digit in range(10))
 
 
-@pytest.mark.parametrize("split", tiny.SPLITS)
+@pytest.mark.parametrize("split", digits.SPLITS)
 def test_rows_draw_from_their_split_only(split):
-    allowed = {scan.tobytes() for of_digit in tiny.scans(split).values() for scan in of_digit} | {bytes(64)}
-    for row in tiny.rows(split, ALL, 70, seed=3):
+    allowed = {scan.tobytes() for of_digit in digits.scans(split).values() for scan in of_digit} | {bytes(64)}
+    for row in digits.rows(split, ALL, 70, seed=3):
         for image in row["images"]:
             assert set(cells(image)) <= allowed
 
 
 def test_a_row_depends_on_split_task_seed_and_index_alone():
-    mixed, alone = tiny.rows("test", ["read", "order"], 20, seed=5), tiny.rows("test", ["order"], 10, seed=5)
+    mixed, alone = digits.rows("test", ["read", "order"], 20, seed=5), digits.rows("test", ["order"], 10, seed=5)
     assert [row for row in mixed if row["task"] == "order"] == list(alone)
-    assert list(tiny.rows("test", ["order"], 10, seed=6)) != list(alone)
-    assert list(tiny.rows("train", ["order"], 10, seed=5)) != list(alone)
-    rows = list(tiny.rows("test", ALL, 140))
+    assert list(digits.rows("test", ["order"], 10, seed=6)) != list(alone)
+    assert list(digits.rows("train", ["order"], 10, seed=5)) != list(alone)
+    rows = list(digits.rows("test", ALL, 140))
     assert len({row["id"] for row in rows}) == len({str(row["images"]) for row in rows}) == 140
 
 
 @pytest.mark.parametrize("task", ALL)
 def test_answers_are_what_the_pictures_show(task):
-    for row in [*tiny.rows("test", [task], 40, seed=1), *(tiny.row("train", task, 2, k, filled=1 + k % 9) for k in range(45))]:
+    for row in [*digits.rows("test", [task], 40, seed=1), *(digits.row("train", task, 2, k, filled=1 + k % 9) for k in range(45))]:
         shown = [seen(image) for image in row["images"]]
         assert not format_problems({key: row[key] for key in ("id", "source", "messages", "images")})
         assert row["source"] == f"digits/{task}"
@@ -117,13 +120,13 @@ def test_answers_are_what_the_pictures_show(task):
             assert solve(question, shown[:images]) == answer, row["id"]
 
 
-@pytest.mark.parametrize("task", tiny.TASKS)
+@pytest.mark.parametrize("task", digits.TASKS)
 def test_the_question_does_not_give_the_answer_away(task):
     """The most frequent answer to each question is right no more often than it is among shuffled answers."""
-    made = [tiny.turns("train", task, 0, index) for index in range(1000)]
+    made = [digits.turns("train", task, 0, index) for index in range(1000)]
     questions = [" ".join(turn.question for turn in turns) for turns in made]
     answers = [" ".join(turn.answer for turn in turns) for turns in made]
-    assert len(set(answers)) <= round(1 / tiny.CHANCE[task])
+    assert len(set(answers)) <= round(1 / digits.CHANCE[task])
 
     def best_guess(answers) -> int:
         given = defaultdict(Counter)
@@ -137,7 +140,7 @@ def test_the_question_does_not_give_the_answer_away(task):
 
 def test_the_earlier_turn_does_not_give_the_change_away():
     """That the old digit is the one just read is as likely as that both asked for the same cell: 1 in 9."""
-    made = [tiny.turns("train", "dialogue", 0, index) for index in range(1000)]
+    made = [digits.turns("train", "dialogue", 0, index) for index in range(1000)]
     told = sum(change.answer.startswith(f"from {read.answer} ") for read, change in made)
     # the same cell in 1/9, another cell with the same digit in 8/9 x 1/10: 0.2, with a standard deviation of 0.0127
     assert abs(told / 1000 - 0.2) < 0.05
@@ -146,7 +149,7 @@ def test_the_earlier_turn_does_not_give_the_change_away():
 @pytest.mark.parametrize("task", ALL)
 def test_rows_encode_and_our_words_are_single_tokens(task):
     processor = model()[1]
-    for row in tiny.rows("train", [task], 12):
+    for row in digits.rows("train", [task], 12):
         inputs, layout = encode_row(processor, row)
         ids = inputs["input_ids"]
         assert (layout.role == Role.VISUAL).sum() == 9 * len(row["images"]) == (ids == processor.image_token_id).sum()
@@ -159,64 +162,64 @@ def test_rows_encode_and_our_words_are_single_tokens(task):
 
 
 def test_any_text_survives_the_tokenizer():
-    words = tiny.tokenizer()
+    words = tiny_model.tokenizer()
     text = "Why, naïve reader, are 12 cells grey?\n\tPrediction: 数字 Whiches Whichever insane"
     assert words.decode(words(text).input_ids, skip_special_tokens=True) == text
 
 
 def test_the_curriculum_begins_with_lessons_and_is_reproducible():
-    made = tiny.curriculum(200, seed=4)
-    assert list(made) == list(tiny.training_rows("curriculum", 200, seed=4))
-    until, weights = tiny.CURRICULUM[0]
+    made = digits.curriculum(200, seed=4)
+    assert list(made) == list(digits.training_rows("curriculum", 200, seed=4))
+    until, weights = digits.CURRICULUM[0]
     assert set(made["task"][: int(until * 200)]) <= set(weights) < set(made["task"])
-    assert set(tiny.LESSONS) & set(weights)
-    assert tiny.training_rows("order+read", 4)["task"] == ["order", "read"] * 2
-    assert tiny.training_rows(None, 5)["task"] == list(tiny.TASKS)
+    assert set(digits.LESSONS) & set(weights)
+    assert digits.training_rows("order+read", 4)["task"] == ["order", "read"] * 2
+    assert digits.training_rows(None, 5)["task"] == list(digits.TASKS)
     with pytest.raises(ValueError, match="unknown task 'raed'"):
-        tiny.training_rows("raed", 4)
+        digits.training_rows("raed", 4)
     with pytest.raises(ValueError, match="unknown split 'val'"):
-        tiny.rows("val", ["read"], 1)
+        digits.rows("val", ["read"], 1)
 
 
 def test_a_random_checkpoint_is_written_and_loads(tmp_path, capsys):
     out = tmp_path / "random"
-    assert tiny.main(["--out", str(out)]) == 0
+    assert tiny_main(["--out", str(out)]) == 0
     loaded, processor = load(str(out), policy="causal")
     assert 1e6 < loaded.num_parameters() < 2e6
     assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
-    for row in tiny.rows("test", ALL, 7):
+    for row in digits.rows("test", ALL, 7):
         fresh, again = encode_row(model()[1], row)[0], encode_row(processor, row)[0]
         assert fresh.keys() == again.keys() and all(torch.equal(fresh[key], again[key]) for key in fresh)
     assert loaded.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("</s>")
-    assert tiny.main(["--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
+    assert tiny_main(["--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
 
 
 def test_the_code_still_describes_the_shipped_model():
     """Its vocabulary and sizes are those that a pretraining today would start from."""
-    shipped, processor = load(str(tiny.CHECKPOINT))
-    assert processor.tokenizer.get_vocab() == tiny.tokenizer().get_vocab()
+    shipped, processor = load(str(tiny_model.CHECKPOINT))
+    assert processor.tokenizer.get_vocab() == tiny_model.tokenizer().get_vocab()
     assert {name: p.shape for name, p in shipped.named_parameters()} == {name: p.shape for name, p in model()[0].named_parameters()}
-    assert recorded_policy(str(tiny.CHECKPOINT)) == ("causal", None)
+    assert recorded_policy(str(tiny_model.CHECKPOINT)) == ("causal", None)
 
 
 def test_the_shipped_model_is_far_above_chance_on_every_task():
-    shipped, processor = load(str(tiny.CHECKPOINT))
-    for task in tiny.TASKS:
-        asked = list(asking.questions(processor, tiny.rows("test", [task], 40, seed=9)))
+    shipped, processor = load(str(tiny_model.CHECKPOINT))
+    for task in digits.TASKS:
+        asked = list(asking.questions(processor, digits.rows("test", [task], 40, seed=9)))
         said = asking.answer(shipped, processor, asked, batch_size=40)
         wrong = {question.row for question, text in zip(asked, said, strict=True) if text != question.reference}
         # the weakest, `count`, is right on 0.82 of 3,000 rows: below 0.6 of 40 is more than three standard deviations off
-        assert 1 - len(wrong) / 40 >= 0.6 > 2 * tiny.CHANCE[task], task
+        assert 1 - len(wrong) / 40 >= 0.6 > 2 * digits.CHANCE[task], task
 
 
 def test_row_files(tmp_path, capsys):
     out = tmp_path / "digits"
     assert digit_files.main(["--out", str(out), "--count", "3", "--tasks", "changed", "dialogue", "--seed", "7"]) == 0
     rows = list(read_rows(out / "test" / "rows.jsonl"))
-    assert [row["id"] for row in rows] == [row["id"] for row in tiny.rows("test", ["changed", "dialogue"], 6, seed=7)]
+    assert [row["id"] for row in rows] == [row["id"] for row in digits.rows("test", ["changed", "dialogue"], 6, seed=7)]
     loaded = data.prepare(data.load(str(out / "train")), model()[1], "digits/train")
     assert len(loaded.rows) == 6
-    embedded = tiny.rows("train", ["changed", "dialogue"], 6, seed=7)
+    embedded = digits.rows("train", ["changed", "dialogue"], 6, seed=7)
     for written, row in zip(loaded.rows, embedded):
         assert [(out / "train" / name).read_bytes() for name in written["images"]] == [image["bytes"] for image in row["images"]]
     assert digit_files.main(["--out", str(out)]) == 2
@@ -236,13 +239,13 @@ def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path, monkeypatch, capsys
 def test_milebench_folder(tmp_path):
     out = tmp_path / "milebench"
     assert digit_files.main(["--out", str(out), "--milebench", "--count", "4"]) == 0
-    for task in tiny.TASKS:
+    for task in digits.TASKS:
         name = f"Digits{task.capitalize()}"
         read = read_task(out, name)
         require_inputs(read, None)
         meta = json.loads((out / name / f"{name}.json").read_text())["meta_data"]
         assert (meta["dataset"], meta["split"], meta["num_sample"]) == (name, "test", len(read.samples))
-        for sample, row in zip(read.samples, tiny.rows("test", [task], 4)):
+        for sample, row in zip(read.samples, digits.rows("test", [task], 4)):
             *earlier, (question, _, answer) = dialogue(row)
             assert sample.response == answer and sample.context.endswith(question)
             assert all(f"{asked} {said}" in sample.context for asked, _, said in earlier)

@@ -8,7 +8,7 @@ import training
 
 import fmtrain
 from fmtrain import sft
-from fmtrain.collator import encode_row
+from fmtrain.data.collator import encode_row
 from fmtrain.export import export
 
 VARIANTS = ["causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge"]

@@ -13,13 +13,13 @@ import torch
 from transformers import GenerationConfig
 
 from fmtrain.audit import on
-from fmtrain.collator import batch
-from fmtrain.encode import encode
+from fmtrain.data.collator import batch
+from fmtrain.data.encode import encode
 from fmtrain.layout import Layout, Role
 from fmtrain.merge import Merge
 from fmtrain.patch import attached, unwrap
 from fmtrain.policies import Policy
-from fmtrain.recipe import MaskArguments
+from fmtrain.training.recipe import MaskArguments
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from eval.milebench.prompt import Prompt, Window, build_prompt, image_paths
 from eval.milebench.tasks import Sample, Task
-from fmtrain.encode import encode
-from fmtrain.images import image_size, open_image
+from fmtrain.data.encode import encode
+from fmtrain.data.images import image_size, open_image
 from fmtrain.layout import Layout
 
 

@@ -1,6 +1,6 @@
 """The prompt as MileBench's LLaVA worker feeds it to the model: a Llama-2 chat template, even for Vicuna models (Q21).
 
-Only for reproducing MileBench's own LLaVA numbers: all else goes through `fmtrain.encode` and the model's template.
+Only for reproducing MileBench's own LLaVA numbers: all else goes through `fmtrain.data.encode` and the model's template.
 """
 
 from collections.abc import Sequence

@@ -214,8 +214,8 @@ def test_token_lengths(prepared):
 def test_token_lengths_are_those_of_encode(prepared, tmp_path):
     from families import processor
 
-    from fmtrain.encode import encode
-    from fmtrain.images import open_image
+    from fmtrain.data.encode import encode
+    from fmtrain.data.images import open_image
 
     llava = processor("llava")
     llava.save_pretrained(tmp_path / "processor")

@@ -11,8 +11,8 @@ import pytest
 import data_prep
 from data_prep.convert import Converter
 from data_prep.rows import format_problems, image_part, read_rows, text_part
-from fmtrain.images import open_image
-from fmtrain.row_format import features
+from fmtrain.data.images import open_image
+from fmtrain.data.row_format import features
 
 NAMES = ("aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa visual_genome vqav2 vsr").split()
 GOLDEN = Path(__file__).parent / "golden"

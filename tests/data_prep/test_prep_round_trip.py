@@ -8,7 +8,7 @@ import pytest
 from test_prep_converters import NAMES
 
 from data_prep.rows import PLACEHOLDER, Row, read_rows
-from fmtrain.collator import encode_row
+from fmtrain.data.collator import encode_row
 from fmtrain.layout import Role
 
 COLLAPSED = {

@@ -24,14 +24,15 @@ from rich.text import Text
 from transformers import AutoConfig
 from transformers import logging as transformers_logging
 
-from fmtrain import data, recipe
 from fmtrain.checkpoint import load_processor
-from fmtrain.collator import encode_row
-from fmtrain.drawing import Run, draw_policies, draw_row, in_words, runs
-from fmtrain.encode import IGNORED, labels
-from fmtrain.images import MAX_PIXELS
+from fmtrain.data import files as data
+from fmtrain.data.collator import encode_row
+from fmtrain.data.encode import IGNORED, labels
+from fmtrain.data.images import MAX_PIXELS
 from fmtrain.layout import Layout, Role
 from fmtrain.policies import Policy, past, picture, revealed, tokens
+from fmtrain.preview.drawing import Run, draw_policies, draw_row, in_words, runs
+from fmtrain.training import recipe
 
 STYLES = {Role.TEXT: "cyan", Role.VISUAL: "black on green", Role.ANSWER: "bold magenta", Role.PAD: "dim"}
 MARKS = {"#": "blue", "+": "bold bright_red", ".": "dim", "x": "dim", "T": "cyan", "A": "bold magenta", **dict.fromkeys("IJKL", "green")}
@@ -277,6 +278,9 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     parser.add_argument("--full", action="store_true", help="show long texts whole")
     parser.add_argument("--policies", metavar="FILE", help="write a picture of all policies, nothing else")
     options, overrides = parser.parse_known_args(arguments)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL still sets
+    datasets.disable_progress_bars()
+    transformers_logging.set_verbosity_error()
     console = console or Console(highlight=False)
     try:
         if options.policies:
@@ -290,10 +294,3 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL still sets
-    datasets.disable_progress_bars()
-    transformers_logging.set_verbosity_error()
-    sys.exit(main())

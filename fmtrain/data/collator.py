@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from fmtrain.encode import IGNORED, encode, labels
-from fmtrain.images import MAX_PIXELS, open_image
+from fmtrain.data.encode import IGNORED, encode, labels
+from fmtrain.data.images import MAX_PIXELS, open_image
 from fmtrain.layout import Layout, Role
 
 

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
-from fmtrain import mixing
-from fmtrain.data import Rows, image_folder, inspect, row_files
-from fmtrain.row_format import COLUMNS
+from fmtrain.data import mixing
+from fmtrain.data.files import Rows, image_folder, inspect, row_files
+from fmtrain.data.row_format import COLUMNS
 
 SKIPPED = dict.fromkeys(("id", "messages", "images"))  # stands for a row that a resumed run has had already
 HEAD = 4  # rows that are read before training starts, for the audit of the first batch

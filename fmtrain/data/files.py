@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image as PILImage
 
-from fmtrain import mixing
-from fmtrain.encode import Segment, check, image_count, render
-from fmtrain.images import MAX_PIXELS, image_size, open_image
-from fmtrain.row_format import COLUMNS, EVALUATION_ONLY, features
+from fmtrain.data import mixing
+from fmtrain.data.encode import Segment, check, image_count, render
+from fmtrain.data.images import MAX_PIXELS, image_size, open_image
+from fmtrain.data.row_format import COLUMNS, EVALUATION_ONLY, features
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
@@ -60,9 +60,9 @@ def load(
         entries = mixing.entries(mixture)
         return mix([load(entry.path, image_root=entry.image_root) for entry in entries], entries, seed, count)
     if name == "digits":
-        from fmtrain import tiny
+        from fmtrain.tiny import digits
 
-        return Rows(tiny.training_rows(config, count, seed), ".")
+        return Rows(digits.training_rows(config, count, seed), ".")
     files = row_files(name)
     path = Path(name)
     rows = _read(name, FORMATS[files[0].suffix], [str(file) for file in files])
@@ -123,7 +123,7 @@ def _without_type(kind: pa.DataType) -> bool:
 
 
 def _parquet_features(file: str) -> datasets.Features:
-    """The file's own types, but embedded images as they are stored: they are opened by `fmtrain.images`, under its limits."""
+    """The file's own types, but embedded images as they are stored: they are opened by `fmtrain.data.images`, under its limits."""
     schema = pq.read_schema(file)
     found = datasets.Features.from_arrow_schema(schema)
     if "images" in schema.names:

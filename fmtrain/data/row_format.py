@@ -9,7 +9,7 @@ EVALUATION_ONLY = "evaluation_only/"  # first characters of `source` in rows tha
 def features(embed_images: bool = False) -> dict[str, Any]:
     """The types of the columns, in the form of `datasets.Features.from_dict`.
 
-    Embedded images are `Image(decode=False)`, so that they are opened by `fmtrain.images.open_image`, under its limits.
+    Embedded images are `Image(decode=False)`, so that they are opened by `fmtrain.data.images.open_image`, under its limits.
     """
     text = {"dtype": "string", "_type": "Value"}
     image = {"decode": False, "_type": "Image"} if embed_images else text

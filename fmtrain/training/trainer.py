@@ -8,12 +8,14 @@ from rich.console import Console
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_peft_config
 
-from fmtrain import audit, data, parts
+from fmtrain import audit
 from fmtrain.checkpoint import is_adapter
-from fmtrain.collator import Collator, encode_row
+from fmtrain.data import files as data
+from fmtrain.data.collator import Collator, encode_row
 from fmtrain.layout import Layout
 from fmtrain.patch import attached, unwrap
-from fmtrain.recipe import Recipe
+from fmtrain.training import trainable as parts
+from fmtrain.training.recipe import Recipe
 
 console = Console(stderr=True, highlight=False)
 

@@ -17,10 +17,10 @@ import torch
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
-from fmtrain.images import MAX_PIXELS
+from fmtrain.data.images import MAX_PIXELS
+from fmtrain.data.mixing import entries
 from fmtrain.merge import Merge
 from fmtrain.merge import check as check_merge
-from fmtrain.mixing import entries
 from fmtrain.policies import Policy, get_policy
 
 PARTS = ("language_model", "projector", "vision_tower")

@@ -1,39 +1,21 @@
-"""The embedded default: questions about pictures of real handwritten digits, and a tiny LLaVA that can answer them.
-
-    python -m fmtrain.tiny --out DIR     a random model with its processor: what recipes/tiny_pretrain.yaml starts from
+"""The embedded default's questions about pictures of real handwritten digits.
 
 A picture is a 3 x 3 grid of scans (scikit-learn's bundled digits, 8 x 8 pixels each), so with a patch size of 8 a visual
 token is one digit. Train and test never share a scan, and a row is the same whenever it is asked for.
 """
 
-import argparse
 import functools
 import io
-import string
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from sklearn.datasets import load_digits
-from transformers import (
-    CLIPImageProcessorPil,
-    CLIPVisionConfig,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaTokenizer,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
 
-CHECKPOINT = Path(__file__).parent / "tiny_llava"  # the pretrained model, made with recipes/tiny_pretrain.yaml
 SPLITS = ("train", "test")
 SIDE, CELL = 3, 8  # cells along a picture's edge, pixels along a cell's edge
 CELLS = SIDE * SIDE
@@ -218,85 +200,3 @@ def training_rows(config: str | None, count: int | None, seed: int = 0) -> Datas
     if config == "curriculum":
         return curriculum(count or DEFAULT_ROWS, seed)
     return rows("train", config.split("+") if config else list(TASKS), count or DEFAULT_ROWS, seed)
-
-
-# that of llava-hf/llava-1.5-7b-hf
-TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-WORDS = (
-    "▁USER ▁ASSISTANT ▁digit ▁digits ▁is ▁in ▁cell ▁often ▁do ▁you ▁see ▁change ▁changed ▁from ▁to ▁same ▁what ▁order ▁the ▁appear "
-    "▁0 ▁1 ▁2 ▁3 ▁4 ▁5 ▁6 ▁7 ▁8 ▁9 Which How In What"
-).split()
-
-
-def tokenizer() -> LlamaTokenizer:
-    """A LlamaTokenizer with one token for each of our words; any other text is letters and bytes.
-
-    A merge adds one letter to the beginning of a word, so the merges of different words do not meet.
-    """
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.printable[:94]]
-    merges = dict.fromkeys((word[: end - 1], word[end - 1]) for word in WORDS for end in range(2, len(word) + 1))
-    tokens += ["".join(merge) for merge in merges]
-    return LlamaTokenizer(
-        vocab={token: number for number, token in enumerate(tokens)},
-        merges=list(merges),
-        add_bos_token=True,
-        extra_special_tokens={"image_token": "<image>"},
-        pad_token="<pad>",
-        padding_side="left",
-    )
-
-
-TEXT_SIZES = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4)
-VISION_SIZES = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
-SPREAD = 0.08  # of the language model's random weights; with Llama's own 0.02 these few layers learn much later
-
-
-def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A tiny LLaVA that has learnt nothing, and its processor, in the classes and conventions of LLaVA-1.5."""
-    words, size = tokenizer(), SIDE * CELL
-    ids = dict(bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
-    text = LlamaConfig(**TEXT_SIZES, **ids, vocab_size=len(words), max_position_embeddings=512, initializer_range=SPREAD)
-    vision = CLIPVisionConfig(**VISION_SIZES, image_size=size, patch_size=CELL)
-    image = dict(image_token_id=words.convert_tokens_to_ids("<image>"), image_seq_length=CELLS)
-    config = LlavaConfig(vision_config=vision, text_config=text, **image)
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # a digit read and a digit written start out alike
-        model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
-    model.generation_config = GenerationConfig(**ids, do_sample=False)
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
-        words,
-        patch_size=CELL,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLIP's class token
-        chat_template=TEMPLATE,
-    )
-    return model, processor
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fmtrain.tiny", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.out.exists():
-        print(f"error: {options.out} exists already; name a new folder", file=sys.stderr)
-        return 2
-    model, processor = random_model(options.seed)
-    model.save_pretrained(options.out)
-    processor.save_pretrained(options.out)
-    print(f"{options.out}: {model.num_parameters():,} random weights, {len(processor.tokenizer)} tokens")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

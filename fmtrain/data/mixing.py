@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 import yaml
 
-from fmtrain.row_format import COLUMNS, features
+from fmtrain.data.row_format import COLUMNS, features
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,7 @@
+"""`python -m fmtrain.preview`."""
+
+import sys
+
+from fmtrain.preview.command import main
+
+sys.exit(main())

@@ -1,0 +1,29 @@
+"""The model that recipes/tiny_pretrain.yaml starts from: random, with its processor.
+
+python -m fmtrain.tiny --out DIR
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fmtrain.tiny.model import random_model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m fmtrain.tiny", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.out.exists():
+        print(f"error: {options.out} exists already; name a new folder", file=sys.stderr)
+        return 2
+    model, processor = random_model(options.seed)
+    model.save_pretrained(options.out)
+    processor.save_pretrained(options.out)
+    print(f"{options.out}: {model.num_parameters():,} random weights, {len(processor.tokenizer)} tokens")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
