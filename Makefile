@@ -28,7 +28,7 @@ train: setup
 		fmtrain/sft.py recipes/tiny_v2v_lora.yaml
 	$(BIN)/python -m fmtrain.export $(RUN) --out $(RUN)/exported
 	$(BIN)/python -m fmtrain.audit $(RUN)/exported
-	$(BIN)/python -m eval.samples --before fmtrain/tiny_llava --after $(RUN)/exported
+	$(BIN)/python -m eval.compare --before fmtrain/tiny_llava --after $(RUN)/exported
 
 check: setup
 	$(BIN)/python -m ruff check .

@@ -20,8 +20,8 @@ import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from eval import bench_models
-from eval.interleaved import (
+from eval import subjects as bench_models
+from eval.timing import (
     Stopwatch,
     add_arguments,
     caption,

@@ -14,8 +14,8 @@ import numpy as np
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from eval.milebench import intervals
-from eval.milebench.intervals import CONFIDENCE, RESAMPLES, SEED, Estimate
+from eval import intervals
+from eval.intervals import CONFIDENCE, RESAMPLES, SEED, Estimate
 
 OVERALL = "overall"
 CHUNK = 500  # replicates at a time

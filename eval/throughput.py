@@ -21,8 +21,9 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tqdm import tqdm
 
-from eval import bench_models
-from eval.interleaved import (
+from eval import subjects as bench_models
+from eval.latency import BASE, VARIANTS, Variant, variants
+from eval.timing import (
     Stopwatch,
     add_arguments,
     caption,
@@ -34,7 +35,6 @@ from eval.interleaved import (
     shuffled,
     write,
 )
-from eval.latency import BASE, VARIANTS, Variant, variants
 from fmtrain.attention import BACKENDS
 from fmtrain.audit import on
 from fmtrain.data.collator import Collator

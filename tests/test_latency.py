@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from eval import bench_models, interleaved, latency, throughput
+from eval import latency, throughput
+from eval import subjects as bench_models
+from eval import timing as interleaved
 from fmtrain import Merge, attach
 from fmtrain.attention import sdpa
 from fmtrain.data.encode import encode

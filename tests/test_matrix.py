@@ -13,8 +13,10 @@ import pytest
 import training
 import yaml
 
-from eval import cells, matrix, matrix_recipe, runs
 from eval.answers import answer, questions
+from eval.matrix import cells, runs
+from eval.matrix import command as matrix
+from eval.matrix import recipe as matrix_recipe
 from fmtrain import attached
 from fmtrain.checkpoint import load, recorded_policy
 

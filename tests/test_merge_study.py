@@ -10,8 +10,8 @@ import torch
 from oracle import is_past, is_revealed, sinks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from eval import merge_study
-from eval.merge_study import Pieces, Tally, study, take_apart
+from eval.merge_study import study as merge_study
+from eval.merge_study.study import Pieces, Tally, study, take_apart
 from fmtrain import Layout, Merge, attach
 from fmtrain.attention import reference
 from fmtrain.audit import recorded_attention

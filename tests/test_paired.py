@@ -7,11 +7,12 @@ import pytest
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
-from eval import paired, tabulate
-from eval.cells import Item
-from eval.milebench.intervals import accuracy, average
+from eval import paired
+from eval.intervals import accuracy, average
+from eval.matrix import analysis as tabulate
+from eval.matrix.analysis import Row
+from eval.matrix.cells import Item
 from eval.paired import OVERALL, Task
-from eval.tabulate import Row
 
 
 def task(questions: int, per_unit: int = 1, name: str = "t") -> Task:

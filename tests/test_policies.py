@@ -208,8 +208,8 @@ def test_an_import_loads_no_optional_package(statement, optional):
 
 
 def test_names_of_the_package_do_not_depend_on_what_was_imported_before():
-    """`fmtrain.data.encode` is the function, also where some module has imported the submodule of the same name first."""
+    """`fmtrain.encode` is the function, also where some module has imported the submodule of the same name first."""
     done = run(
-        "-c", "import fmtrain.data.collator, fmtrain; from fmtrain import encode; assert callable(fmtrain.data.encode) and callable(encode)"
+        "-c", "import fmtrain.data.collator, fmtrain; from fmtrain import encode; assert callable(fmtrain.encode) and callable(encode)"
     )
     assert done.returncode == 0, done.stderr

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import charts, provenance, published, report, showcase, tables, tabulate, tracking
-from eval.cells import HeldOut, Item
-from eval.tabulate import Row
+from eval import provenance
+from eval.matrix import analysis as tabulate
+from eval.matrix import charts, published, report, showcase, tables, tracking
+from eval.matrix.analysis import Row
+from eval.matrix.cells import HeldOut, Item
 from fmtrain.layout import Layout
 from fmtrain.policies import EXAMPLE, POLICIES, allowed
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.milebench import intervals
-from eval.milebench.intervals import Estimate
+from eval import intervals
+from eval.intervals import Estimate
 from eval.milebench.metrics import LEVELS, Scored, ScoredTask
 from eval.milebench.tasks import DATASETS, DIAGNOSTIC, ROUGE_L
 

@@ -24,8 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from eval.intervals import CONFIDENCE, RESAMPLES, SEED
 from eval.milebench.aggregate import eval_json, eval_score_json, results_csv, results_json, sample_scores, summary
-from eval.milebench.intervals import CONFIDENCE, RESAMPLES, SEED
 from eval.milebench.metrics import ScoredTask, score_task
 from eval.milebench.predictions import read_predictions
 from eval.milebench.tasks import DATASETS, read_task

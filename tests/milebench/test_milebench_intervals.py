@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
+from eval.intervals import Estimate, accuracy, average, mean
 from eval.milebench.aggregate import CODES, summary
-from eval.milebench.intervals import Estimate, accuracy, average, mean
 from eval.milebench.metrics import Scored, ScoredTask
 from eval.milebench.tasks import DATASETS, Sample
 

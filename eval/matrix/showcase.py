@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from eval.cells import HeldOut, right
-from eval.tabulate import Row
+from eval.matrix.analysis import Row
+from eval.matrix.cells import HeldOut, right
 from fmtrain.data.images import open_image
 
 LARGEST = 320  # pixels along the longer edge of a picture in the report

@@ -62,7 +62,7 @@ def _losses(axes: Axes, found: dict) -> None:
 
 
 def draw(found: dict, path: str | Path) -> None:
-    """Write the PNG. found: what `eval.merge_study.summarize` gives, with `mask`, `merge`, `checkpoint`, `dataset`, `rows`."""
+    """Write the PNG. found: what `eval.merge_study.study.summarize` gives, with `mask`, `merge`, `checkpoint`, `dataset`, `rows`."""
     maps = {name: np.asarray(values) for name, values in found["per_head"].items()}
     height = np.clip(1.4 + 0.42 * len(maps["future"]), 3.2, 5.5)  # inches of a row
     figure = Figure(figsize=(14, 2 * height + 0.8), dpi=130, layout="constrained")

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-FOLDER = Path(__file__).parent / "published"
+FOLDER = Path(__file__).parent.parent / "published"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ the mask that the run was trained with.
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.cells import Item
+from eval.matrix.cells import Item
+from eval.matrix.runs import Run
 from eval.milebench.tasks import field, read_json
-from eval.runs import Run
 
 NAME = "sample_scores.json"
 

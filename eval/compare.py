@@ -1,6 +1,6 @@
 """A few held-out questions: the pictures' names, the reference, and what two checkpoints answer.
 
-    python -m eval.samples --before fmtrain/tiny_llava --after runs/tiny_v2v_lora/exported
+    python -m eval.compare --before fmtrain/tiny_llava --after runs/tiny_v2v_lora/exported
 
 `before` is shown as it was trained and with the other's mask switched on at inference only.
 """
@@ -58,7 +58,7 @@ def shares_table(asked: list[Question], sources: list[str], said: dict[str, list
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.samples", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--before", required=True)
     parser.add_argument("--after", required=True)
     parser.add_argument("--data", default="digits", help="digits, or rows as a recipe names them")

@@ -1,12 +1,12 @@
 """The (mask in training) x (mask in inference) matrix: train what is missing, evaluate, compare, report.
 
-    python -m eval.matrix recipes/matrix_tiny.yaml [--KEY VALUE ..] [--wandb]
+    python -m eval.matrix recipes/matrices/tiny.yaml [--KEY VALUE ..] [--wandb]
     python -m eval.matrix CHECKPOINT CHECKPOINT .. --out DIR [--KEY VALUE ..]
 
 Every checkpoint is evaluated under every inference mask, cell by cell; a matrix that is killed goes on where it stopped
-when the same command is given again. The keys are those of `eval.matrix_recipe.MatrixRecipe`, VALUE is YAML. Written to
+when the same command is given again. The keys are those of `eval.matrix.recipe.MatrixRecipe`, VALUE is YAML. Written to
 `out`: report.html, cells.csv, comparisons.csv, results.md, results.tex, and results.json, from which
-`python -m eval.report` makes the others again.
+`python -m eval.matrix.report` makes the others again.
 """
 
 import json
@@ -27,14 +27,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from eval import cells, matrix_recipe, milebench_scores, provenance, report, runs, tabulate, tracking
-from eval.cells import HeldOut
-from eval.matrix_recipe import MatrixRecipe
+from eval import provenance
+from eval.matrix import analysis as tabulate
+from eval.matrix import cells, milebench_scores, report, runs, tracking
+from eval.matrix import recipe as matrix_recipe
+from eval.matrix.analysis import CAUSAL, Row
+from eval.matrix.cells import HeldOut
+from eval.matrix.recipe import MatrixRecipe
+from eval.matrix.runs import Run
+from eval.matrix.showcase import showcase
 from eval.milebench.decoder import Variant
 from eval.paired import OVERALL
-from eval.runs import Run
-from eval.showcase import showcase
-from eval.tabulate import CAUSAL, Row
 
 console = Console(stderr=True, highlight=False)
 
@@ -165,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL still sets
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     try:
@@ -187,8 +191,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_overall(results)
     print(f"wrote {recipe.out}/report.html")
     return 0
-
-
-if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL still sets
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """The report of a matrix: one self-contained HTML page, and the same numbers as CSV, Markdown and LaTeX.
 
-    python -m eval.report DIR/results.json [--out DIR] [--published TABLE=FILE.csv ..]
+    python -m eval.matrix.report DIR/results.json [--out DIR] [--published TABLE=FILE.csv ..]
 
 Nothing in the page comes from elsewhere, and no script runs in it; what models answered is untrusted text.
 """
@@ -16,9 +16,9 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval import charts, published, tables
+from eval.matrix import charts, published, tables
+from eval.matrix.analysis import CAUSAL
 from eval.paired import OVERALL
-from eval.tabulate import CAUSAL
 from fmtrain.policies import get_policy
 from fmtrain.preview.drawing import in_words
 
@@ -172,7 +172,9 @@ def write(out: Path, results: dict, files: Mapping[str, str] | None = None) -> N
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.matrix.report", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("results", type=Path, help="results.json of a matrix")
     parser.add_argument("--out", type=Path, help="by default the folder of results.json")
     parser.add_argument("--published", nargs="+", default=[], metavar="TABLE=FILE.csv", help="your numbers beside a published table")

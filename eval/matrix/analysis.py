@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from eval import paired
-from eval.cells import Item
-from eval.milebench.intervals import CONFIDENCE, RESAMPLES
+from eval.intervals import CONFIDENCE, RESAMPLES
+from eval.matrix.cells import Item
 from eval.paired import OVERALL, Task
 
 CAUSAL = "causal"

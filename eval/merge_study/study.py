@@ -25,7 +25,7 @@ from rich.console import Console
 from tqdm import tqdm
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from eval.interleaved import rich_table
+from eval.timing import rich_table
 from fmtrain.attention import reference
 from fmtrain.audit import on
 from fmtrain.checkpoint import load, recorded_policy
@@ -284,14 +284,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for table in tables(result):
         Console(width=140).print(table)
     if options.out:
-        from eval.merge_figure import draw
+        from eval.merge_study.figure import draw
 
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "merge_study.json").write_text(json.dumps(result, indent=1) + "\n")
         draw(result, options.out / "merge_study.png")
         print(f"wrote {options.out / 'merge_study.json'} and .png")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

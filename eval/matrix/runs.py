@@ -20,12 +20,12 @@ from pathlib import Path
 
 import yaml
 
-from eval.matrix_recipe import MatrixRecipe
+from eval.matrix.recipe import MatrixRecipe
 from fmtrain.checkpoint import recorded_policy
 from fmtrain.merge import Merge
 from fmtrain.training import recipe as training_recipe
 
-TRAINER = Path(__file__).parent.parent / "fmtrain" / "sft.py"
+TRAINER = Path(__file__).parents[2] / "fmtrain" / "sft.py"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from eval import tables
+from eval.matrix import tables
 from eval.paired import OVERALL
 
 

@@ -1,0 +1,1 @@
+"""The (mask in training) x (mask in inference) matrix: runs, cells, analysis, report."""

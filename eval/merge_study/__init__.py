@@ -1,0 +1,1 @@
+"""What the light form of a policy keeps of direct access to the future."""
