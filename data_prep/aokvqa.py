@@ -8,11 +8,11 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.convert import Converter, Options, SourceRecord, run, source_file
-from data_prep.fields import field, integer, texts
+from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
+from data_prep.converting.fields import field, integer, texts
+from data_prep.converting.prompts import add_prompt_option, letter, most_common, multiple_choice, short_answer
+from data_prep.converting.rows import Row, assistant, image_part, user
 from data_prep.llava_instruct import records
-from data_prep.prompts import add_prompt_option, letter, most_common, multiple_choice, short_answer
-from data_prep.rows import Row, assistant, image_part, user
 
 TASKS = {"multiple_choice": ("multiple_choice",), "direct": ("direct",), "both": ("multiple_choice", "direct")}
 

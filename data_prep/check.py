@@ -18,15 +18,15 @@ from typing import Any
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from data_prep.check_report import print_report, report
+from data_prep.checking.contamination import EvaluationImages
+from data_prep.checking.image_checks import ImageFacts, content_hash, inspect_all
+from data_prep.checking.reject import move_rows
+from data_prep.checking.report import print_report, report
+from data_prep.checking.row_checks import Duplicates, row_problems
+from data_prep.checking.token_lengths import length_counter
 from data_prep.command_line import guarded
-from data_prep.contamination import EvaluationImages
-from data_prep.image_checks import ImageFacts, content_hash, inspect_all
-from data_prep.reject import move_rows
-from data_prep.row_checks import Duplicates, row_problems
-from data_prep.rows import Problem, Record, Row, count_rows, format_problems, scan
-from data_prep.token_lengths import length_counter
-from data_prep.writing import write_json
+from data_prep.converting.rows import Problem, Record, Row, count_rows, format_problems, scan
+from data_prep.converting.writing import write_json
 
 _CHUNK = 256  # rows that are checked, and whose images are opened, together
 

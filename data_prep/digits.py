@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.command_line import guarded
-from data_prep.rows import KEYS
-from data_prep.writing import encoded, write_json
+from data_prep.converting.rows import KEYS
+from data_prep.converting.writing import encoded, write_json
 from fmtrain.tiny.digits import MOST, SPLITS, TASKS, row
 
 CHOICES = {"read": [str(digit) for digit in range(10)], "count": [str(number) for number in range(MOST + 1)]}

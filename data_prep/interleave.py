@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep import json_stream
-from data_prep.conversations import image_names, messages_of
-from data_prep.convert import Converter, Options, SourceRecord, run
-from data_prep.fields import field, text_of
-from data_prep.rows import Row
+from data_prep.converting import json_stream
+from data_prep.converting.command import Converter, Options, SourceRecord, run
+from data_prep.converting.conversations import image_names, messages_of
+from data_prep.converting.fields import field, text_of
+from data_prep.converting.rows import Row
 
 
 def add_options(parser: ArgumentParser) -> None:

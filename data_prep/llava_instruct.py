@@ -9,11 +9,11 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep import json_stream
-from data_prep.conversations import image_names, messages_of
-from data_prep.convert import Converter, Options, SourceRecord, run, source_file
-from data_prep.fields import field, text_of
-from data_prep.rows import Row
+from data_prep.converting import json_stream
+from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
+from data_prep.converting.conversations import image_names, messages_of
+from data_prep.converting.fields import field, text_of
+from data_prep.converting.rows import Row
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -8,11 +8,11 @@ The image root is the folder that holds the five. A row's source names its folde
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep.conversations import image_names, messages_of
-from data_prep.convert import Converter, Options, SourceRecord, run, source_file
-from data_prep.fields import field, text_of
+from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
+from data_prep.converting.conversations import image_names, messages_of
+from data_prep.converting.fields import field, text_of
+from data_prep.converting.rows import Row
 from data_prep.llava_instruct import records
-from data_prep.rows import Row
 
 FOLDERS = ("coco", "gqa", "ocr_vqa", "textvqa", "vg")
 

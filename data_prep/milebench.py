@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep import json_stream
-from data_prep.convert import Converter, Options, SourceRecord, run, source_file
-from data_prep.fields import field, integer, shown, text_of, texts
-from data_prep.rows import Part, Row, assistant, image_part, text_part, user
+from data_prep.converting import json_stream
+from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
+from data_prep.converting.fields import field, integer, shown, text_of, texts
+from data_prep.converting.rows import Part, Row, assistant, image_part, text_part, user
 
 _MARK = re.compile(r"\{(?:image|table)#(\d+)\}")
 _UNLETTERED = "GPR1200"  # has more choices than there are letters

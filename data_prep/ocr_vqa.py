@@ -10,11 +10,11 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from data_prep import json_stream
-from data_prep.convert import Converter, Options, SourceRecord, run, source_file
-from data_prep.fields import field, integer, texts
-from data_prep.prompts import add_prompt_option, short_answer
-from data_prep.rows import Row, assistant, image_part, user
+from data_prep.converting import json_stream
+from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
+from data_prep.converting.fields import field, integer, texts
+from data_prep.converting.prompts import add_prompt_option, short_answer
+from data_prep.converting.rows import Row, assistant, image_part, user
 
 SPLITS = {"train": 1, "val": 2, "test": 3}
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep import json_stream
-from data_prep.boxes import add_box_options, normalised, turns
-from data_prep.convert import Converter, Options, SourceRecord, run, source_file
-from data_prep.fields import field, integer, number, to_number
-from data_prep.rows import Row, image_part
+from data_prep.converting import json_stream
+from data_prep.converting.boxes import add_box_options, normalised, turns
+from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
+from data_prep.converting.fields import field, integer, number, to_number
+from data_prep.converting.rows import Row, image_part
 
 SETS = ("refcoco", "refcoco+", "refcocog")
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep import json_stream
-from data_prep.convert import Converter, Options, SourceRecord, run, source_file
-from data_prep.fields import field, integer, text_of
-from data_prep.prompts import add_prompt_option, most_common, short_answer
-from data_prep.rows import Row, assistant, image_part, user
+from data_prep.converting import json_stream
+from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
+from data_prep.converting.fields import field, integer, text_of
+from data_prep.converting.prompts import add_prompt_option, most_common, short_answer
+from data_prep.converting.rows import Row, assistant, image_part, user
 
 
 def add_options(parser: ArgumentParser) -> None:

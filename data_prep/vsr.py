@@ -9,11 +9,11 @@ from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep import json_stream
-from data_prep.convert import Converter, Options, SourceRecord, run, source_file
-from data_prep.fields import field, integer
-from data_prep.prompts import add_prompt_option, short_answer
-from data_prep.rows import Row, assistant, image_part, user
+from data_prep.converting import json_stream
+from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
+from data_prep.converting.fields import field, integer
+from data_prep.converting.prompts import add_prompt_option, short_answer
+from data_prep.converting.rows import Row, assistant, image_part, user
 
 QUESTION = "Is this statement about the image true or false? "
 

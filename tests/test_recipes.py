@@ -9,7 +9,7 @@ import training
 import yaml
 
 from data_prep import check
-from data_prep.convert import main as convert
+from data_prep.converting.command import main as convert
 from fmtrain import sft
 from fmtrain.training.recipe import read
 

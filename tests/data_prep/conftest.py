@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.convert import main
+from data_prep.converting.command import main
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

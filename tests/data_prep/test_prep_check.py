@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.check import Checks, check, main
-from data_prep.image_checks import SIMILAR, inspect, look_hash
-from data_prep.rows import assistant, image_part, read_rows, schema, user
-from data_prep.token_lengths import summary
+from data_prep.checking.image_checks import SIMILAR, inspect, look_hash
+from data_prep.checking.token_lengths import summary
+from data_prep.converting.rows import assistant, image_part, read_rows, schema, user
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep.check import Checks, check, main
-from data_prep.row_checks import Duplicates, row_problems
-from data_prep.rows import assistant, image_part, user
+from data_prep.checking.row_checks import Duplicates, row_problems
+from data_prep.converting.rows import assistant, image_part, user
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda t: t.strip() and "<image>" not in t)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.benchmark import write_mix
-from data_prep.rows import read_rows
+from data_prep.converting.benchmark import write_mix
+from data_prep.converting.rows import read_rows
 
 ROOT = Path(__file__).parent.parent.parent
 TURNS = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
@@ -179,7 +179,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(earlier, convert, t
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path, monkeypatch):
-    from data_prep.benchmark import measure
+    from data_prep.converting.benchmark import measure
 
     monkeypatch.chdir(ROOT)
     peaks = []

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import data_prep
-from data_prep.convert import Converter
-from data_prep.rows import format_problems, image_part, read_rows, text_part
+from data_prep.converting.command import Converter
+from data_prep.converting.rows import format_problems, image_part, read_rows, text_part
 from fmtrain.data.images import open_image
 from fmtrain.data.row_format import features
 
@@ -124,8 +124,8 @@ def test_milebench_is_marked_in_rows_and_manifest(fixtures, convert, tmp_path):
 
 
 def test_shards(mix, convert, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.writing.SHARD_ROWS", 4)
-    monkeypatch.setattr("data_prep.writing._GROUP_ROWS", 2)
+    monkeypatch.setattr("data_prep.converting.writing.SHARD_ROWS", 4)
+    monkeypatch.setattr("data_prep.converting.writing._GROUP_ROWS", 2)
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     records = [{"id": k, "conversations": turns} for k in range(11)]
     convert("llava_mix665k", mix(records), tmp_path / "out", "--format", "parquet")

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import pyarrow.parquet as pq
 
-from data_prep.writing import MANIFEST, write_json
+from data_prep.converting.writing import MANIFEST, write_json
 
 ROW_FORMAT = 1  # raised when converters write different rows from the same source
 _PLACES = ("source", "out", "reject")  # options that say where, not what

@@ -7,8 +7,8 @@ so `square` is what a LLaVA-1.5 sees. Processors that resize without padding wan
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from data_prep.prompts import DESCRIBE, LOCATE
-from data_prep.rows import Message, assistant, user
+from data_prep.converting.prompts import DESCRIBE, LOCATE
+from data_prep.converting.rows import Message, assistant, user
 
 FRAMES = ("square", "image")
 TASKS = ("locate", "describe", "both")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.image_checks import SIMILAR, ImageFacts, inspect_all
-from data_prep.rows import Problem
+from data_prep.checking.image_checks import SIMILAR, ImageFacts, inspect_all
+from data_prep.converting.rows import Problem
 
 _ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 

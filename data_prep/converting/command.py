@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.command_line import guarded
-from data_prep.manifest import Fingerprint, Tally, image_digest, is_current, write_manifest
-from data_prep.orders import ORDERS, arrange, has_order, passes
-from data_prep.rows import Problem, Row, format_problems
-from data_prep.writing import encoded, prepared_folder, rejected, replacing, row_writer
+from data_prep.converting.manifest import Fingerprint, Tally, image_digest, is_current, write_manifest
+from data_prep.converting.orders import ORDERS, arrange, has_order, passes
+from data_prep.converting.rows import Problem, Row, format_problems
+from data_prep.converting.writing import encoded, prepared_folder, rejected, replacing, row_writer
 from fmtrain.data.images import resolve
 from fmtrain.data.row_format import EVALUATION_ONLY
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data_prep.rows import Problem, unsafe_name
+from data_prep.converting.rows import Problem, unsafe_name
 from fmtrain.data.images import open_image, resolve
 
 SIMILAR = 8  # of 128 bits; recompressed and rescaled photographs differ in 0 to 6, unrelated ones in about 64

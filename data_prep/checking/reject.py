@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.manifest import refresh_manifest
-from data_prep.rows import Problem, row_files, scan
-from data_prep.writing import encoded, rejected, replacing
+from data_prep.converting.manifest import refresh_manifest
+from data_prep.converting.rows import Problem, row_files, scan
+from data_prep.converting.writing import encoded, rejected, replacing
 
 Bad = dict[Path, dict[int, list[Problem]]]  # problems by file and row number
 

@@ -19,7 +19,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.rows import Problem, Row, schema
+from data_prep.converting.rows import Problem, Row, schema
 
 MANIFEST = "_manifest"  # JSON; `datasets` passes over names that begin so, and over ones without an ending
 SHARD_ROWS = 100_000  # rows a Parquet shard

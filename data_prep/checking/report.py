@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_prep.token_lengths import summary
+from data_prep.checking.token_lengths import summary
 
 if TYPE_CHECKING:
     from data_prep.check import Findings

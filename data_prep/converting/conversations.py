@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from data_prep.fields import field, shown, unexpected
-from data_prep.rows import PLACEHOLDER, Message, Part, image_part, text_part
+from data_prep.converting.fields import field, shown, unexpected
+from data_prep.converting.rows import PLACEHOLDER, Message, Part, image_part, text_part
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 

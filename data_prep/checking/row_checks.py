@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from data_prep.rows import PLACEHOLDER, Message, Problem, Row, format_problems
+from data_prep.converting.rows import PLACEHOLDER, Message, Problem, Row, format_problems
 from fmtrain.data.row_format import EVALUATION_ONLY
 
 

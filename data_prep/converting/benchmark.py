@@ -1,4 +1,4 @@
-"""How fast and in how much memory a mix of LLaVA's size is converted: `python -m data_prep.benchmark`.
+"""How fast and in how much memory a mix of LLaVA's size is converted: `python -m data_prep.converting.benchmark`.
 
 Writes a synthetic llava_v1_5_mix665k.json (dialogues of 1 to 8 turns, about 1.5 kB each, 6 % of them without an image)
 into a temporary folder and converts it in a process of its own, which is held to one core. No image exists or is
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.benchmark", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m data_prep.converting.benchmark", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=665_000)
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
     parser.add_argument("--order", choices=("image_first", "text_first", "dual"), default="image_first")

@@ -7,7 +7,7 @@ sides of them refers to images by their place, so it is left as it is.
 
 from itertools import pairwise
 
-from data_prep.rows import Message, Part, Row
+from data_prep.converting.rows import Message, Part, Row
 
 ORDERS = ("image_first", "text_first", "dual")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.rows import Row
+from data_prep.converting.rows import Row
 
 _EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 

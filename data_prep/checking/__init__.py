@@ -1,0 +1,1 @@
+"""What the checker looks for, and what it does with what it finds."""

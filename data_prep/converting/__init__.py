@@ -1,0 +1,1 @@
+"""What all converters share: command line, reading, rows, orders, writing."""
