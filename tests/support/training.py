@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:

@@ -297,7 +297,7 @@ def test_answers_are_compared_without_case_and_blanks():
     assert cells.right(" From 2  to 3", "from 2 to 3") == 1 and cells.right("2", "3") == 0 and cells.right("", "3") == 0
 
 
-@pytest.mark.parametrize("path", sorted((training.ROOT / "recipes").glob("matrix*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((training.ROOT / "recipes" / "matrices").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_matrices(path, monkeypatch):
     monkeypatch.chdir(training.ROOT)
     recipe = matrix_recipe.read(str(path))

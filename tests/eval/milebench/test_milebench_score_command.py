@@ -10,7 +10,7 @@ import pytest
 
 from eval.milebench.score import main
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 CHOICES = ["red", "blue"]
 
 

@@ -22,7 +22,7 @@ from eval.milebench.fitting import Fitter
 from eval.milebench.tasks import batches, read_task
 from fmtrain.patch import VERSION, attach
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 SEVEN = ["causal", "future", "v2v", "mma_interleaved", "v2v+merge", "text_future", "prefix_lm"]
 SHORT = ["--max_new_tokens", "6"]
 

@@ -13,7 +13,7 @@ from data_prep.converting.command import main as convert
 from fmtrain import sft
 from fmtrain.training.recipe import read
 
-RECIPES = sorted(path for path in (training.ROOT / "recipes").glob("*.yaml") if not path.name.startswith("matrix"))
+RECIPES = sorted(path for path in (training.ROOT / "recipes").glob("*.yaml"))
 
 
 def test_how_many_there_are():

@@ -20,7 +20,7 @@ from fmtrain.data.encode import encode
 from fmtrain.patch import VERSION, attach
 from fmtrain.policies import get_policy
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 CHOICES = ["a red cube", "two blue spheres", "the lazy dog"]
 
 CODE = """
