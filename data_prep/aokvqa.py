@@ -10,17 +10,29 @@ from pathlib import Path
 
 from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
 from data_prep.converting.fields import field, integer, texts
-from data_prep.converting.prompts import add_prompt_option, letter, most_common, multiple_choice, short_answer
+from data_prep.converting.prompts import (
+    add_prompt_option,
+    letter,
+    most_common,
+    multiple_choice,
+    short_answer,
+)
 from data_prep.converting.rows import Row, assistant, image_part, user
 from data_prep.llava_instruct import records
 
-TASKS = {"multiple_choice": ("multiple_choice",), "direct": ("direct",), "both": ("multiple_choice", "direct")}
+TASKS = {
+    "multiple_choice": ("multiple_choice",),
+    "direct": ("direct",),
+    "both": ("multiple_choice", "direct"),
+}
 
 
 def add_options(parser: ArgumentParser) -> None:
     """`--split`, `--task` and `--prompt`."""
     parser.add_argument("--split", choices=("train", "val"), default="train")
-    parser.add_argument("--task", choices=TASKS, default="multiple_choice", help="letters, words, or a row for each")
+    parser.add_argument(
+        "--task", choices=TASKS, default="multiple_choice", help="letters, words, or a row for each"
+    )
     add_prompt_option(parser)
 
 
@@ -36,7 +48,10 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     folder = options.image_folder or f"{options.split}2017"
     for task in TASKS[options.task]:
         if task == "direct":
-            prompt, answer = short_answer(question, options.prompt), most_common(texts(value, "direct_answers"))
+            prompt, answer = (
+                short_answer(question, options.prompt),
+                most_common(texts(value, "direct_answers")),
+            )
         else:
             choices = texts(value, "choices")
             prompt = multiple_choice(question, choices, options.prompt)
@@ -49,7 +64,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
         }
 
 
-CONVERTER = Converter("aokvqa", __doc__, files, records, rows, add_options=add_options, image_folder="")
+CONVERTER = Converter(
+    "aokvqa", __doc__, files, records, rows, add_options=add_options, image_folder=""
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

@@ -57,7 +57,9 @@ class Checks:
     allow_evaluation: bool = False
 
 
-def check(rows: Path, checks: Checks, advance: Callable[[int], None] = lambda rows: None) -> Findings:
+def check(
+    rows: Path, checks: Checks, advance: Callable[[int], None] = lambda rows: None
+) -> Findings:
     """Check all rows of a file or prepared folder; `advance` is told how many more are done. Raises `ValueError` if
     there are no rows to read, or images but no image root."""
     findings, duplicates = Findings(), Duplicates()
@@ -95,7 +97,11 @@ def _images(record: Record) -> list[Any]:
     """Images of a row whose list of images can be told, whatever else is wrong with it."""
     images = record.row.get("images") if isinstance(record.row, dict) else None
     names = images if isinstance(images, list) else []
-    return [image for image in names if isinstance(image, str) or (isinstance(image, dict) and _embedded(image))]
+    return [
+        image
+        for image in names
+        if isinstance(image, str) or (isinstance(image, dict) and _embedded(image))
+    ]
 
 
 def _embedded(image: dict[str, Any]) -> bool:
@@ -111,8 +117,12 @@ def _inspect_new(chunk: list[Record], known: dict[Any, list[Problem]], checks: C
     new = {_key(image): image for record in chunk for image in _images(record)}
     new = {key: image for key, image in new.items() if key not in known}
     if checks.image_root is None and any(isinstance(image, str) for image in new.values()):
-        raise ValueError("the rows name image files: say where they are with --image-root, or --skip-images")
-    facts: list[ImageFacts] = list(inspect_all(new.values(), checks.image_root or Path(), checks.pool))
+        raise ValueError(
+            "the rows name image files: say where they are with --image-root, or --skip-images"
+        )
+    facts: list[ImageFacts] = list(
+        inspect_all(new.values(), checks.image_root or Path(), checks.pool)
+    )
     matches = checks.evaluation.matches(facts) if checks.evaluation else [None] * len(facts)
     for key, fact, match in zip(new, facts, matches, strict=True):
         known[key] = [problem for problem in (fact.problem, match) if problem is not None]
@@ -137,18 +147,40 @@ def _id(record: Record) -> str:
 def parser_of() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m data_prep.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m data_prep.check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("rows", type=Path, metavar="ROWS", help="prepared folder, or a .jsonl or .parquet file")
+    parser.add_argument(
+        "rows", type=Path, metavar="ROWS", help="prepared folder, or a .jsonl or .parquet file"
+    )
     parser.add_argument("--image-root", type=Path, help="what image paths are relative to")
     parser.add_argument("--skip-images", action="store_true", help="do not look at image files")
-    parser.add_argument("--processor", type=Path, metavar="DIR", help="count tokens under this transformers processor")
-    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="rows with more tokens are bad")
-    parser.add_argument("--against", type=Path, metavar="EVAL_DIR", help="images of this folder must not be in the rows")
-    parser.add_argument("--allow-evaluation", action="store_true", help="accept rows that are for evaluation only")
-    parser.add_argument("--reject", type=Path, metavar="FILE", help="move bad rows here, added to what FILE holds")
+    parser.add_argument(
+        "--processor",
+        type=Path,
+        metavar="DIR",
+        help="count tokens under this transformers processor",
+    )
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="rows with more tokens are bad"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="EVAL_DIR",
+        help="images of this folder must not be in the rows",
+    )
+    parser.add_argument(
+        "--allow-evaluation", action="store_true", help="accept rows that are for evaluation only"
+    )
+    parser.add_argument(
+        "--reject", type=Path, metavar="FILE", help="move bad rows here, added to what FILE holds"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all findings here")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that open images (%(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="threads that open images (%(default)s)"
+    )
     return parser
 
 
@@ -167,11 +199,18 @@ def run(options: argparse.Namespace) -> int:
     """Check as `options` say and return the exit code. Raises `ValueError` where the check cannot be made."""
     _require_consistent(options)
     total = count_rows(options.rows)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     stderr = Console(stderr=True)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(options.workers))
-        progress = stack.enter_context(Progress(*columns, console=stderr, disable=not stderr.is_terminal))
+        progress = stack.enter_context(
+            Progress(*columns, console=stderr, disable=not stderr.is_terminal)
+        )
         checks = Checks(
             pool,
             images=not options.skip_images,
@@ -181,7 +220,9 @@ def run(options: argparse.Namespace) -> int:
         )
         if options.against is not None:
             task = progress.add_task("evaluation images", total=None)
-            checks.evaluation = EvaluationImages(options.against, pool, lambda: progress.advance(task))
+            checks.evaluation = EvaluationImages(
+                options.against, pool, lambda: progress.advance(task)
+            )
         if options.processor is not None:
             checks.tokens = length_counter(options.processor, options.image_root or Path())
         task = progress.add_task("rows", total=total)

@@ -21,28 +21,41 @@ from data_prep.converting.rows import KEYS
 from data_prep.converting.writing import encoded, write_json
 from fmtrain.tiny.digits import MOST, SPLITS, TASKS, row
 
-CHOICES = {"read": [str(digit) for digit in range(10)], "count": [str(number) for number in range(MOST + 1)]}
+CHOICES = {
+    "read": [str(digit) for digit in range(10)],
+    "count": [str(number) for number in range(MOST + 1)],
+}
 INSTRUCTION = "Answer the question about the pictures."
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the files. Returns 0, or 2 after one line on stderr if `--out` holds anything or cannot be written."""
-    parser = ArgumentParser(prog="python -m data_prep.digits", description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = ArgumentParser(
+        prog="python -m data_prep.digits", description=__doc__, formatter_class=RawTextHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--split", choices=SPLITS, help="default: both, or test with --milebench")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
-    parser.add_argument("--count", type=int, default=200, help="rows a task and split (default: 200)")
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all"
+    )
+    parser.add_argument(
+        "--count", type=int, default=200, help="rows a task and split (default: 200)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--milebench", action="store_true")
     options = parser.parse_args(arguments)
 
     def write() -> int:
         if options.count < 1 or options.seed < 0:
-            raise ValueError(f"--count is {options.count}, --seed {options.seed}: at least 1 row and a seed from 0 on are needed")
+            raise ValueError(
+                f"--count is {options.count}, --seed {options.seed}: at least 1 row and a seed from 0 on are needed"
+            )
         with new_folder(options.out) as folder:
             if options.milebench:
                 for task in options.tasks:
-                    write_milebench(folder, options.split or "test", task, options.count, options.seed)
+                    write_milebench(
+                        folder, options.split or "test", task, options.count, options.seed
+                    )
             else:
                 for split in [options.split] if options.split else SPLITS:
                     write_rows(folder / split, split, options.tasks, options.count, options.seed)
@@ -57,7 +70,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     """A staging folder that becomes `out` when the block ends, and vanishes when it raises. Raises `ValueError` if `out`
     holds anything."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} {'is a file' if out.is_file() else 'is not empty'}; choose a new folder")
+        raise ValueError(
+            f"{out} {'is a file' if out.is_file() else 'is not empty'}; choose a new folder"
+        )
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     staging.mkdir(parents=True)
@@ -90,7 +105,10 @@ def write_milebench(folder: Path, split: str, task: str, count: int, seed: int) 
         places = iter(range(1, len(made["images"]) + 1))
         parts = (part for message in history for part in message["content"])
         context = " ".join(part["text"] or f"{{image#{next(places)}}}" for part in parts)
-        instance: dict[str, Any] = {"context": context, "images_path": _write_images(made, folder / name / "images")}
+        instance: dict[str, Any] = {
+            "context": context,
+            "images_path": _write_images(made, folder / name / "images"),
+        }
         if task in CHOICES:
             instance["choice_list"] = CHOICES[task]
         samples.append(

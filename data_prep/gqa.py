@@ -19,15 +19,25 @@ from data_prep.converting.rows import Row, assistant, image_part, user
 def add_options(parser: ArgumentParser) -> None:
     """`--split`, `--questions`, `--answer` and `--prompt`."""
     parser.add_argument("--split", choices=("train", "val", "testdev"), default="train")
-    parser.add_argument("--questions", choices=("balanced", "all"), default="balanced", help="the data set's two samples")
-    parser.add_argument("--answer", choices=("short", "full"), default="short", help="a word, or the full sentence")
+    parser.add_argument(
+        "--questions",
+        choices=("balanced", "all"),
+        default="balanced",
+        help="the data set's two samples",
+    )
+    parser.add_argument(
+        "--answer", choices=("short", "full"), default="short", help="a word, or the full sentence"
+    )
     add_prompt_option(parser)
 
 
 def files(source: Path, options: Options) -> list[Path]:
     """The question file, or the ten of the whole training set."""
     if (options.split, options.questions) == ("train", "all"):
-        return [source_file(source, f"train_all_questions/train_all_questions_{part}.json") for part in range(10)]
+        return [
+            source_file(source, f"train_all_questions/train_all_questions_{part}.json")
+            for part in range(10)
+        ]
     return [source_file(source, f"{options.split}_{options.questions}_questions.json")]
 
 
@@ -42,7 +52,11 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     """One row a question."""
     value = record.value
     question = field(value, "question")
-    answer = field(value, "fullAnswer") if options.answer == "full" else text_of(value.get("answer"), "answer")
+    answer = (
+        field(value, "fullAnswer")
+        if options.answer == "full"
+        else text_of(value.get("answer"), "answer")
+    )
     prompt = "plain" if options.answer == "full" else options.prompt
     yield {
         "id": str(record.number),
@@ -52,7 +66,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     }
 
 
-CONVERTER = Converter("gqa", __doc__, files, records, rows, add_options=add_options, image_folder="images")
+CONVERTER = Converter(
+    "gqa", __doc__, files, records, rows, add_options=add_options, image_folder="images"
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

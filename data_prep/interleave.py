@@ -24,8 +24,14 @@ from data_prep.converting.rows import Row
 
 def add_options(parser: ArgumentParser) -> None:
     """`--annotations` and `--name`."""
-    parser.add_argument("--annotations", default="m4_instruct_annotations.json", help="file or pattern below --source")
-    parser.add_argument("--name", default="interleave", help="source that the rows name (%(default)r)")
+    parser.add_argument(
+        "--annotations",
+        default="m4_instruct_annotations.json",
+        help="file or pattern below --source",
+    )
+    parser.add_argument(
+        "--name", default="interleave", help="source that the rows name (%(default)r)"
+    )
 
 
 def files(source: Path, options: Options) -> list[Path]:
@@ -55,7 +61,9 @@ def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
                 number += 1
                 yield number, value
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not readable as Parquet: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{file}: not readable as Parquet: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
@@ -67,10 +75,17 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     images = [f"{options.image_folder}/{name}" if options.image_folder else name for name in names]
     own_id = text_of(value.get("sample_id", value.get("id", "")), "id")
     row_id = f"{own_id}#{record.context}"
-    yield {"id": row_id, "source": options.name, "messages": messages_of(turns, bool(images)), "images": images}
+    yield {
+        "id": row_id,
+        "source": options.name,
+        "messages": messages_of(turns, bool(images)),
+        "images": images,
+    }
 
 
-CONVERTER = Converter("interleave", __doc__, files, records, rows, add_options=add_options, image_folder="")
+CONVERTER = Converter(
+    "interleave", __doc__, files, records, rows, add_options=add_options, image_folder=""
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

@@ -18,7 +18,11 @@ from data_prep.converting.rows import Row
 
 def add_options(parser: ArgumentParser) -> None:
     """`--annotations`."""
-    parser.add_argument("--annotations", default="llava_instruct_150k.json", help="file below --source (%(default)r)")
+    parser.add_argument(
+        "--annotations",
+        default="llava_instruct_150k.json",
+        help="file below --source (%(default)r)",
+    )
 
 
 def files(source: Path, options: Options) -> list[Path]:
@@ -38,10 +42,23 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     turns = field(value, "conversations", list)
     images = [f"{options.image_folder}/{name}" for name in image_names(value, "image")]
     row_id = f"{text_of(value.get('id', ''), 'id')}#{record.number}"
-    yield {"id": row_id, "source": "llava_instruct", "messages": messages_of(turns, bool(images)), "images": images}
+    yield {
+        "id": row_id,
+        "source": "llava_instruct",
+        "messages": messages_of(turns, bool(images)),
+        "images": images,
+    }
 
 
-CONVERTER = Converter("llava_instruct", __doc__, files, records, rows, add_options=add_options, image_folder="train2017")
+CONVERTER = Converter(
+    "llava_instruct",
+    __doc__,
+    files,
+    records,
+    rows,
+    add_options=add_options,
+    image_folder="train2017",
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

@@ -25,12 +25,16 @@ _UNLETTERED = "GPR1200"  # has more choices than there are letters
 
 def add_options(parser: ArgumentParser) -> None:
     """`--datasets`."""
-    parser.add_argument("--datasets", nargs="+", metavar="NAME", help="such as ALFRED; default: all below --source")
+    parser.add_argument(
+        "--datasets", nargs="+", metavar="NAME", help="such as ALFRED; default: all below --source"
+    )
 
 
 def files(source: Path, options: Options) -> list[Path]:
     """The annotation file of every data set."""
-    names = options.datasets or sorted(f.name for f in source.iterdir() if (f / f"{f.name}.json").is_file())
+    names = options.datasets or sorted(
+        f.name for f in source.iterdir() if (f / f"{f.name}.json").is_file()
+    )
     if not names:
         raise ValueError(f"{source} has no DATASET/DATASET.json")
     return [source_file(source, f"{name}/{name}.json") for name in names]
@@ -41,7 +45,9 @@ def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
     for file in files:
         document = dict(json_stream.members(file))
         try:
-            instructions = field(field(document, "meta_data", dict), "task_instruction", (list, dict))
+            instructions = field(
+                field(document, "meta_data", dict), "task_instruction", (list, dict)
+            )
             samples = field(document, "data", list)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
@@ -58,7 +64,10 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     if "choice_list" in instance:
         choices = texts(instance, "choice_list")
         lettered = name != _UNLETTERED and len(choices) <= 26
-        listed = (f"{chr(ord('A') + k)}. {choice}" if lettered else choice for k, choice in enumerate(choices))
+        listed = (
+            f"{chr(ord('A') + k)}. {choice}" if lettered else choice
+            for k, choice in enumerate(choices)
+        )
         prompt += "\n".join(["\nChoice list: ", *listed, "Your answer is: "])
     content, images = _with_images(prompt, field(instance, "images_path", list))
     yield {
@@ -75,7 +84,9 @@ def _instruction(sample: Any, instructions: Any) -> str:
         return field(instructions, str(key))
     if isinstance(instructions, list) and isinstance(key, int) and 0 <= key < len(instructions):
         return text_of(instructions[key], "task_instruction")
-    raise ValueError(f"task_instruction_id {shown(key)} is not among the {len(instructions)} instructions")
+    raise ValueError(
+        f"task_instruction_id {shown(key)} is not among the {len(instructions)} instructions"
+    )
 
 
 def _with_images(prompt: str, names: list[Any]) -> tuple[list[Part], list[str]]:
@@ -93,11 +104,17 @@ def _with_images(prompt: str, names: list[Any]) -> tuple[list[Part], list[str]]:
             parts.append(text_part(piece))
     wrong = set(range(1, len(names) + 1)).symmetric_difference(shown_numbers)
     if wrong:
-        raise ValueError(f"{len(names)} images, but the context and images_path disagree on image {min(wrong)}")
-    return parts, [text_of(names[number - 1], "an entry of 'images_path'") for number in shown_numbers]
+        raise ValueError(
+            f"{len(names)} images, but the context and images_path disagree on image {min(wrong)}"
+        )
+    return parts, [
+        text_of(names[number - 1], "an entry of 'images_path'") for number in shown_numbers
+    ]
 
 
-CONVERTER = Converter("milebench", __doc__, files, records, rows, add_options=add_options, evaluation_only=True)
+CONVERTER = Converter(
+    "milebench", __doc__, files, records, rows, add_options=add_options, evaluation_only=True
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

@@ -22,7 +22,9 @@ SPLITS = {"train": 1, "val": 2, "test": 3}
 def add_options(parser: ArgumentParser) -> None:
     """`--split`, `--extension` and `--prompt`."""
     parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--extension", help="ending of all image files, such as .jpg; default: as in the URL")
+    parser.add_argument(
+        "--extension", help="ending of all image files, such as .jpg; default: as in the URL"
+    )
     add_prompt_option(parser)
 
 
@@ -54,7 +56,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     yield {"id": str(record.number), "source": "ocr_vqa", "messages": messages, "images": [image]}
 
 
-CONVERTER = Converter("ocr_vqa", __doc__, files, records, rows, add_options=add_options, image_folder="images")
+CONVERTER = Converter(
+    "ocr_vqa", __doc__, files, records, rows, add_options=add_options, image_folder="images"
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

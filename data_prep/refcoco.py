@@ -25,8 +25,12 @@ SETS = ("refcoco", "refcoco+", "refcocog")
 def add_options(parser: ArgumentParser) -> None:
     """`--dataset`, `--split-by`, `--split`, `--task` and `--box-frame`."""
     parser.add_argument("--dataset", choices=SETS, default="refcoco")
-    parser.add_argument("--split-by", choices=("unc", "umd", "google"), help="default: umd for refcocog, else unc")
-    parser.add_argument("--split", choices=("train", "val", "test", "testA", "testB"), default="train")
+    parser.add_argument(
+        "--split-by", choices=("unc", "umd", "google"), help="default: umd for refcocog, else unc"
+    )
+    parser.add_argument(
+        "--split", choices=("train", "val", "test", "testA", "testB"), default="train"
+    )
     add_box_options(parser)
 
 
@@ -35,8 +39,13 @@ def files(source: Path, options: Options) -> list[Path]:
     splitter = options.split_by or ("umd" if options.dataset == "refcocog" else "unc")
     name = f"{options.dataset}/refs({splitter})"
     if not (source / f"{name}.json").is_file() and (source / f"{name}.p").is_file():
-        raise ValueError(f"{source / name}.p is a pickle, which can run code; data_prep/README.md says how to make it JSON")
-    return [source_file(source, f"{name}.json"), source_file(source, f"{options.dataset}/instances.json")]
+        raise ValueError(
+            f"{source / name}.p is a pickle, which can run code; data_prep/README.md says how to make it JSON"
+        )
+    return [
+        source_file(source, f"{name}.json"),
+        source_file(source, f"{options.dataset}/instances.json"),
+    ]
 
 
 def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
@@ -68,8 +77,12 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
         raise ValueError(f"annotation {annotation} or image {image} is not in instances.json")
     name, size = images[image]
     if len(boxes[annotation]) != 4:
-        raise ValueError(f"annotation {annotation}: bbox has {len(boxes[annotation])} numbers, not 4")
-    box = normalised([to_number(edge, "an edge of bbox") for edge in boxes[annotation]], size, options.box_frame)
+        raise ValueError(
+            f"annotation {annotation}: bbox has {len(boxes[annotation])} numbers, not 4"
+        )
+    box = normalised(
+        [to_number(edge, "an edge of bbox") for edge in boxes[annotation]], size, options.box_frame
+    )
     for sentence in field(reference, "sentences", list):
         for direction, messages in enumerate(turns(field(sentence, "sent"), box, options.task)):
             messages[0]["content"].insert(0, image_part())
@@ -81,7 +94,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
             }
 
 
-CONVERTER = Converter("refcoco", __doc__, files, records, rows, add_options=add_options, image_folder="train2014")
+CONVERTER = Converter(
+    "refcoco", __doc__, files, records, rows, add_options=add_options, image_folder="train2014"
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

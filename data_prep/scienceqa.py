@@ -22,7 +22,9 @@ SPLITS = ("train", "val", "test", "minitrain", "minival", "minitest")
 def add_options(parser: ArgumentParser) -> None:
     """`--split`, `--only-images` and `--prompt`."""
     parser.add_argument("--split", choices=SPLITS, default="train")
-    parser.add_argument("--only-images", action="store_true", help="leave out the problems without an image")
+    parser.add_argument(
+        "--only-images", action="store_true", help="leave out the problems without an image"
+    )
     add_prompt_option(parser)
 
 
@@ -40,7 +42,9 @@ def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
             wanted.discard(key)
             yield SourceRecord(files[0], key, value)
     if wanted:
-        raise ValueError(f"{files[0]}: {len(wanted)} problems of {options.split} are missing, such as {min(wanted)}")
+        raise ValueError(
+            f"{files[0]}: {len(wanted)} problems of {options.split} are missing, such as {min(wanted)}"
+        )
 
 
 def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
@@ -61,11 +65,15 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
             user(image_part(), prompt) if image else user(prompt),
             assistant(letter(integer(value, "answer"), len(choices))),
         ],
-        "images": [f"{options.image_folder}/{folder}/{pid}/{field(value, 'image')}"] if image else [],
+        "images": [f"{options.image_folder}/{folder}/{pid}/{field(value, 'image')}"]
+        if image
+        else [],
     }
 
 
-CONVERTER = Converter("scienceqa", __doc__, files, records, rows, add_options=add_options, image_folder="images")
+CONVERTER = Converter(
+    "scienceqa", __doc__, files, records, rows, add_options=add_options, image_folder="images"
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

@@ -20,7 +20,12 @@ from data_prep.converting.rows import Message, Row, image_part
 
 def add_options(parser: ArgumentParser) -> None:
     """`--turns`, `--task` and `--box-frame`."""
-    parser.add_argument("--turns", type=int, default=10, help="regions a row at the most (%(default)s, as in LLaVA-1.5)")
+    parser.add_argument(
+        "--turns",
+        type=int,
+        default=10,
+        help="regions a row at the most (%(default)s, as in LLaVA-1.5)",
+    )
     add_box_options(parser)
 
 
@@ -59,7 +64,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row | str]:
         else:
             exchanges.append(exchange)
     for start in range(0, len(exchanges), options.turns):
-        messages = [message for exchange in exchanges[start : start + options.turns] for message in exchange]
+        messages = [
+            message for exchange in exchanges[start : start + options.turns] for message in exchange
+        ]
         messages[0]["content"].insert(0, image_part())
         yield {
             "id": f"{image}-{start // options.turns}",
@@ -69,7 +76,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row | str]:
         }
 
 
-def _exchanges(regions: list[Any], size: tuple[float, float], options: Options) -> Iterator[list[Message] | str]:
+def _exchanges(
+    regions: list[Any], size: tuple[float, float], options: Options
+) -> Iterator[list[Message] | str]:
     """Question and answer of every region, or why a region is left out."""
     seen = set()
     for region in regions:
@@ -86,7 +95,9 @@ def _exchanges(regions: list[Any], size: tuple[float, float], options: Options) 
         yield from turns(phrase, box, options.task)
 
 
-CONVERTER = Converter("visual_genome", __doc__, files, records, rows, add_options=add_options, image_folder="")
+CONVERTER = Converter(
+    "visual_genome", __doc__, files, records, rows, add_options=add_options, image_folder=""
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

@@ -27,7 +27,10 @@ def add_options(parser: ArgumentParser) -> None:
 def files(source: Path, options: Options) -> list[Path]:
     """Questions and annotations of the split."""
     questions = f"v2_OpenEnded_mscoco_{options.split}2014_questions.json"
-    return [source_file(source, questions), source_file(source, f"v2_mscoco_{options.split}2014_annotations.json")]
+    return [
+        source_file(source, questions),
+        source_file(source, f"v2_mscoco_{options.split}2014_annotations.json"),
+    ]
 
 
 def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
@@ -47,7 +50,9 @@ def _answer(annotation: Any) -> str:
     if "multiple_choice_answer" in annotation:
         return text_of(annotation["multiple_choice_answer"], "multiple_choice_answer")
     answers = field(annotation, "answers", list)
-    return most_common([text_of(field(answer, "answer", (str, int, float)), "answer") for answer in answers])
+    return most_common(
+        [text_of(field(answer, "answer", (str, int, float)), "answer") for answer in answers]
+    )
 
 
 def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
@@ -69,7 +74,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     }
 
 
-CONVERTER = Converter("vqav2", __doc__, files, records, rows, add_options=add_options, image_folder="")
+CONVERTER = Converter(
+    "vqav2", __doc__, files, records, rows, add_options=add_options, image_folder=""
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

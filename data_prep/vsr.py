@@ -52,7 +52,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     }
 
 
-CONVERTER = Converter("vsr", __doc__, files, records, rows, add_options=add_options, image_folder="images")
+CONVERTER = Converter(
+    "vsr", __doc__, files, records, rows, add_options=add_options, image_folder="images"
+)
 
 if __name__ == "__main__":
     run(CONVERTER)

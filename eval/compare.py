@@ -21,7 +21,9 @@ def picture_name(image) -> str:
     return (image.get("path") if isinstance(image, dict) else str(image)) or "embedded"
 
 
-def held_out(name: str, tasks: str, count: int, image_root: str | None, seed: int) -> tuple[list[dict], str]:
+def held_out(
+    name: str, tasks: str, count: int, image_root: str | None, seed: int
+) -> tuple[list[dict], str]:
     """Rows that no training run of the embedded default has seen, or the first of a file."""
     if name == "digits":
         return list(digits.rows("test", tasks.split("+"), count, seed).with_format(None)), "."
@@ -29,7 +31,13 @@ def held_out(name: str, tasks: str, count: int, image_root: str | None, seed: in
     return list(loaded.rows), loaded.image_root
 
 
-def answers_table(rows: list[dict], asked: list[Question], sources: list[str], said: dict[str, list[str]], show: int) -> Table:
+def answers_table(
+    rows: list[dict],
+    asked: list[Question],
+    sources: list[str],
+    said: dict[str, list[str]],
+    show: int,
+) -> Table:
     """Some questions of every source, those first over which the runs disagree."""
     table = Table(title="held-out questions; * the reference answer", show_lines=True)
     for column in ("pictures", "question", "reference", *said):
@@ -41,7 +49,10 @@ def answers_table(rows: list[dict], asked: list[Question], sources: list[str], s
         for k in among[: max(1, show // len(kinds))]:
             question = asked[k]
             names = "\n".join(picture_name(image) for image in rows[question.row]["images"])
-            cells = (f"{'* ' if answers[k] == question.reference else ''}{answers[k]}" for answers in said.values())
+            cells = (
+                f"{'* ' if answers[k] == question.reference else ''}{answers[k]}"
+                for answers in said.values()
+            )
             table.add_row(names, question.text, question.reference, *cells)
     return table
 
@@ -52,24 +63,35 @@ def shares_table(asked: list[Question], sources: list[str], said: dict[str, list
         table.add_column(column)
     for source in [*dict.fromkeys(sources), "all"]:
         chosen = [k for k in range(len(asked)) if source in (sources[k], "all")]
-        right = (sum(answers[k] == asked[k].reference for k in chosen) / len(chosen) for answers in said.values())
+        right = (
+            sum(answers[k] == asked[k].reference for k in chosen) / len(chosen)
+            for answers in said.values()
+        )
         table.add_row(source, str(len(chosen)), *(f"{share:.3f}" for share in right))
     return table
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m eval.compare", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.compare",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--before", required=True)
     parser.add_argument("--after", required=True)
     parser.add_argument("--data", default="digits", help="digits, or rows as a recipe names them")
     parser.add_argument("--tasks", default="+".join(digits.TASKS), help="of digits, joined by +")
     parser.add_argument("--image-root")
     parser.add_argument("--show", type=int, default=10, help="questions to print")
-    parser.add_argument("--count", type=int, default=200, help="rows for the share of exact answers")
+    parser.add_argument(
+        "--count", type=int, default=200, help="rows for the share of exact answers"
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the digits' rows")
     options = parser.parse_args(arguments)
     try:
-        rows, root = held_out(options.data, options.tasks, options.count, options.image_root, options.seed)
+        rows, root = held_out(
+            options.data, options.tasks, options.count, options.image_root, options.seed
+        )
         policy, merge = recorded_policy(options.after) or ("causal", None)
         first, known = recorded_policy(options.before) or ("causal", None)
         mask = policy + ("+merge" if merge else "")

@@ -46,8 +46,23 @@ from fmtrain.training.recipe import MaskArguments
 BASE = "nothing attached"
 VARIANTS = ("causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge")
 # arXiv 2505.18605, Table 6: ms per token of its implementation, which pays for the future at every token.
-PAPER_MS = {"future": 83.18, "v2v": 64.13, "v2t": 43.04, "future+merge": 26.54, "v2v+merge": 26.40, "v2t+merge": 26.10}
-HEADER = ("variant", "ms/token", "ratio [95 %]", "prefill ms", "ratio [95 %]", "paper ms/token", "paper, to its +merge")
+PAPER_MS = {
+    "future": 83.18,
+    "v2v": 64.13,
+    "v2t": 43.04,
+    "future+merge": 26.54,
+    "v2v+merge": 26.40,
+    "v2t+merge": 26.10,
+}
+HEADER = (
+    "variant",
+    "ms/token",
+    "ratio [95 %]",
+    "prefill ms",
+    "ratio [95 %]",
+    "paper ms/token",
+    "paper, to its +merge",
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +81,18 @@ class Variant:
         return attach(model, self.policy, self.backend, self.merge)
 
 
-def variants(names: Sequence[str], backend: str = "auto", merge_kernel_size: int = 3) -> list[Variant]:
+def variants(
+    names: Sequence[str], backend: str = "auto", merge_kernel_size: int = 3
+) -> list[Variant]:
     """The base and the named ones. Raises `ValueError` for an unknown policy and one that has nothing to merge."""
-    named = {name: MaskArguments(mask=name, merge_kernel_size=merge_kernel_size).policy() for name in names}
-    return [Variant(BASE), *(Variant(name, policy, merge, backend) for name, (policy, merge) in named.items())]
+    named = {
+        name: MaskArguments(mask=name, merge_kernel_size=merge_kernel_size).policy()
+        for name in names
+    }
+    return [
+        Variant(BASE),
+        *(Variant(name, policy, merge, backend) for name, (policy, merge) in named.items()),
+    ]
 
 
 @dataclass(frozen=True)
@@ -95,8 +118,12 @@ class Times:
 
 
 @torch.no_grad()
-def make_prompt(subject: bench_models.Subject, images: int, words: int, stopwatch: Stopwatch) -> Prompt:
-    inputs, layout = encode_row(subject.processor, bench_models.row(images, words), add_generation_prompt=True)
+def make_prompt(
+    subject: bench_models.Subject, images: int, words: int, stopwatch: Stopwatch
+) -> Prompt:
+    inputs, layout = encode_row(
+        subject.processor, bench_models.row(images, words), add_generation_prompt=True
+    )
     inputs = on(subject.model.device, subject.model.dtype, inputs)
     text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
     tower = unwrap(subject.model).base_model.get_image_features
@@ -117,14 +144,28 @@ def prefill(model, prompt: Prompt, variant: Variant, stopwatch: Stopwatch) -> tu
 def decode(model, variant: Variant, token: torch.Tensor, cache, stopwatch: Stopwatch) -> float:
     """Milliseconds of one token [1, 1], which joins the cache."""
     with variant.on(model):
-        return stopwatch.ms(lambda: model(input_ids=token, past_key_values=cache, use_cache=True))[0]
+        return stopwatch.ms(lambda: model(input_ids=token, past_key_values=cache, use_cache=True))[
+            0
+        ]
 
 
-def measure(model, prompt: Prompt, chosen: Sequence[Variant], rounds: int, new_tokens: int, stopwatch: Stopwatch) -> dict[str, Times]:
+def measure(
+    model,
+    prompt: Prompt,
+    chosen: Sequence[Variant],
+    rounds: int,
+    new_tokens: int,
+    stopwatch: Stopwatch,
+) -> dict[str, Times]:
     """Times of each variant, by its name; a first, short round warms up and is thrown away."""
-    by_name, token = {variant.name: variant for variant in chosen}, prompt.inputs["input_ids"][:, -1:]
+    by_name, token = (
+        {variant.name: variant for variant in chosen},
+        prompt.inputs["input_ids"][:, -1:],
+    )
     times: dict[str, Times] = {}
-    for warm, order in enumerate(tqdm(shuffled(list(by_name), rounds + 1), total=rounds + 1, unit="round", leave=False)):
+    for warm, order in enumerate(
+        tqdm(shuffled(list(by_name), rounds + 1), total=rounds + 1, unit="round", leave=False)
+    ):
         if warm <= 1:
             times = {name: Times() for name in by_name}
         caches = {}
@@ -135,7 +176,9 @@ def measure(model, prompt: Prompt, chosen: Sequence[Variant], rounds: int, new_t
         for _ in range(new_tokens if warm else 2):
             order = order[1:] + order[:1]  # another one comes first at each token
             for name in order:
-                times[name].decode[-1].append(decode(model, by_name[name], token, caches[name], stopwatch))
+                times[name].decode[-1].append(
+                    decode(model, by_name[name], token, caches[name], stopwatch)
+                )
     return times
 
 
@@ -152,12 +195,19 @@ def summarize(times: dict[str, Times]) -> list[dict]:
         }
         if name in PAPER_MS:
             entry["paper_ms"] = PAPER_MS[name]
-            entry["paper_ratio_to_merge"] = PAPER_MS[name] / PAPER_MS[name.removesuffix("+merge") + "+merge"]
+            entry["paper_ratio_to_merge"] = (
+                PAPER_MS[name] / PAPER_MS[name.removesuffix("+merge") + "+merge"]
+            )
         found.append(entry)
     return found
 
 
-def study(subject: bench_models.Subject, chosen: Sequence[Variant], options: argparse.Namespace, stopwatch: Stopwatch) -> dict:
+def study(
+    subject: bench_models.Subject,
+    chosen: Sequence[Variant],
+    options: argparse.Namespace,
+    stopwatch: Stopwatch,
+) -> dict:
     """All times of one model. Raises `ValueError` for rows that it has no positions for."""
     prompt = make_prompt(subject, options.images, options.words, stopwatch)
     bench_models.check_length(subject, prompt.layout.shape[1] + options.new_tokens)
@@ -170,7 +220,9 @@ def study(subject: bench_models.Subject, chosen: Sequence[Variant], options: arg
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
         "tower_ms": prompt.tower_ms,
-        "variants": summarize(measure(subject.model, prompt, chosen, options.rounds, options.new_tokens, stopwatch)),
+        "variants": summarize(
+            measure(subject.model, prompt, chosen, options.rounds, options.new_tokens, stopwatch)
+        ),
     }
 
 
@@ -183,9 +235,25 @@ def shown(found: dict) -> tuple[str, tuple[str, ...], list[list[str]]]:
     )
     rows = []
     for each in found["variants"]:
-        ratios = ["{median:.2f} [{low:.2f}, {high:.2f}]".format(**each[name]) for name in ("decode_ratio", "prefill_ratio")]
-        paper = [f"{each['paper_ms']:.2f}", f"{each['paper_ratio_to_merge']:.1f}"] if "paper_ms" in each else ["-", "-"]
-        rows.append([each["variant"], f"{each['decode_ms']:.2f}", ratios[0], f"{each['prefill_ms']:.1f}", ratios[1], *paper])
+        ratios = [
+            "{median:.2f} [{low:.2f}, {high:.2f}]".format(**each[name])
+            for name in ("decode_ratio", "prefill_ratio")
+        ]
+        paper = (
+            [f"{each['paper_ms']:.2f}", f"{each['paper_ratio_to_merge']:.1f}"]
+            if "paper_ms" in each
+            else ["-", "-"]
+        )
+        rows.append(
+            [
+                each["variant"],
+                f"{each['decode_ms']:.2f}",
+                ratios[0],
+                f"{each['prefill_ms']:.1f}",
+                ratios[1],
+                *paper,
+            ]
+        )
     return title, HEADER, rows
 
 
@@ -197,10 +265,24 @@ def report(found: dict) -> str:
 
 
 def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.latency", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.latency",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     add = parser.add_argument
-    add("--model", nargs="+", metavar="CHECKPOINT|random", help="default: the embedded model, and random")
-    add("--size", default="auto", choices=["auto", *bench_models.SIZES], help="of random; auto: 100m on a CPU, 7b on CUDA")
+    add(
+        "--model",
+        nargs="+",
+        metavar="CHECKPOINT|random",
+        help="default: the embedded model, and random",
+    )
+    add(
+        "--size",
+        default="auto",
+        choices=["auto", *bench_models.SIZES],
+        help="of random; auto: 100m on a CPU, 7b on CUDA",
+    )
     add("--variants", nargs="+", default=list(VARIANTS), metavar="POLICY[+merge]")
     add("--merge_kernel_size", type=int, default=3)
     add("--backend", default="auto", choices=["auto", *BACKENDS])
@@ -219,12 +301,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device, dtype = choose_device(options.device, options.dtype, options.threads)
         stopwatch = Stopwatch(device, options.clock)
         chosen = variants(options.variants, options.backend, options.merge_kernel_size)
-        names = options.model or [*([str(tiny_model.CHECKPOINT)] if tiny_model.CHECKPOINT.is_dir() else []), "random"]
+        names = options.model or [
+            *([str(tiny_model.CHECKPOINT)] if tiny_model.CHECKPOINT.is_dir() else []),
+            "random",
+        ]
         size = options.size if options.size != "auto" else "7b" if device.type == "cuda" else "100m"
-        command = " ".join(["python -m eval.latency", *(sys.argv[1:] if arguments is None else arguments)])
-        found = {"command": command, "machine": machine(stopwatch), "paper": "arXiv 2505.18605, Table 6", "models": []}
+        command = " ".join(
+            ["python -m eval.latency", *(sys.argv[1:] if arguments is None else arguments)]
+        )
+        found = {
+            "command": command,
+            "machine": machine(stopwatch),
+            "paper": "arXiv 2505.18605, Table 6",
+            "models": [],
+        }
         for name in names:
-            found["models"].append(study(bench_models.subject(name, size, device, dtype), chosen, options, stopwatch))
+            found["models"].append(
+                study(bench_models.subject(name, size, device, dtype), chosen, options, stopwatch)
+            )
             Console(width=140).print(rich_table(*shown(found["models"][-1])))
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -62,20 +62,37 @@ class Fmtrain(lmms):
     ):
         super().__init__()
         if max_batch_size is not None:
-            raise ValueError("fmtrain has no automatic batch size: give --batch_size, not --max_batch_size")
+            raise ValueError(
+                "fmtrain has no automatic batch size: give --batch_size, not --max_batch_size"
+            )
         if not Path(pretrained).is_dir():
             raise ValueError(f"{pretrained}: no such checkpoint folder")
         if policy is None and recorded_policy(pretrained) is None:
-            raise ValueError(f"{pretrained}: its config.json records no policy; name one in --model_args, e.g. policy=causal")
-        chosen = None if policy is None else variant(policy, str(merge_prefix), int(merge_kernel_size))
-        model, processor = load(pretrained, backend, chosen and chosen.policy, chosen and chosen.merge, dtype)
+            raise ValueError(
+                f"{pretrained}: its config.json records no policy; name one in --model_args, e.g. policy=causal"
+            )
+        chosen = (
+            None if policy is None else variant(policy, str(merge_prefix), int(merge_kernel_size))
+        )
+        model, processor = load(
+            pretrained, backend, chosen and chosen.policy, chosen and chosen.merge, dtype
+        )
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-        self.device = torch.device(device) if device and self.accelerator.num_processes == 1 else self.accelerator.device
-        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = (
+            torch.device(device)
+            if device and self.accelerator.num_processes == 1
+            else self.accelerator.device
+        )
+        self._rank, self._world_size = (
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
         self.decoder, self.batch_size = Decoder(model.to(self.device), processor), int(batch_size)
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "Fmtrain":
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict | None = None
+    ) -> "Fmtrain":
         """What the command calls. It would print a traceback and end with code 0 for an error in here; SystemExit passes."""
         try:
             return super().create_from_arg_string(arg_string, additional_config)
@@ -88,23 +105,31 @@ class Fmtrain(lmms):
         del self.decoder
         super().clean()
 
-    def dialogue(self, text: str, images_of: Callable, task: str, split: str, doc_id: int) -> Dialogue:
+    def dialogue(
+        self, text: str, images_of: Callable, task: str, split: str, doc_id: int
+    ) -> Dialogue:
         """One document as a user's turn."""
         images = images_of(self.task_dict[task][split][doc_id]) or []
         pieces = text.split(PLACE)
         if len(pieces) - 1 not in (0, len(images)):
-            raise ValueError(f"task {task}, document {doc_id}: {len(pieces) - 1} places {PLACE} for {len(images)} images")
+            raise ValueError(
+                f"task {task}, document {doc_id}: {len(pieces) - 1} places {PLACE} for {len(images)} images"
+            )
         image = {"type": "image"}
         parts: list[dict[str, str]] = [image] * len(images) if len(pieces) == 1 else []
         for k, piece in enumerate(pieces):
             parts += [image] * (k > 0) + [{"type": "text", "text": piece}] * bool(piece)
         return [{"role": "user", "content": parts}], images
 
-    def encoded(self, dialogue: Dialogue, where: str, add_generation_prompt: bool = True) -> tuple[dict, Layout]:
+    def encoded(
+        self, dialogue: Dialogue, where: str, add_generation_prompt: bool = True
+    ) -> tuple[dict, Layout]:
         messages, images = dialogue
         try:
             if not all(isinstance(image, Image.Image) for image in images):
-                raise ValueError(f"{sorted({type(image).__name__ for image in images})} among its visuals; fmtrain takes images only")
+                raise ValueError(
+                    f"{sorted({type(image).__name__ for image in images})} among its visuals; fmtrain takes images only"
+                )
             upright = [open_image(image) for image in images]
             return encode(self.decoder.processor, joined(messages), upright, add_generation_prompt)
         except ValueError as error:
@@ -117,16 +142,23 @@ class Fmtrain(lmms):
     def prompt(self, request: Instance) -> tuple[dict, Layout]:
         """The encoded prompt of a generate_until request."""
         text, _, images_of, doc_id, task, split = request.args
-        return self.encoded(self.dialogue(text, images_of, task, split, doc_id), f"task {task}, document {doc_id}")
+        return self.encoded(
+            self.dialogue(text, images_of, task, split, doc_id), f"task {task}, document {doc_id}"
+        )
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers, in the order of the requests; batches hold requests with equal settings."""
-        keys = [json.dumps(self.settings(request), sort_keys=True, default=str) for request in requests]
+        keys = [
+            json.dumps(self.settings(request), sort_keys=True, default=str) for request in requests
+        ]
         found: dict[int, GenerationResult] = {}
         with tqdm(total=len(requests), unit="document", disable=self.rank != 0) as bar:
             for key in dict.fromkeys(keys):
                 group = [k for k in range(len(requests)) if keys[k] == key]
-                for rows in (group[start : start + self.batch_size] for start in range(0, len(group), self.batch_size)):
+                for rows in (
+                    group[start : start + self.batch_size]
+                    for start in range(0, len(group), self.batch_size)
+                ):
                     prompts = [self.prompt(requests[k]) for k in rows]
                     found |= zip(rows, self._answer(prompts, self.settings(requests[rows[0]])))
                     bar.update(len(rows))
@@ -139,13 +171,20 @@ class Fmtrain(lmms):
         and its LLaVA adapters return just this. Wrapped, as lmms-eval 0.7.3 makes a string of a bare (float, bool).
         """
         found = []
-        for batch in tqdm([requests[k : k + self.batch_size] for k in range(0, len(requests), self.batch_size)], disable=self.rank != 0):
-            prompts = self.decoder.batch([self._with_answer(request) for request in batch], padding_side="right")
+        for batch in tqdm(
+            [requests[k : k + self.batch_size] for k in range(0, len(requests), self.batch_size)],
+            disable=self.rank != 0,
+        ):
+            prompts = self.decoder.batch(
+                [self._with_answer(request) for request in batch], padding_side="right"
+            )
             ids, role = prompts.inputs["input_ids"], prompts.layout.role
             with torch.no_grad():
                 logits = self.decoder.model(**prompts.model_inputs(), use_cache=False).logits
             for row in range(len(batch)):
-                at = (role[row] == Role.ANSWER).nonzero().flatten()[:-1]  # the last one is the end token
+                at = (
+                    (role[row] == Role.ANSWER).nonzero().flatten()[:-1]
+                )  # the last one is the end token
                 likely = logits[row, at - 1].float().log_softmax(-1)
                 loss = -likely.gather(1, ids[row, at, None]).mean()
                 greedy = (likely.argmax(-1) == ids[row, at]).all()
@@ -160,15 +199,29 @@ class Fmtrain(lmms):
         if callable(answer):
             answer = answer(self.task_dict[task][split][doc_id])
         messages, images = self.dialogue(text, images_of, task, split, doc_id)
-        turn = {"role": "assistant", "content": [{"type": "text", "text": str(answer).strip()}]}  # the template spaces it
-        return self.encoded(([*messages, turn], images), f"task {task}, document {doc_id}", add_generation_prompt=False)
+        turn = {
+            "role": "assistant",
+            "content": [{"type": "text", "text": str(answer).strip()}],
+        }  # the template spaces it
+        return self.encoded(
+            ([*messages, turn], images),
+            f"task {task}, document {doc_id}",
+            add_generation_prompt=False,
+        )
 
-    def _answer(self, prompts: Sequence[tuple[dict, Layout]], settings: dict[str, Any]) -> list[GenerationResult]:
+    def _answer(
+        self, prompts: Sequence[tuple[dict, Layout]], settings: dict[str, Any]
+    ) -> list[GenerationResult]:
         """Answers of one batch, cut at the first of the task's stop strings."""
         batch = self.decoder.batch(prompts)
-        room = self.decoder.inner.config.get_text_config().max_position_embeddings - batch.layout.shape[1]
+        room = (
+            self.decoder.inner.config.get_text_config().max_position_embeddings
+            - batch.layout.shape[1]
+        )
         if room < 1:
-            raise ValueError(f"a prompt of {batch.layout.shape[1]} tokens leaves no room for an answer among the model's positions")
+            raise ValueError(
+                f"a prompt of {batch.layout.shape[1]} tokens leaves no room for an answer among the model's positions"
+            )
         answers = self.decoder.answers(batch, **generation(settings, room))
         results = []
         stops = settings.get("until") or []
@@ -176,7 +229,12 @@ class Fmtrain(lmms):
             text = self.decoder.text(answer)
             for stop in [stops] if isinstance(stops, str) else stops:
                 text = text.partition(stop)[0]
-            results.append(GenerationResult(text.strip(), TokenCounts(input_tokens=layout.shape[1], output_tokens=len(answer))))
+            results.append(
+                GenerationResult(
+                    text.strip(),
+                    TokenCounts(input_tokens=layout.shape[1], output_tokens=len(answer)),
+                )
+            )
         return results
 
 
@@ -206,9 +264,17 @@ def generation(settings: dict[str, Any], room: int) -> dict[str, Any]:
     Keys meant for other adapters (image_aspect_ratio, ..) are left out; top_p and the like are for sampling only.
     """
     sample = bool(settings.get("do_sample", True)) and (settings.get("temperature") or 0) > 0
-    kept = SAMPLING if sample else [name for name in SAMPLING if name not in ("temperature", "top_p", "top_k")]
+    kept = (
+        SAMPLING
+        if sample
+        else [name for name in SAMPLING if name not in ("temperature", "top_p", "top_k")]
+    )
     chosen = {name: settings[name] for name in kept if settings.get(name) is not None}
-    return {"max_new_tokens": min(settings.get("max_new_tokens", MAX_NEW_TOKENS), room), "do_sample": sample, "min_new_tokens": 1} | chosen
+    return {
+        "max_new_tokens": min(settings.get("max_new_tokens", MAX_NEW_TOKENS), room),
+        "do_sample": sample,
+        "min_new_tokens": 1,
+    } | chosen
 
 
 def register() -> None:
@@ -220,7 +286,9 @@ def register() -> None:
 def main() -> None:
     """lmms-eval's own command, which now knows `--model fmtrain`."""
     if not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # or several processes on a CPU would not know of each other
+        os.environ.setdefault(
+            "ACCELERATE_USE_CPU", "true"
+        )  # or several processes on a CPU would not know of each other
     register()
     lmms_eval_main()
 

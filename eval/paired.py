@@ -59,7 +59,12 @@ class Comparison:
 Scores = Mapping[str, np.ndarray]  # {task: [S, questions]}
 
 
-def replicates(tasks: Sequence[Task], conditions: Sequence[Scores], resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, np.ndarray]:
+def replicates(
+    tasks: Sequence[Task],
+    conditions: Sequence[Scores],
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> dict[str, np.ndarray]:
     """{task, or "overall": bootstrap replicates of each condition's mean score [C, R]}.
 
     A condition is a score, or a difference of scores, for every task, run and question. "overall" is the mean of the
@@ -70,14 +75,23 @@ def replicates(tasks: Sequence[Task], conditions: Sequence[Scores], resamples: i
     drawn_RS = rng.multinomial(runs, [1 / runs] * runs, size=resamples) / runs
     found, total = {}, np.zeros((len(conditions), resamples))
     for task in tasks:
-        sums_CSU = np.stack([np.broadcast_to(sums, (runs, sums.shape[1])) for sums in (task.sums(one[task.name]) for one in conditions)])
+        sums_CSU = np.stack(
+            [
+                np.broadcast_to(sums, (runs, sums.shape[1]))
+                for sums in (task.sums(one[task.name]) for one in conditions)
+            ]
+        )
         units = sums_CSU.shape[2]
         means = np.empty((len(conditions), resamples))
         for begin in range(0, resamples, CHUNK):
             end = min(begin + CHUNK, resamples)
-            weights_RU = rng.multinomial(units, [1 / units] * units, size=end - begin).astype(np.float64)
+            weights_RU = rng.multinomial(units, [1 / units] * units, size=end - begin).astype(
+                np.float64
+            )
             sums_CSR = sums_CSU @ weights_RU.T
-            means[:, begin:end] = np.einsum("csr,rs->cr", sums_CSR, drawn_RS[begin:end]) / (weights_RU @ task.counts_U)
+            means[:, begin:end] = np.einsum("csr,rs->cr", sums_CSR, drawn_RS[begin:end]) / (
+                weights_RU @ task.counts_U
+            )
         found[task.name] = means
         total += means
     return {**found, OVERALL: total / len(tasks)}
@@ -106,12 +120,19 @@ def estimate(task: Task, scores_SQ: np.ndarray, replicates_R: np.ndarray) -> Est
     return Estimate(score, questions, *interval(replicates_R))
 
 
-def estimates(tasks: Sequence[Task], scores: Scores, replicates_by_task: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+def estimates(
+    tasks: Sequence[Task], scores: Scores, replicates_by_task: Mapping[str, np.ndarray]
+) -> dict[str, Estimate]:
     """{task, or "overall": estimate} of one condition. Overall is the mean of the tasks: of one run with the interval
     from those of the tasks (MOVER), of several with the bootstrap's."""
-    found = {task.name: estimate(task, scores[task.name], replicates_by_task[task.name]) for task in tasks}
+    found = {
+        task.name: estimate(task, scores[task.name], replicates_by_task[task.name])
+        for task in tasks
+    }
     overall = intervals.average(list(found.values()))
-    if max(one.shape[0] for one in scores.values()) > 1 and not all(part.score in (0.0, 1.0) for part in found.values()):
+    if max(one.shape[0] for one in scores.values()) > 1 and not all(
+        part.score in (0.0, 1.0) for part in found.values()
+    ):
         overall = Estimate(overall.score, overall.n, *interval(replicates_by_task[OVERALL]))
     return {**found, OVERALL: overall}
 
@@ -121,7 +142,9 @@ def difference(a: Scores, b: Scores) -> dict[str, np.ndarray]:
     return {name: np.atleast_2d(a[name]).astype(np.float64) - np.atleast_2d(b[name]) for name in a}
 
 
-def compare(tasks: Sequence[Task], differences: Scores, replicates_by_task: Mapping[str, np.ndarray]) -> dict[str, Comparison]:
+def compare(
+    tasks: Sequence[Task], differences: Scores, replicates_by_task: Mapping[str, np.ndarray]
+) -> dict[str, Comparison]:
     """{task, or "overall": comparison} from the differences and their bootstrap replicates [R]."""
     found, means, flips = {}, [], []
     questions = math.lcm(*(differences[task.name].shape[1] for task in tasks))
@@ -131,8 +154,12 @@ def compare(tasks: Sequence[Task], differences: Scores, replicates_by_task: Mapp
         d_U = task.sums(d_SQ).sum(0)
         means.append(float(d_SQ.mean()))
         flips.append(d_U * (questions // n))
-        found[task.name] = Comparison(means[-1], *interval(replicates_by_task[task.name]), better, worse, sign_flip_p(d_U), n)
-    counts = [sum(getattr(one, name) for one in found.values()) for name in ("better", "worse", "n")]
+        found[task.name] = Comparison(
+            means[-1], *interval(replicates_by_task[task.name]), better, worse, sign_flip_p(d_U), n
+        )
+    counts = [
+        sum(getattr(one, name) for one in found.values()) for name in ("better", "worse", "n")
+    ]
     p = sign_flip_p(np.concatenate(flips))
     low, high = interval(replicates_by_task[OVERALL])
     found[OVERALL] = Comparison(sum(means) / len(means), low, high, *counts[:2], p, counts[2])

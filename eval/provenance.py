@@ -9,7 +9,19 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("fmtrain", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "scipy", "statsmodels", "wandb")
+PACKAGES = (
+    "fmtrain",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "numpy",
+    "scipy",
+    "statsmodels",
+    "wandb",
+)
 
 
 def versions() -> dict[str, str]:
@@ -32,7 +44,12 @@ def processor() -> str:
 
 def revision() -> str | None:
     """Git revision of this checkout; "-dirty" where files were changed."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
     return git.stdout.strip() or None
 
 
@@ -46,5 +63,9 @@ def made_with(command: str, files: dict[str, str | Path | None]) -> dict:
         "hardware": ", ".join([f"{os.cpu_count()} x {processor()}", *accelerators]),
         "platform": platform.platform(),
         "versions": versions(),
-        "files": {name: {"path": str(path), "text": Path(path).read_text()} for name, path in files.items() if path is not None},
+        "files": {
+            name: {"path": str(path), "text": Path(path).read_text()}
+            for name, path in files.items()
+            if path is not None
+        },
     }

@@ -10,7 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from fmtrain.checkpoint import load
 from fmtrain.patch import attached, unwrap
@@ -65,7 +72,9 @@ class Subject:
         }
 
 
-def random_llava(size: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Subject:
+def random_llava(
+    size: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> Subject:
     """A random LLaVA of `SIZES` with the embedded tokenizer. Raises `ValueError` for an unknown size."""
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; known are {', '.join(SIZES)}")
@@ -100,7 +109,9 @@ def random_llava(size: str, device: str | torch.device = "cpu", dtype: torch.dty
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}),
+        CLIPImageProcessorPil(
+            size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
+        ),
         words,
         patch_size=PATCH,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
@@ -122,11 +133,15 @@ def subject(name: str, size: str, device: str | torch.device, dtype: torch.dtype
 def row(images: int, words: int, answer: int = 0, seed: int = 0) -> dict:
     """A row of one turn: images of noise, a question of so many words and, if `answer`, an answer of so many."""
     rng = np.random.default_rng(seed)
-    pictures = [Image.fromarray(rng.integers(0, 256, (*PICTURE, 3), dtype=np.uint8)) for _ in range(images)]
+    pictures = [
+        Image.fromarray(rng.integers(0, 256, (*PICTURE, 3), dtype=np.uint8)) for _ in range(images)
+    ]
     question = [{"type": "image"}] * images + [{"type": "text", "text": " ".join([WORD] * words)}]
     messages = [{"role": "user", "content": question}]
     if answer:
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": " ".join([WORD] * answer)}]})
+        messages.append(
+            {"role": "assistant", "content": [{"type": "text", "text": " ".join([WORD] * answer)}]}
+        )
     return {"id": f"noise-{seed}", "messages": messages, "images": pictures}
 
 
@@ -134,4 +149,6 @@ def check_length(subject: Subject, tokens: int) -> None:
     """Raises `ValueError` for rows that the model has no positions for."""
     longest = unwrap(subject.model).config.get_text_config().max_position_embeddings
     if tokens > longest:
-        raise ValueError(f"{subject.name} has {longest} positions, {tokens} tokens were asked for; take fewer images or words")
+        raise ValueError(
+            f"{subject.name} has {longest} positions, {tokens} tokens were asked for; take fewer images or words"
+        )

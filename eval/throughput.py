@@ -66,29 +66,44 @@ class Steps:
     peak: float | None = None
 
 
-def make_batch(subject: bench_models.Subject, size: int, images: int, words: int, answer: int) -> Batch:
+def make_batch(
+    subject: bench_models.Subject, size: int, images: int, words: int, answer: int
+) -> Batch:
     """Rows of noise; every second question is half as long, so that there is padding as in a real batch."""
-    rows = [bench_models.row(images, words if k % 2 == 0 else max(1, words // 2), answer, seed=k) for k in range(size)]
+    rows = [
+        bench_models.row(images, words if k % 2 == 0 else max(1, words // 2), answer, seed=k)
+        for k in range(size)
+    ]
     inputs = on(subject.model.device, subject.model.dtype, Collator(subject.processor)(rows))
     layout = Layout.from_model_inputs(inputs)
     bench_models.check_length(subject, layout.shape[1])
     return Batch(inputs, layout)
 
 
-def learner(subject: bench_models.Subject, train: str, batch: Batch, checkpointing: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+def learner(
+    subject: bench_models.Subject, train: str, batch: Batch, checkpointing: bool
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The model with what learns chosen as the trainer does, and its optimizer."""
     config = LoraConfig(r=RANK, task_type="CAUSAL_LM") if train == "lora" else None
-    pixels = {name: value for name, value in batch.inputs.items() if name not in ("input_ids", "attention_mask", "labels")}
+    pixels = {
+        name: value
+        for name, value in batch.inputs.items()
+        if name not in ("input_ids", "attention_mask", "labels")
+    }
     parts.choose(subject.model, config, None, pixels)
     model = subject.model if config is None else get_peft_model(subject.model, config)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     parts.without_graph(model)
-    return model.train(), torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=RATE)
+    return model.train(), torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=RATE
+    )
 
 
-def step(model, optimizer: torch.optim.Optimizer, batch: Batch, variant: Variant, stopwatch: Stopwatch) -> float:
+def step(
+    model, optimizer: torch.optim.Optimizer, batch: Batch, variant: Variant, stopwatch: Stopwatch
+) -> float:
     """Milliseconds of one training step."""
     inputs = {**batch.inputs, **(batch.layout.model_inputs() if variant.policy else {})}
 
@@ -130,7 +145,9 @@ def _resident(name: str) -> int:
     return int(next(line for line in lines if line.startswith(name + ":")).split()[1])
 
 
-def measure(model, optimizer, batch: Batch, chosen: Sequence[Variant], rounds: int, stopwatch: Stopwatch) -> dict[Variant, Steps | str]:
+def measure(
+    model, optimizer, batch: Batch, chosen: Sequence[Variant], rounds: int, stopwatch: Stopwatch
+) -> dict[Variant, Steps | str]:
     """Steps of each variant, or why its backend cannot serve it. Two steps of each warm up; the second tells the memory."""
     found: dict[Variant, Steps | str] = {}
     for variant in chosen:
@@ -141,11 +158,20 @@ def measure(model, optimizer, batch: Batch, chosen: Sequence[Variant], rounds: i
             found[variant] = " ".join(str(error).split())
             continue
         found[variant] = Steps()
-        found[variant].peak = peak(lambda variant=variant: step(model, optimizer, batch, variant, stopwatch), stopwatch.device)
-    served = {number: variant for number, variant in enumerate(chosen) if isinstance(found[variant], Steps)}
+        found[variant].peak = peak(
+            lambda variant=variant: step(model, optimizer, batch, variant, stopwatch),
+            stopwatch.device,
+        )
+    served = {
+        number: variant
+        for number, variant in enumerate(chosen)
+        if isinstance(found[variant], Steps)
+    }
     for order in tqdm(shuffled(list(served), rounds), total=rounds, unit="round", leave=False):
         for number in order:
-            found[served[number]].ms.append(step(model, optimizer, batch, served[number], stopwatch))
+            found[served[number]].ms.append(
+                step(model, optimizer, batch, served[number], stopwatch)
+            )
     return found
 
 
@@ -153,7 +179,10 @@ def summarize(found: dict[Variant, Steps | str], tokens: int) -> list[dict]:
     """What the report says of each variant."""
     base, entries = next(steps for variant, steps in found.items() if variant.name == BASE), []
     for variant, steps in found.items():
-        entry = {"policy": variant.name, "backend": "transformers" if variant.policy is None else variant.backend}
+        entry = {
+            "policy": variant.name,
+            "backend": "transformers" if variant.policy is None else variant.backend,
+        }
         if isinstance(steps, str):
             entries.append({**entry, "refused": steps})
             continue
@@ -163,7 +192,13 @@ def summarize(found: dict[Variant, Steps | str], tokens: int) -> list[dict]:
     return entries
 
 
-def study(subject: bench_models.Subject, train: str, chosen: Sequence[Variant], options: argparse.Namespace, stopwatch: Stopwatch) -> dict:
+def study(
+    subject: bench_models.Subject,
+    train: str,
+    chosen: Sequence[Variant],
+    options: argparse.Namespace,
+    stopwatch: Stopwatch,
+) -> dict:
     """All steps of one model, trained in one way."""
     description = subject.describe()
     batch = make_batch(subject, options.batch, options.images, options.words, options.answer)
@@ -171,13 +206,17 @@ def study(subject: bench_models.Subject, train: str, chosen: Sequence[Variant], 
     return {
         **description,
         "train": train,
-        "trainable": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        "trainable": sum(
+            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+        ),
         "gradient_checkpointing": options.gradient_checkpointing,
         "batch": list(batch.layout.shape),
         "tokens": batch.tokens,
         "visual_tokens": int((batch.layout.role == Role.VISUAL).sum()),
         "rounds": options.rounds,
-        "variants": summarize(measure(model, optimizer, batch, chosen, options.rounds, stopwatch), batch.tokens),
+        "variants": summarize(
+            measure(model, optimizer, batch, chosen, options.rounds, stopwatch), batch.tokens
+        ),
     }
 
 
@@ -195,7 +234,16 @@ def shown(found: dict) -> tuple[str, tuple[str, ...], list[list[str]]]:
             continue
         ratio = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**each["speed_ratio"])
         memory = "-" if each["peak_mib"] is None else f"{each['peak_mib']:.0f}"
-        rows.append([each["policy"], each["backend"], f"{each['tokens_per_s']:.0f}", ratio, f"{each['step_ms']:.0f}", memory])
+        rows.append(
+            [
+                each["policy"],
+                each["backend"],
+                f"{each['tokens_per_s']:.0f}",
+                ratio,
+                f"{each['step_ms']:.0f}",
+                memory,
+            ]
+        )
     return title, HEADER, rows
 
 
@@ -207,13 +255,27 @@ def report(found: dict) -> str:
 
 
 def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.throughput", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.throughput",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", default="random", metavar="CHECKPOINT|random")
-    add("--size", default="auto", choices=["auto", *bench_models.SIZES], help="of random; auto: 25m on a CPU, 1b on CUDA")
+    add(
+        "--size",
+        default="auto",
+        choices=["auto", *bench_models.SIZES],
+        help="of random; auto: 25m on a CPU, 1b on CUDA",
+    )
     add("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     add("--policies", nargs="+", default=list(VARIANTS), metavar="POLICY[+merge]")
-    add("--backends", nargs="+", default=[name for name in BACKENDS if name != "reference"], choices=BACKENDS)
+    add(
+        "--backends",
+        nargs="+",
+        default=[name for name in BACKENDS if name != "reference"],
+        choices=BACKENDS,
+    )
     add("--merge_kernel_size", type=int, default=3)
     add("--batch", type=int, default=2, metavar="ROWS")
     add("--images", type=int, default=2, help="of a row")
@@ -232,9 +294,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device, dtype = choose_device(options.device, options.dtype, options.threads)
         stopwatch = Stopwatch(device, options.clock)
         base, *_ = named = variants(options.policies, merge_kernel_size=options.merge_kernel_size)
-        chosen = [base, *(Variant(v.name, v.policy, v.merge, backend) for backend in options.backends for v in named[1:])]
+        chosen = [
+            base,
+            *(
+                Variant(v.name, v.policy, v.merge, backend)
+                for backend in options.backends
+                for v in named[1:]
+            ),
+        ]
         size = options.size if options.size != "auto" else "1b" if device.type == "cuda" else "25m"
-        command = " ".join(["python -m eval.throughput", *(sys.argv[1:] if arguments is None else arguments)])
+        command = " ".join(
+            ["python -m eval.throughput", *(sys.argv[1:] if arguments is None else arguments)]
+        )
         memory = "Peak MiB: during one step, above what the model and the optimizer hold before it"
         found = {"command": command, "machine": machine(stopwatch), "memory": memory, "studies": []}
         for train in options.train:

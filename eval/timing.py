@@ -65,7 +65,9 @@ class Stopwatch:
 
     def __post_init__(self):
         if self.clock == "cpu" and (self.device.type != "cpu" or torch.get_num_threads() != 1):
-            raise ValueError("the clock 'cpu' counts the work of one thread on a CPU: use --device cpu --threads 1")
+            raise ValueError(
+                "the clock 'cpu' counts the work of one thread on a CPU: use --device cpu --threads 1"
+            )
 
     def ms(self, run: Callable) -> tuple[float, Any]:
         """How long `run()` takes, in ms, and what it returns."""
@@ -85,13 +87,30 @@ def add_arguments(add: Callable, rounds: int) -> None:
     """The command line options of every benchmark; `add` is the parser's `add_argument`."""
     add("--rounds", type=int, default=rounds)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on CUDA, float32 on a CPU")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: bfloat16 on CUDA, float32 on a CPU",
+    )
     add("--threads", type=int, metavar="N", help="of torch on a CPU; default: torch's own choice")
-    add("--clock", default="wall", choices=["wall", "cpu"], help="cpu: processor time, for a busy machine (with --threads 1)")
-    add("--out", type=Path, metavar="FILE.json", help="where to write the results; the tables go to FILE.md")
+    add(
+        "--clock",
+        default="wall",
+        choices=["wall", "cpu"],
+        help="cpu: processor time, for a busy machine (with --threads 1)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="where to write the results; the tables go to FILE.md",
+    )
 
 
-def choose_device(name: str, dtype: str, threads: int | None = None) -> tuple[torch.device, torch.dtype]:
+def choose_device(
+    name: str, dtype: str, threads: int | None = None
+) -> tuple[torch.device, torch.dtype]:
     """What "auto" means: CUDA where there is one; bfloat16 there, float32 on a CPU. Sets the number of threads."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
@@ -99,8 +118,12 @@ def choose_device(name: str, dtype: str, threads: int | None = None) -> tuple[to
         raise ValueError(f"--threads {threads}: it is 1 or more")
     if threads is not None:
         torch.set_num_threads(threads)
-    device = torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
-    return device, getattr(torch, dtype) if dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    device = torch.device(
+        "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
+    )
+    return device, getattr(
+        torch, dtype
+    ) if dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def machine(stopwatch: Stopwatch) -> dict:
@@ -151,7 +174,12 @@ def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
 
 
 def markdown_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"### {title}", "", "| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines = [
+        f"### {title}",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|---" + "|---:" * (len(header) - 1) + "|",
+    ]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
 
 

@@ -1,15 +1,13 @@
-"""Turn a run into a checkpoint that anybody can load: LoRA folded into the weights, the policy in `config.json`.
+"""Turn a run into a checkpoint that anybody can load: LoRA folded into the weights, the mask in `config.json`.
 
     python -m fmtrain.export RUN --out DIR
 
 Nothing is written unless the folded model gives the adapter's logits on real rows, and the weights that changed are
 just those that the adapter names (for full fine-tuning: some did). The base model's key names are kept, weights are
 safetensors, and both `fmtrain.load(DIR)` and plain `AutoModelForImageTextToText.from_pretrained(DIR)` load the result
-(the latter without the policy, which is then to be attached).
+(the latter without the mask, which is then to be attached).
 """
 
-import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -22,36 +20,44 @@ from safetensors import safe_open
 from transformers import AutoConfig
 
 from fmtrain.attention import BACKENDS
-from fmtrain.audit import on, sample_rows
 from fmtrain.checkpoint import base_of, is_adapter, load
-from fmtrain.data import files as data
+from fmtrain.command_line import Parser, guarded
+from fmtrain.data import noise
 from fmtrain.data.collator import batch, encode_row
+from fmtrain.layout import Layout
+from fmtrain.masks import EXAMPLE, Mask, picture
 from fmtrain.patch import attached, unwrap
 from fmtrain.training.recipe import read
+from fmtrain.training.rows import rows_of
+from fmtrain.training.run_folder import RECIPE, read_record
 
 TOLERANCE = 1e-4  # of float32 logits, relative to the largest: (W + BA) x against W x + B (A x), through all layers
 
 
-def rows_of(run: Path, count: int = 4) -> tuple[list[dict], str]:
+def rows_at_hand(run: Path, count: int = 4) -> tuple[list[dict], str]:
     """A few real rows of a run and their image folder; noise where the run's data is not at hand."""
-    recipe = run / "recipe.yaml"
+    recipe = run / RECIPE
     if not recipe.is_file():
-        return sample_rows(), "."
-    arguments = read(recipe, ["--use_cpu", "true"]).data  # a run in bf16 may be exported where there is no GPU
+        return noise.rows(), "."
     try:
-        loaded = data.load(arguments.dataset_name, arguments.dataset_config, count, arguments.image_root, mixture=arguments.datasets)
+        rows = rows_of(
+            read(recipe, ["--use_cpu", "true"]), count
+        )  # a run in bf16 may be exported without a GPU
     except ValueError as error:
-        print(f"note: the run's rows are not at hand ({error}); comparing on images of noise", file=sys.stderr)
-        return sample_rows(), "."
-    return list(loaded.rows), loaded.image_root
+        print(
+            f"note: the run's rows are not at hand ({error}); comparing on images of noise",
+            file=sys.stderr,
+        )
+        return noise.rows(), "."
+    return rows.first(count), rows.image_root
 
 
 def logits(model, processor, rows: list[dict], root: str) -> torch.Tensor:
-    """Logits at the real tokens of the rows [tokens, vocabulary], under the attached policy."""
-    inputs, layout = batch(processor, [encode_row(processor, row, root) for row in rows])
+    """Logits at the real tokens of the rows [tokens, vocabulary], under the attached mask."""
+    encoded = batch(processor, [encode_row(processor, row, root) for row in rows])
     with torch.no_grad():
-        out = model(**on(model.device, model.dtype, inputs), **layout.to(model.device).model_inputs()).logits
-    return out[inputs["attention_mask"].bool()].float()
+        out = model(**encoded.to(model).kwargs()).logits
+    return out[encoded.inputs["attention_mask"].bool()].float()
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -96,10 +102,17 @@ def fold(model, processor, rows: list[dict], root: str) -> tuple[torch.nn.Module
     before = logits(model, processor, rows, root)
     folded = model.merge_and_unload(safe_merge=True)
     after = logits(folded, processor, rows, root)
-    off, limit = (before - after).abs().max().item(), TOLERANCE * max(1.0, before.abs().max().item())
+    off, limit = (
+        (before - after).abs().max().item(),
+        TOLERANCE * max(1.0, before.abs().max().item()),
+    )
     if not off <= limit:
-        raise ValueError(f"folding moved the logits by {off:.1e}, over the limit of {limit:.1e}; nothing was written")
-    print(f"folded {targets} tensors; logits of adapter and folded model differ by at most {off:.1e} on {len(rows)} rows")
+        raise ValueError(
+            f"folding moved the logits by {off:.1e}, over the limit of {limit:.1e}; nothing was written"
+        )
+    print(
+        f"folded {targets} tensors; logits of adapter and folded model differ by at most {off:.1e} on {len(rows)} rows"
+    )
     return folded, targets
 
 
@@ -110,12 +123,20 @@ def base_folder(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def card(run: Path, config: dict, base: str, source: str) -> str:
+def card(run: Path, mask: Mask, base: str, source: str) -> str:
     """A model card that says what a user of the checkpoint must know: the mask."""
-    record = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
-    versions = ", ".join(f"{name} {version}" for name, version in record.get("versions", {}).items())
-    mask = config["policy"] + ("+merge" if config["merge"] else "")
-    recipe = (run / "recipe.yaml").read_text() if (run / "recipe.yaml").is_file() else ""
+    record = read_record(run)
+    versions = ", ".join(
+        f"{name} {version}" for name, version in record.get("versions", {}).items()
+    )
+    recipe = (run / RECIPE).read_text() if (run / RECIPE).is_file() else ""
+    pooled, merge = "", ""
+    if mask.merge:
+        options = f"prefix={mask.merge.prefix}, kernel_size={mask.merge.kernel_size}, normalize={mask.merge.normalize}"
+        pooled, merge = (
+            ", `o` pooled into the first positions, not attended to",
+            f", merge=fmtrain.Merge({options})",
+        )
     return f"""---
 base_model: {base}
 library_name: transformers
@@ -124,15 +145,23 @@ tags: [fmtrain, attention-mask, {mask}]
 ---
 # {run.name}
 
-`{base}` fine-tuned with the attention policy **`{mask}`** ({source}). Run it under the same one:
+`{base}` fine-tuned with the attention mask **`{mask}`** ({source}). Run it under the same one:
 
 ```python
 import fmtrain
 
-model, processor = fmtrain.load("THIS_FOLDER")  # the policy is attached, generate() as usual
+model, processor = fmtrain.load("THIS_FOLDER")  # the mask is attached, generate() as usual
 ```
 
-`AutoModelForImageTextToText.from_pretrained` loads the same weights, causally: then `fmtrain.attach(model, "{mask.partition("+")[0]}")`.
+`AutoModelForImageTextToText.from_pretrained` loads the same weights, causally: then
+`fmtrain.attach(model, "{mask}"{merge})`.
+
+On `{EXAMPLE}` (`T` text, `I J K` tokens of three images, `A` answer, `/` next turn), rows look at columns:
+`#` causal, `+` revealed by the mask{pooled}, `.` closed.
+
+```
+{picture(mask, Layout.parse(EXAMPLE))}
+```
 
 Trained by fmtrain at revision {record.get("git_revision")} ({versions or "versions unknown"}).
 
@@ -147,17 +176,21 @@ def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
     if out.exists():
         raise ValueError(f"{out}: exists already")
     if not (run / "config.json").is_file():
-        raise ValueError(f"{run}: not a finished run (no config.json); a run in progress has its checkpoints in checkpoint-N")
+        raise ValueError(
+            f"{run}: not a finished run (no config.json); a run in progress has its checkpoints in checkpoint-N"
+        )
     adapter = is_adapter(run)
-    record = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
-    base = base_of(run) if adapter else record.get("base_model") or AutoConfig.from_pretrained(run)._name_or_path
-    model, processor = load(str(run), backend, dtype=torch.float32)
-    rows, root = rows_of(run)
+    base = (
+        base_of(run)
+        if adapter
+        else read_record(run).get("base_model") or AutoConfig.from_pretrained(run)._name_or_path
+    )
+    model, processor = load(run, backend=backend, dtype=torch.float32)
+    rows, root = rows_at_hand(run)
     expected = None
     if adapter:
         model, expected = fold(model, processor, rows, root)
-    handle = attached(model)
-    section = handle.record()
+    mask = attached(model).mask
     dtype = next(tensor.dtype for _, tensor in tensors(base_folder(base)))
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -166,27 +199,26 @@ def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
         processor.save_pretrained(staged)
         changed = compare(base_folder(base), staged)
         if changed == 0 or (expected is not None and changed != expected):
-            raise ValueError(f"{changed} tensors differ from the base, {expected or 'some'} should; nothing was written")
-        (staged / "README.md").write_text(card(run, section, base, "LoRA, folded" if adapter else "full fine-tuning"))
+            raise ValueError(
+                f"{changed} tensors differ from the base, {expected or 'some'} should; nothing was written"
+            )
+        (staged / "README.md").write_text(
+            card(run, mask, base, "LoRA, folded" if adapter else "full fine-tuning")
+        )
         staged.chmod(0o755)
         staged.rename(out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-    print(f"wrote {out}: {changed} tensors differ from {base}; policy {section['policy']}{'+merge' if section['merge'] else ''}")
+    print(f"wrote {out}: {changed} tensors differ from {base}; mask {mask}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fmtrain.export", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser("python -m fmtrain.export", __doc__)
     parser.add_argument("run", help="output folder of a run, or one of its checkpoints")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
     options = parser.parse_args(arguments)
-    try:
-        export(options.run, options.out, options.backend)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded(lambda: export(options.run, options.out, options.backend))
 
 
 if __name__ == "__main__":

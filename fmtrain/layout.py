@@ -59,11 +59,19 @@ class Layout:
                 columns.append((Role.ANSWER, -1, -1, sample))
             elif character in "TIJKL":
                 if answered:
-                    raise ValueError(f"{character!r} stands behind an answer in turn {turn} of {picture!r}: write / first")
-                image = -1 if character == "T" else images.setdefault((turn, character), len(images))
-                columns.append((Role.TEXT if character == "T" else Role.VISUAL, image, turn, sample))
+                    raise ValueError(
+                        f"{character!r} stands behind an answer in turn {turn} of {picture!r}: write / first"
+                    )
+                image = (
+                    -1 if character == "T" else images.setdefault((turn, character), len(images))
+                )
+                columns.append(
+                    (Role.TEXT if character == "T" else Role.VISUAL, image, turn, sample)
+                )
             else:
-                raise ValueError(f"{character!r} in the picture {picture!r}; known are T I J K L A . / | and blanks")
+                raise ValueError(
+                    f"{character!r} in the picture {picture!r}; known are T I J K L A . / | and blanks"
+                )
         if not columns:
             raise ValueError(f"the picture {picture!r} holds no token")
         return cls(*torch.tensor(columns).T[:, None].contiguous())
@@ -75,7 +83,9 @@ class Layout:
         if all(tensor is None for tensor in found):
             return None
         if any(tensor is None for tensor in found):
-            missing = [PREFIX + field.name for field, tensor in zip(fields(cls), found) if tensor is None]
+            missing = [
+                PREFIX + field.name for field, tensor in zip(fields(cls), found) if tensor is None
+            ]
             raise ValueError(f"a layout needs all of its tensors; missing: {', '.join(missing)}")
         return cls(*found)
 
@@ -109,12 +119,18 @@ class Layout:
     def pad(self, left: int = 0, right: int = 0) -> "Layout":
         """The layout with padding on either side, in tokens."""
         pad = torch.nn.functional.pad
-        padded = {f.name: pad(getattr(self, f.name), (left, right), value=-1) for f in fields(self) if f.name != "role"}
+        padded = {
+            f.name: pad(getattr(self, f.name), (left, right), value=-1)
+            for f in fields(self)
+            if f.name != "role"
+        }
         return Layout(role=pad(self.role, (left, right), value=int(Role.PAD)), **padded)
 
     @staticmethod
     def cat(layouts: "list[Layout]", dim: int = 0) -> "Layout":
-        return Layout(*(torch.cat([getattr(each, f.name) for each in layouts], dim) for f in fields(Layout)))
+        return Layout(
+            *(torch.cat([getattr(each, f.name) for each in layouts], dim) for f in fields(Layout))
+        )
 
     def positions(self) -> torch.Tensor:
         """Position of each token in its sample, counted from 0 [B, T]; 0 for padding."""
@@ -127,7 +143,9 @@ class Layout:
 
     def __str__(self) -> str:
         """The picture of each row, a line a row."""
-        return "\n".join(_picture(row) for row in zip(*(getattr(self, f.name).tolist() for f in fields(self))))
+        return "\n".join(
+            _picture(row) for row in zip(*(getattr(self, f.name).tolist() for f in fields(self)))
+        )
 
 
 def _picture(row: tuple[list[int], ...]) -> str:

@@ -1,30 +1,199 @@
-"""A policy made concrete on a layout: boolean masks [B, 1, Q, K], True = may attend.
+"""What a recipe names and a checkpoint records: a policy, perhaps in its light form; and what it allows on a layout.
 
-Shape names: B rows, Q queries, K keys. Queries are the last Q of the K tokens; the ones before them are in a cache.
+    Mask.parse("v2v+merge", prefix=1, kernel_size=3)
+
+A mask in its light form attends to nothing ahead: the pairs that its policy reveals are pooled into the first positions
+(`fmtrain.merge`). Shape names: B rows, Q queries, K keys, T tokens. Queries are the last Q of the K tokens; the ones before
+them are in a cache.
 """
 
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from fmtrain.layout import Layout
-from fmtrain.policies import Policy, past, revealed, tokens
+from fmtrain import policies
+from fmtrain.layout import Layout, Role
+from fmtrain.merge import Merge
+from fmtrain.policies import POLICIES, Policy, get_policy
+
+VERSION = (
+    1  # of the mask definitions; changes when a policy, or merge, comes to mean something else
+)
+LIGHT = "+merge"  # behind the name of a policy: its light form
 
 
 @dataclass(frozen=True)
-class Masks:
-    """The two halves of what a query may attend to. `revealed` is None where the policy reveals nothing."""
+class Mask:
+    """A policy and, for its light form, how it pools.
+
+    Raises `ValueError` for the light form of a policy that reveals nothing.
+    """
+
+    policy: Policy
+    merge: Merge | None = None
+
+    def __post_init__(self):
+        if self.merge is not None and not self.policy.reveals:
+            raise ValueError(
+                f"policy {self.policy.name!r} reveals nothing, so there is nothing to merge; "
+                "drop merge or take another policy"
+            )
+
+    @classmethod
+    def parse(cls, name: str, **options) -> "Mask":
+        """The mask called `name`: a policy, or POLICY+merge with the options of `Merge` (a prefix may be a text).
+
+        >>> str(Mask.parse("v2v+merge", kernel_size=5))
+        'v2v+merge'
+
+        Raises `ValueError` for an unknown policy, and for options beside a mask that is no light form.
+        """
+        policy = get_policy(name.removesuffix(LIGHT))
+        if name.endswith(LIGHT):
+            return cls(policy, Merge.parse(**options))
+        if options:
+            raise ValueError(
+                f"{', '.join(options)}: options of a light form, but the mask is {name!r}, not '{name}{LIGHT}'"
+            )
+        return cls(policy)
+
+    @classmethod
+    def of(cls, mask: "str | Policy | Mask", merge: Merge | None = None) -> "Mask":
+        """The mask that is meant by a name, a policy or a mask; `merge` gives the options of a light form, which it makes
+        of a bare policy too."""
+        if isinstance(mask, str):
+            mask = cls.parse(mask)
+        elif isinstance(mask, Policy):
+            mask = cls(mask)
+        return mask if merge is None else replace(mask, merge=merge)
+
+    def __str__(self) -> str:
+        return self.policy.name + (LIGHT if self.merge else "")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the policy reveals anything, be it attended to or pooled."""
+        return bool(self.policy.reveals)
+
+    def record(self) -> dict:
+        """What a checkpoint's `config.json` says under `fmtrain`: the whole table of the policy, not only its name."""
+        return {
+            "policy": self.policy.name,
+            "reveals": sorted([query.name, key.name] for query, key in self.policy.reveals),
+            "within_image": self.policy.within_image,
+            "merge": None if self.merge is None else asdict(self.merge),
+            "version": VERSION,
+        }
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Mask":
+        """The mask that `record` describes; a policy by its table, whatever is known by its name.
+
+        Raises `ValueError` for one that was written under other mask definitions than these.
+        """
+        if record.get("version") != VERSION:
+            raise ValueError(
+                f"the checkpoint's mask definitions have version {record.get('version')}, this fmtrain has {VERSION}"
+            )
+        merge = None if record.get("merge") is None else Merge(**record["merge"])
+        if "reveals" not in record:  # as fmtrain 0.1 wrote it
+            return cls(get_policy(record["policy"]), merge)
+        reveals = frozenset((Role[query], Role[key]) for query, key in record["reveals"])
+        policy = Policy(record["policy"], reveals, record["within_image"])
+        known = POLICIES.get(policy.name)
+        return cls(known if known == policy else policy, merge)
+
+
+def parse_masks(names: Iterable[str], **options) -> list[Mask]:
+    """The masks of several names; `options` are those of their light forms. Raises `ValueError` as `Mask.parse`."""
+    return [Mask.parse(name, **(options if name.endswith(LIGHT) else {})) for name in names]
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What queries may attend to, True = may attend: the past, and what the policy reveals of the future (None: nothing)."""
 
     past_B1QK: torch.Tensor
     revealed_B1QK: torch.Tensor | None
+
+    @classmethod
+    def of(cls, policy: Policy, layout: Layout, start: int = 0) -> "Allowed":
+        """For the queries from `start` on."""
+        index = torch.arange(layout.shape[1], device=layout.role.device)
+        q, k = policies.tokens(layout, index[start:], 1), policies.tokens(layout, index, 2)
+        ahead = policies.revealed(policy, q, k)[:, None] if policy.reveals else None
+        return cls(policies.past(q, k)[:, None], ahead)
 
     @property
     def both_B1QK(self) -> torch.Tensor:
         return self.past_B1QK if self.revealed_B1QK is None else self.past_B1QK | self.revealed_B1QK
 
 
-def build(policy: Policy, layout: Layout, start: int = 0) -> Masks:
-    """The masks of `policy` for the queries from `start` on."""
-    index = torch.arange(layout.shape[1], device=layout.role.device)
-    q, k = tokens(layout, index[start:], 1), tokens(layout, index, 2)
-    return Masks(past(q, k)[:, None], revealed(policy, q, k)[:, None] if policy.reveals else None)
+def allowed(mask: "str | Policy | Mask", layout: Layout, start: int = 0) -> torch.Tensor:
+    """Which key each query attends to: bool [B, T - start, T], True = attends.
+
+        allowed(q, k) = same sample and (k <= q or (same prefill and (role[q], role[k]) in reveals))
+
+    Of a light form the first half alone. Queries are the tokens from `start` on (the ones before are in the cache). A
+    padded query attends to itself only.
+    """
+    mask = Mask.of(mask)
+    pairs = Allowed.of(mask.policy, layout, start)
+    return (pairs.past_B1QK if mask.merge else pairs.both_B1QK)[:, 0]
+
+
+def picture(mask: "str | Policy | Mask", layout: Layout) -> str:
+    """The mask of the first row as text: `#` causal, `+` revealed, `o` pooled (a light form), `.` closed, `x` padding.
+
+    >>> print(picture("v2v", Layout.parse("TIIT A")))
+      TIITA
+    T #....
+    I ##+..
+    I ###..
+    T ####.
+    A #####
+    """
+    mask = Mask.of(mask)
+    attended = Allowed.of(mask.policy, layout[:1]).both_B1QK[0, 0]
+    names = "".join(str(layout[:1]).translate({ord("/"): None, ord("|"): None}))
+    ahead = "o" if mask.merge else "+"
+    lines = ["  " + names]
+    for q, name in enumerate(names):
+        marks = []
+        for k in range(len(names)):
+            if not attended[q, k]:
+                marks.append(".")
+            elif name == ".":
+                marks.append("x")
+            else:
+                marks.append(ahead if k > q else "#")
+        lines.append(f"{name} {''.join(marks)}")
+    return "\n".join(lines)
+
+
+EXAMPLE = "TIIJJT AA / TKKT AA"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m fmtrain.policies [MASK] [PICTURE]`: a mask, or every policy, on a layout."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    names = [arguments[0]] if arguments else list(POLICIES)
+    example = arguments[1] if len(arguments) > 1 else EXAMPLE
+    try:
+        layout, masks = Layout.parse(example), [Mask.parse(name) for name in names]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{example}\nrows are queries, columns keys: # causal, + revealed by the policy, . closed"
+    )
+    for mask in masks:
+        pairs = sorted(f"{query.name[0]}->{key.name[0]}" for query, key in mask.policy.reveals)
+        inside = " inside one image" if mask.policy.within_image else ""
+        print(f"\n{mask}: reveals {', '.join(pairs) or 'nothing'}{inside} ({mask.policy.source})")
+        if mask.merge:
+            print("o: not attended to; what it would get is pooled into the first positions")
+        print(picture(mask, layout))
+    return 0

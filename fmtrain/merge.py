@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from fmtrain.layout import Layout
-from fmtrain.policies import Policy
 
 
 @dataclass(frozen=True)
@@ -36,30 +35,48 @@ class Merge:
     kernel_size: int = 3
     normalize: bool = True
 
+    @classmethod
+    def parse(cls, prefix: int | float | str = 1, **options) -> "Merge":
+        """The options as a recipe or a command line gives them, where a prefix may be a text: "4" or "0.1"."""
+        if isinstance(prefix, str):
+            try:
+                prefix = int(prefix) if prefix.strip("+-").isdigit() else float(prefix)
+            except ValueError as error:
+                raise ValueError(
+                    f"merge_prefix {prefix!r} is neither a count (4) nor a fraction (0.1)"
+                ) from error
+        return cls(prefix, **options)
+
     def __post_init__(self):
         if isinstance(self.prefix, bool) or not isinstance(self.prefix, (int, float)):
-            raise ValueError(f"merge prefix {self.prefix!r} is neither a count (int) nor a fraction (float)")
+            raise ValueError(
+                f"merge prefix {self.prefix!r} is neither a count (int) nor a fraction (float)"
+            )
         if isinstance(self.prefix, int) and self.prefix < 1:
             raise ValueError(f"merge prefix {self.prefix} is not allowed: a count is 1 or more")
         if isinstance(self.prefix, float) and not 0.0 < self.prefix <= 1.0:
-            raise ValueError(f"merge prefix {self.prefix} is not allowed: a fraction is above 0.0 and at most 1.0")
-        if isinstance(self.kernel_size, bool) or not isinstance(self.kernel_size, int) or self.kernel_size < 1:
-            raise ValueError(f"merge kernel_size {self.kernel_size!r} is not allowed: it is an int, 1 or more")
+            raise ValueError(
+                f"merge prefix {self.prefix} is not allowed: a fraction is above 0.0 and at most 1.0"
+            )
+        if (
+            isinstance(self.kernel_size, bool)
+            or not isinstance(self.kernel_size, int)
+            or self.kernel_size < 1
+        ):
+            raise ValueError(
+                f"merge kernel_size {self.kernel_size!r} is not allowed: it is an int, 1 or more"
+            )
         if not isinstance(self.normalize, bool):
             raise ValueError(f"merge normalize {self.normalize!r} is not true or false")
-
-
-def check(policy: Policy, merge: Merge | None) -> None:
-    """Raises `ValueError` for a merge over a policy that reveals nothing."""
-    if merge is not None and not policy.reveals:
-        raise ValueError(f"policy {policy.name!r} reveals nothing, so there is nothing to merge; drop merge or take another policy")
 
 
 def sink(merge: Merge, layout: Layout, start: int = 0) -> torch.Tensor:
     """The keys that share C_i: bool [B, Q, K], none for padding."""
     position = layout.positions()
     index = torch.arange(layout.shape[1], device=position.device)
-    same = (layout.sample[:, start:, None] == layout.sample[:, None]) & (layout.sample[:, start:, None] >= 0)
+    same = (layout.sample[:, start:, None] == layout.sample[:, None]) & (
+        layout.sample[:, start:, None] >= 0
+    )
     if isinstance(merge.prefix, int):
         count = torch.full_like(position[:, start:], merge.prefix)
     else:
@@ -78,19 +95,27 @@ def last(layout: Layout, start: int = 0) -> torch.Tensor:
     """Index of the last token of each query's prefill [B, Q]; -1 for answers and padding."""
     index = torch.arange(layout.shape[1], device=layout.role.device)
     prefill, sample = layout.prefill[:, start:, None], layout.sample[:, start:, None]
-    same = (prefill == layout.prefill[:, None]) & (sample == layout.sample[:, None]) & (prefill >= 0)
+    same = (
+        (prefill == layout.prefill[:, None]) & (sample == layout.sample[:, None]) & (prefill >= 0)
+    )
     return torch.where(same, index, -1).amax(-1)
 
 
-def pooled(future_BHQK: torch.Tensor, last_BQ: torch.Tensor, query_Q: torch.Tensor, kernel_size: int) -> torch.Tensor:
+def pooled(
+    future_BHQK: torch.Tensor, last_BQ: torch.Tensor, query_Q: torch.Tensor, kernel_size: int
+) -> torch.Tensor:
     """C_i [B, H, Q]: the sum of the stride-1 maxima of F_i over windows inside i+1 .. last; `query_Q` holds each i."""
     if kernel_size == 1:
         return future_BHQK.sum(-1)
     length = future_BHQK.shape[-1]
     kernel = min(kernel_size, length)
-    windows = F.max_pool1d(future_BHQK.flatten(0, 1), kernel, stride=1).unflatten(0, future_BHQK.shape[:2])
+    windows = F.max_pool1d(future_BHQK.flatten(0, 1), kernel, stride=1).unflatten(
+        0, future_BHQK.shape[:2]
+    )
     first = torch.arange(length - kernel + 1, device=future_BHQK.device)
-    inside = (first > query_Q[:, None]) & (first + kernel_size - 1 <= last_BQ[..., None])  # [B, Q, windows]
+    inside = (first > query_Q[:, None]) & (
+        first + kernel_size - 1 <= last_BQ[..., None]
+    )  # [B, Q, windows]
     many = (windows * inside[:, None]).sum(-1)
     short = (last_BQ - query_Q < kernel_size)[:, None]  # the window is the whole of F_i
     return torch.where(short, future_BHQK.amax(-1), many)

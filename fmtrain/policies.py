@@ -1,7 +1,7 @@
-"""Who may look ahead at whom: every policy, as one table, and the one predicate that makes a mask of it.
+"""Who may look ahead at whom: every policy, as one table, and the predicates that make pairs of tokens of it.
 
     python -m fmtrain.policies                    all policies on a two-turn row
-    python -m fmtrain.policies v2v "TIITJJT AA"   one policy on a row of your own
+    python -m fmtrain.policies v2v "TIITJJT AA"   one policy (or mask) on a row of your own
 
 Sources: M^c, M^f, M^v2v, M^v2t are the future-aware masks of arXiv 2505.18605 (flags `original`, `future`, `future_v2v`,
 `future_v2t` of its code); `mma` and `mma_interleaved` are modality-mutual attention, arXiv 2503.02597; `image` is the
@@ -9,7 +9,7 @@ bidirectional image block of Gemma 3 (transformers' `blockwise_overlay`); `prefi
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class Policy:
     name: str
     reveals: frozenset[tuple[Role, Role]]
     within_image: bool = False  # V->V only inside the same image
-    source: str = ""
+    source: str = field(default="", compare=False)
 
 
 POLICIES: dict[str, Policy] = {
@@ -37,10 +37,20 @@ POLICIES: dict[str, Policy] = {
         Policy("v2v", frozenset({(V, V)}), source="M^v2v, arXiv 2505.18605"),
         Policy("v2t", frozenset({(V, T)}), source="M^v2t, arXiv 2505.18605"),
         Policy("mma", frozenset({(V, T)}), source="arXiv 2503.02597; v2t under the prefill law"),
-        Policy("mma_interleaved", frozenset({(V, T), (T, V)}), source="arXiv 2503.02597, phi(i) != phi(j)"),
+        Policy(
+            "mma_interleaved",
+            frozenset({(V, T), (T, V)}),
+            source="arXiv 2503.02597, phi(i) != phi(j)",
+        ),
         Policy("image", frozenset({(V, V)}), within_image=True, source="Gemma 3, Mixed Attention"),
-        Policy("prefix_lm", frozenset({(V, V), (V, T), (T, V), (T, T)}), source="PaliGemma; arXiv 2408.00539"),
-        Policy("text_future", frozenset({(T, T), (T, V)}), source="the control of arXiv 2505.18605"),
+        Policy(
+            "prefix_lm",
+            frozenset({(V, V), (V, T), (T, V), (T, T)}),
+            source="PaliGemma; arXiv 2408.00539",
+        ),
+        Policy(
+            "text_future", frozenset({(T, T), (T, V)}), source="the control of arXiv 2505.18605"
+        ),
     )
 }
 
@@ -53,7 +63,9 @@ def get_policy(policy: "str | Policy") -> Policy:
         from difflib import get_close_matches
 
         near = get_close_matches(str(policy), POLICIES, n=1, cutoff=0)
-        raise ValueError(f"unknown policy {policy!r}; the nearest is {near[0]!r}, known are {', '.join(POLICIES)}")
+        raise ValueError(
+            f"unknown policy {policy!r}; the nearest is {near[0]!r}, known are {', '.join(POLICIES)}"
+        )
     return POLICIES[policy]
 
 
@@ -75,7 +87,13 @@ def revealed(policy: Policy, q: Tokens, k: Tokens) -> torch.Tensor:
         if policy.within_image and (query_role, key_role) == (V, V):
             pair = pair & (q.image == k.image)
         pairs = pairs | pair
-    return pairs & (q.sample == k.sample) & (q.prefill == k.prefill) & (q.prefill >= 0) & (k.index > q.index)
+    return (
+        pairs
+        & (q.sample == k.sample)
+        & (q.prefill == k.prefill)
+        & (q.prefill >= 0)
+        & (k.index > q.index)
+    )
 
 
 def past(q: Tokens, k: Tokens) -> torch.Tensor:
@@ -88,58 +106,12 @@ def tokens(layout: Layout, index: torch.Tensor, dim: int) -> Tokens:
     """The fields of the tokens at `index` (1-D), laid along dimension `dim` (1 for queries, 2 for keys) of [B, Q, K]."""
     other = 3 - dim
     chosen = layout[:, index].map(lambda tensor: tensor.unsqueeze(other))
-    return Tokens(chosen.role, chosen.image, chosen.prefill, chosen.sample, index[None].unsqueeze(other))
-
-
-def allowed(policy: "str | Policy", layout: Layout, start: int = 0) -> torch.Tensor:
-    """Which key each query may attend to: bool [B, T - start, T], True = attends.
-
-        allowed(q, k) = same sample and (k <= q or (same prefill and (role[q], role[k]) in reveals))
-
-    Queries are the tokens from `start` on (the ones before are in the cache). A padded query attends to itself only.
-    """
-    index = torch.arange(layout.shape[1], device=layout.role.device)
-    q, k = tokens(layout, index[start:], 1), tokens(layout, index, 2)
-    return past(q, k) | revealed(get_policy(policy), q, k)
-
-
-def picture(policy: "str | Policy", layout: Layout) -> str:
-    """The mask of the first row as text: `#` causal, `+` revealed, `.` closed, `x` padding.
-
-    >>> print(picture("v2v", Layout.parse("TIIT A")))
-      TIITA
-    T #....
-    I ##+..
-    I ###..
-    T ####.
-    A #####
-    """
-    mask = allowed(policy, layout[:1])[0]
-    names = "".join(str(layout[:1]).translate({ord("/"): None, ord("|"): None}))
-    lines = ["  " + names]
-    for q, name in enumerate(names):
-        marks = ["x" if name == "." and k == q else "." if not mask[q, k] else "+" if k > q else "#" for k in range(len(names))]
-        lines.append(f"{name} {''.join(marks)}")
-    return "\n".join(lines)
-
-
-EXAMPLE = "TIIJJT AA / TKKT AA"
-
-
-def main(arguments: list[str]) -> int:
-    names, example = ([arguments[0]] if arguments else list(POLICIES)), (arguments[1:] or [EXAMPLE])[0]
-    try:
-        layout, chosen = Layout.parse(example), [get_policy(name) for name in names]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{example}\nrows are queries, columns keys: # causal, + revealed by the policy, . closed")
-    for policy in chosen:
-        pairs = ", ".join(sorted(f"{a.name[0]}->{b.name[0]}" for a, b in policy.reveals)) or "nothing"
-        inside = " inside one image" if policy.within_image else ""
-        print(f"\n{policy.name}: reveals {pairs}{inside} ({policy.source})\n{picture(policy, layout)}")
-    return 0
+    return Tokens(
+        chosen.role, chosen.image, chosen.prefill, chosen.sample, index[None].unsqueeze(other)
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from fmtrain.masks import main  # the command shows light forms as well
+
+    sys.exit(main())

@@ -19,7 +19,11 @@ class EvaluationImages:
     """
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor, advance: Callable[[], None]) -> None:
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+        names = sorted(
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if path.suffix.lower() in _ENDINGS and path.is_file()
+        )
         if not names:
             raise ValueError(f"{folder} holds no images to check against")
         self.by_content: dict[bytes, str] = {}
@@ -47,7 +51,9 @@ class EvaluationImages:
                 bits_N = np.bitwise_count(self.looks_N2 ^ look_2).sum(axis=1)
                 nearest = int(bits_N.argmin())
                 if bits_N[nearest] <= SIMILAR:
-                    detail = f"looks like {self.names[nearest]} ({bits_N[nearest]} of 128 bits differ)"
+                    detail = (
+                        f"looks like {self.names[nearest]} ({bits_N[nearest]} of 128 bits differ)"
+                    )
                     found[k] = Problem("contamination", detail)
         return found
 

@@ -19,7 +19,9 @@ from data_prep.converting.rows import Problem, unsafe_name
 from fmtrain.data.images import open_image, resolve
 
 SIMILAR = 8  # of 128 bits; recompressed and rescaled photographs differ in 0 to 6, unrelated ones in about 64
-_PLAIN = 3  # an image whose hash has fewer bits set has next to no structure, so its hash says nothing
+_PLAIN = (
+    3  # an image whose hash has fewer bits set has next to no structure, so its hash says nothing
+)
 
 
 class ImageFacts(NamedTuple):
@@ -45,12 +47,16 @@ def inspect(source: Any, root: Path) -> ImageFacts:
             return ImageFacts(Problem(kind, str(error)))
     try:
         data = source["bytes"] if embedded else path.read_bytes()
-        return ImageFacts(None, content_hash(data), look_hash(open_image({"bytes": data, "path": str(name)})))
+        return ImageFacts(
+            None, content_hash(data), look_hash(open_image({"bytes": data, "path": str(name)}))
+        )
     except (ValueError, OSError) as error:
         return ImageFacts(Problem("unreadable image", str(error)))
 
 
-def inspect_all(sources: Iterable[Any], root: Path, pool: ThreadPoolExecutor) -> Iterator[ImageFacts]:
+def inspect_all(
+    sources: Iterable[Any], root: Path, pool: ThreadPoolExecutor
+) -> Iterator[ImageFacts]:
     """`inspect` for many images in parallel, in their order. Pillow decodes outside of Python's lock."""
     return pool.map(lambda source: inspect(source, root), sources)
 

@@ -23,8 +23,12 @@ def move_rows(rows: Path, reject: Path, bad: Bad, total: int) -> None:
     """
     endings = {file.suffix for file in row_files(rows)}
     if {reject.suffix} != endings:
-        raise ValueError(f"--reject {reject} must end in {' and '.join(sorted(endings))}, as the rows do")
-    if (rows.is_dir() and reject.resolve().is_relative_to(rows.resolve())) or reject.resolve() == rows.resolve():
+        raise ValueError(
+            f"--reject {reject} must end in {' and '.join(sorted(endings))}, as the rows do"
+        )
+    if (
+        rows.is_dir() and reject.resolve().is_relative_to(rows.resolve())
+    ) or reject.resolve() == rows.resolve():
         raise ValueError(f"--reject {reject} lies among the rows themselves; choose another place")
     if reject.suffix == ".jsonl":
         _add_jsonl(rows, reject, bad)
@@ -46,7 +50,10 @@ def _add_jsonl(rows: Path, reject: Path, bad: Bad) -> None:
         for record in scan(rows):
             problems = bad.get(record.file, {}).get(record.number)
             if problems is not None:
-                out.write(encoded(rejected(record.file, record.number, problems, record.row, record.raw)) + b"\n")
+                out.write(
+                    encoded(rejected(record.file, record.number, problems, record.row, record.raw))
+                    + b"\n"
+                )
 
 
 def _keep_lines(file: Path, problems: dict[int, list[Problem]]) -> None:
@@ -67,10 +74,14 @@ def _add_parquet(reject: Path, bad: Bad) -> None:
 def _with_reasons(file: Path, problems: dict[int, list[Problem]]) -> pa.Table:
     """The bad rows of a shard with the columns file, row and reasons added."""
     numbers = sorted(problems)
-    table = pa.concat_tables([pa.Table.from_batches([batch]) for batch in _selected(file, set(numbers), bad=True)])
+    table = pa.concat_tables(
+        [pa.Table.from_batches([batch]) for batch in _selected(file, set(numbers), bad=True)]
+    )
     table = table.append_column("file", pa.array([str(file)] * len(numbers)))
     table = table.append_column("row", pa.array(numbers))
-    return table.append_column("reasons", pa.array([[str(problem) for problem in problems[n]] for n in numbers]))
+    return table.append_column(
+        "reasons", pa.array([[str(problem) for problem in problems[n]] for n in numbers])
+    )
 
 
 def _keep_rows(file: Path, problems: dict[int, list[Problem]]) -> None:

@@ -29,7 +29,9 @@ def report(findings: "Findings", options: argparse.Namespace) -> dict[str, Any]:
         for file, numbers in findings.bad.items()
         for number, problems in numbers.items()
     ]
-    kinds = Counter(kind for row in bad_rows for kind in {problem["kind"] for problem in row["problems"]})
+    kinds = Counter(
+        kind for row in bad_rows for kind in {problem["kind"] for problem in row["problems"]}
+    )
     return {
         "rows": findings.rows,
         "bad": len(bad_rows),
@@ -44,7 +46,10 @@ def report(findings: "Findings", options: argparse.Namespace) -> dict[str, Any]:
 
 def print_report(summary: dict[str, Any], console: Console) -> None:
     """Tables of the problems and of the token lengths."""
-    console.print(f"{summary['rows']:,} rows, {summary['images']:,} images opened, {summary['bad']:,} bad rows", highlight=False)
+    console.print(
+        f"{summary['rows']:,} rows, {summary['images']:,} images opened, {summary['bad']:,} bad rows",
+        highlight=False,
+    )
     if summary["problems"]:
         table = Table("problem", "rows", "for example")
         for kind, count in summary["problems"].items():
@@ -54,9 +59,14 @@ def print_report(summary: dict[str, Any], console: Console) -> None:
         _print_tokens(summary["tokens"], console)
     if summary["unreadable_evaluation_images"]:
         names = summary["unreadable_evaluation_images"]
-        console.print(f"{len(names):,} evaluation images cannot be read, such as {escape(names[0])}", highlight=False)
+        console.print(
+            f"{len(names):,} evaluation images cannot be read, such as {escape(names[0])}",
+            highlight=False,
+        )
     if summary["moved_to"]:
-        console.print(f"{summary['bad']:,} rows moved to {escape(summary['moved_to'])}", highlight=False)
+        console.print(
+            f"{summary['bad']:,} rows moved to {escape(summary['moved_to'])}", highlight=False
+        )
 
 
 def _examples(bad_rows: list[dict[str, Any]], kind: str) -> list[str]:
@@ -74,6 +84,12 @@ def _print_tokens(tokens: dict[str, Any], console: Console) -> None:
     for name, count in tokens["histogram"].items():
         table.add_row(name, f"{count:,}", "█" * round(_BAR * count / most))
     console.print(table)
-    quantiles = "".join(f"{name} {tokens[name]:.0f}, " for name in ("median", "p95") if name in tokens)
-    over = "" if tokens["limit"] is None else f", {tokens['over_limit']:,} over the limit of {tokens['limit']:,}"
+    quantiles = "".join(
+        f"{name} {tokens[name]:.0f}, " for name in ("median", "p95") if name in tokens
+    )
+    over = (
+        ""
+        if tokens["limit"] is None
+        else f", {tokens['over_limit']:,} over the limit of {tokens['limit']:,}"
+    )
     console.print(f"{quantiles}max {tokens['max']:,} tokens{over}", highlight=False)

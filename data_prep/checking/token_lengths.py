@@ -25,10 +25,14 @@ def length_counter(processor_dir: Path, root: Path) -> Callable[[Row], int]:
     try:
         processor = AutoProcessor.from_pretrained(str(processor_dir), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{processor_dir} holds no processor: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{processor_dir} holds no processor: {str(error).splitlines()[0]}"
+        ) from error
 
     def tokens(row: Row) -> int:
-        return token_count(processor, row["messages"], [image_size(image, root) for image in row["images"]])
+        return token_count(
+            processor, row["messages"], [image_size(image, root) for image in row["images"]]
+        )
 
     return tokens
 
@@ -37,7 +41,11 @@ def summary(lengths: list[int], limit: int | None) -> dict[str, Any]:
     """Histogram and quantiles of lengths in tokens, and how many are over `limit`."""
     counts, _ = np.histogram(lengths, bins=[*_EDGES, np.inf])
     names = [*(f"{low}-{high - 1}" for low, high in pairwise(_EDGES)), f"{_EDGES[-1]}+"]
-    quantiles = {name: float(np.quantile(lengths, q)) for name, q in (("median", 0.5), ("p95", 0.95))} if lengths else {}
+    quantiles = (
+        {name: float(np.quantile(lengths, q)) for name, q in (("median", 0.5), ("p95", 0.95))}
+        if lengths
+        else {}
+    )
     return {
         "rows": len(lengths),
         "histogram": {name: int(count) for name, count in zip(names, counts, strict=True)},

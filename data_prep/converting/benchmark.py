@@ -54,16 +54,35 @@ def _sentence(rng: random.Random, words: int) -> str:
 def measure(source: Path, out: Path, options: list[str]) -> dict[str, float]:
     """Convert in another process on one core: seconds by the clock and of the processor, peak resident memory in MB.
     Raises `ValueError` if it fails."""
-    command = [sys.executable, "-m", "data_prep.llava_mix665k", "--source", str(source), "--out", str(out), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.llava_mix665k",
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+        *options,
+    ]
     core = {min(os.sched_getaffinity(0))}
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, core), check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, core),
+        check=False,
+    )
     seconds = time.perf_counter() - started
     if done.returncode:
         raise ValueError(f"the conversion failed: {done.stderr.strip()}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = used.ru_utime + used.ru_stime
-    return {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "peak_mb": round(used.ru_maxrss / 1024)}
+    return {
+        "seconds": round(seconds, 2),
+        "cpu_seconds": round(cpu, 2),
+        "peak_mb": round(used.ru_maxrss / 1024),
+    }
 
 
 def run(options: argparse.Namespace) -> int:
@@ -74,17 +93,25 @@ def run(options: argparse.Namespace) -> int:
         write_mix(source / "llava_v1_5_mix665k.json", options.rows)
         size = (source / "llava_v1_5_mix665k.json").stat().st_size / 1e6
         result = measure(source, out, ["--format", options.format, "--order", options.order])
-    rate = {"rows": options.rows, "source_mb": round(size), "rows_per_second": round(options.rows / result["seconds"])}
+    rate = {
+        "rows": options.rows,
+        "source_mb": round(size),
+        "rows_per_second": round(options.rows / result["seconds"]),
+    }
     print(json.dumps({**rate, **result, "format": options.format, "order": options.order}))
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.converting.benchmark", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.converting.benchmark", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--rows", type=int, default=665_000)
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
-    parser.add_argument("--order", choices=("image_first", "text_first", "dual"), default="image_first")
+    parser.add_argument(
+        "--order", choices=("image_first", "text_first", "dual"), default="image_first"
+    )
     options = parser.parse_args(arguments)
     return guarded(lambda: run(options))
 

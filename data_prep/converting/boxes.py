@@ -16,8 +16,12 @@ TASKS = ("locate", "describe", "both")
 
 def add_box_options(parser: ArgumentParser) -> None:
     """`--task` and `--box-frame`, for data sets of regions and phrases."""
-    parser.add_argument("--task", choices=TASKS, default="locate", help="phrase to box, box to phrase, or both")
-    parser.add_argument("--box-frame", choices=FRAMES, default="square", help="what boxes are relative to")
+    parser.add_argument(
+        "--task", choices=TASKS, default="locate", help="phrase to box, box to phrase, or both"
+    )
+    parser.add_argument(
+        "--box-frame", choices=FRAMES, default="square", help="what boxes are relative to"
+    )
 
 
 def normalised(box: Sequence[float], size: tuple[float, float], frame: str) -> str:
@@ -30,12 +34,23 @@ def normalised(box: Sequence[float], size: tuple[float, float], frame: str) -> s
     left, top = max(x, 0.0), max(y, 0.0)
     right, bottom = min(x + box_width, width), min(y + box_height, height)
     if right <= left or bottom <= top:
-        raise ValueError(f"box {list(box)} has no area inside the image of {width:g} x {height:g} pixels")
+        raise ValueError(
+            f"box {list(box)} has no area inside the image of {width:g} x {height:g} pixels"
+        )
     if frame == "square":
         side = max(width, height)
         dx, dy = (side - width) / 2, (side - height) / 2
-        left, right, top, bottom, width, height = left + dx, right + dx, top + dy, bottom + dy, side, side
-    return str([round(edge, 2) for edge in (left / width, top / height, right / width, bottom / height)])
+        left, right, top, bottom, width, height = (
+            left + dx,
+            right + dx,
+            top + dy,
+            bottom + dy,
+            side,
+            side,
+        )
+    return str(
+        [round(edge, 2) for edge in (left / width, top / height, right / width, bottom / height)]
+    )
 
 
 def turns(phrase: str, box: str, task: str) -> list[list[Message]]:

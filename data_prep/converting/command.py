@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_prep.command_line import guarded
-from data_prep.converting.manifest import Fingerprint, Tally, image_digest, is_current, write_manifest
+from data_prep.converting.manifest import (
+    Fingerprint,
+    Tally,
+    image_digest,
+    is_current,
+    write_manifest,
+)
 from data_prep.converting.orders import ORDERS, arrange, has_order, passes
 from data_prep.converting.rows import Problem, Row, format_problems
 from data_prep.converting.writing import encoded, prepared_folder, rejected, replacing, row_writer
@@ -70,18 +76,45 @@ def parser_of(converter: Converter) -> argparse.ArgumentParser:
         description=converter.doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--source", type=Path, required=True, help="folder with the data set's own files")
-    parser.add_argument("--out", type=Path, required=True, help="folder to create, with nothing else in it")
-    parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl", help="format of the rows")
-    parser.add_argument("--embed-images", action="store_true", help="put image files into the rows (Parquet)")
-    parser.add_argument("--image-root", type=Path, help="what image paths are relative to; default: --source")
+    parser.add_argument(
+        "--source", type=Path, required=True, help="folder with the data set's own files"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to create, with nothing else in it"
+    )
+    parser.add_argument(
+        "--format", choices=("jsonl", "parquet"), default="jsonl", help="format of the rows"
+    )
+    parser.add_argument(
+        "--embed-images", action="store_true", help="put image files into the rows (Parquet)"
+    )
+    parser.add_argument(
+        "--image-root", type=Path, help="what image paths are relative to; default: --source"
+    )
     if converter.image_folder is not None:
-        parser.add_argument("--image-folder", default=converter.image_folder, help="images below the root (%(default)r)")
-    parser.add_argument("--order", choices=ORDERS, default="image_first", help="images before or after the text of a turn")
-    parser.add_argument("--question-twice", action="store_true", help="the question before and after the images")
-    parser.add_argument("--reject", type=Path, help="put records that cannot be converted into this JSONL file and go on")
+        parser.add_argument(
+            "--image-folder",
+            default=converter.image_folder,
+            help="images below the root (%(default)r)",
+        )
+    parser.add_argument(
+        "--order",
+        choices=ORDERS,
+        default="image_first",
+        help="images before or after the text of a turn",
+    )
+    parser.add_argument(
+        "--question-twice", action="store_true", help="the question before and after the images"
+    )
+    parser.add_argument(
+        "--reject",
+        type=Path,
+        help="put records that cannot be converted into this JSONL file and go on",
+    )
     if converter.evaluation_only:
-        parser.add_argument("--force-training", action="store_true", help="do not mark the rows as evaluation only")
+        parser.add_argument(
+            "--force-training", action="store_true", help="do not mark the rows as evaluation only"
+        )
     converter.add_options(parser)
     return parser
 
@@ -98,9 +131,13 @@ def convert(converter: Converter, options: Options) -> int:
     if not options.source.is_dir():
         raise ValueError(f"{options.source} is not a folder; archives have to be unpacked first")
     if options.question_twice and options.order != "image_first":
-        raise ValueError("--question-twice puts the question on both sides; it cannot be combined with --order")
+        raise ValueError(
+            "--question-twice puts the question on both sides; it cannot be combined with --order"
+        )
     if options.reject and options.reject.resolve().is_relative_to(options.out.resolve()):
-        raise ValueError(f"--reject {options.reject} lies in --out, which is replaced as a whole; choose another place")
+        raise ValueError(
+            f"--reject {options.reject} lies in --out, which is replaced as a whole; choose another place"
+        )
     options.image_root = options.image_root or options.source
     options.format = "parquet" if options.embed_images else options.format
     files = converter.files(options.source, options)
@@ -116,16 +153,28 @@ def convert(converter: Converter, options: Options) -> int:
                 if reject is None:
                     raise ValueError(f"{record.file}: row {record.number}: {reason}")
                 tally.rejected += 1
-                entry = rejected(record.file, record.number, [Problem("not converted", reason)], record.value)
+                entry = rejected(
+                    record.file, record.number, [Problem("not converted", reason)], record.value
+                )
                 reject.write(encoded_safely(entry) + b"\n")
         images = image_digest(staging, options.image_root) if options.embed_images else None
-        write_manifest(staging, fingerprint, tally, images, converter.evaluation_only and not options.force_training)
+        write_manifest(
+            staging,
+            fingerprint,
+            tally,
+            images,
+            converter.evaluation_only and not options.force_training,
+        )
     _report(options, tally)
     return 0
 
 
 def _failures(
-    converter: Converter, files: list[Path], options: Options, write: Callable[[list[Row]], None], tally: Tally
+    converter: Converter,
+    files: list[Path],
+    options: Options,
+    write: Callable[[list[Row]], None],
+    tally: Tally,
 ) -> Iterator[tuple[SourceRecord, str]]:
     """Convert and write record by record, counting in `tally`; yields every record that cannot be converted, and
     why."""
@@ -134,7 +183,11 @@ def _failures(
         for record in converter.records(files, options):
             try:
                 found = list(converter.rows(record, options))
-                rows = [_finished(row, order, prefix, options) for row in found if not isinstance(row, str)]
+                rows = [
+                    _finished(row, order, prefix, options)
+                    for row in found
+                    if not isinstance(row, str)
+                ]
                 rows = [row for row in rows if number == 0 or has_order(row)]
                 write(rows)
             except ValueError as error:
@@ -158,7 +211,10 @@ def _finished(row: Row, order: str, prefix: str, options: Options) -> Row:
     row = arrange(row, order, options.question_twice)
     if options.embed_images:
         names = row["images"]
-        row["images"] = [{"bytes": resolve(name, options.image_root).read_bytes(), "path": name} for name in names]
+        row["images"] = [
+            {"bytes": resolve(name, options.image_root).read_bytes(), "path": name}
+            for name in names
+        ]
     return row
 
 

@@ -5,7 +5,13 @@ from typing import Any
 from data_prep.converting.fields import field, shown, unexpected
 from data_prep.converting.rows import PLACEHOLDER, Message, Part, image_part, text_part
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def parts(text: str) -> list[Part]:
@@ -17,7 +23,9 @@ def parts(text: str) -> list[Part]:
     if PLACEHOLDER not in text:
         return [text_part(text)]
     pieces = text.split(PLACEHOLDER)
-    one_side = not any(piece.strip() for piece in pieces[1:]) or not any(piece.strip() for piece in pieces[:-1])
+    one_side = not any(piece.strip() for piece in pieces[1:]) or not any(
+        piece.strip() for piece in pieces[:-1]
+    )
     found: list[Part] = []
     for number, piece in enumerate(pieces):
         if number:
@@ -40,8 +48,12 @@ def messages_of(turns: list[Any], with_images: bool) -> list[Message]:
         text, name = field(turn, key), turn.get(speaker)
         role = _ROLES.get(name) if isinstance(name, str) else None
         if role is None:
-            raise ValueError(f"turn {number}: {speaker} {shown(name)} is not one of {', '.join(_ROLES)}")
-        content = parts(text) if with_images and role == "user" else [{"type": "text", "text": text}]
+            raise ValueError(
+                f"turn {number}: {speaker} {shown(name)} is not one of {', '.join(_ROLES)}"
+            )
+        content = (
+            parts(text) if with_images and role == "user" else [{"type": "text", "text": text}]
+        )
         messages.append({"role": role, "content": content})
     return messages
 

@@ -21,7 +21,11 @@ def field(record: Any, key: str, kind: type | tuple[type, ...] = str) -> Any:
 def integer(record: Any, key: str) -> int:
     """A whole number, also when the source writes it as a string ("00042" is 42) or as a float without a fraction."""
     value = field(record, key, (int, str, float))
-    if isinstance(value, str) and value.strip().lstrip("-").isascii() and value.strip().lstrip("-").isdigit():
+    if (
+        isinstance(value, str)
+        and value.strip().lstrip("-").isascii()
+        and value.strip().lstrip("-").isdigit()
+    ):
         return int(value)
     if isinstance(value, str) or not math.isfinite(value) or int(value) != value:
         raise unexpected(f"a whole number as field {key!r}", value)

@@ -33,7 +33,9 @@ class _Buffer:
         try:
             more = self.file.read(max(_CHUNK, len(rest)))
         except UnicodeDecodeError as error:
-            raise self.fail(f"not UTF-8: byte {error.object[error.start]:#04x} ({error.reason})") from error
+            raise self.fail(
+                f"not UTF-8: byte {error.object[error.start]:#04x} ({error.reason})"
+            ) from error
         self.ended = not more
         self.text, self.at = rest + more, 0
         return bool(more)
@@ -53,13 +55,19 @@ class _Buffer:
     def take(self, character: str, where: str) -> None:
         found = self.peek()
         if found != character:
-            raise self.fail(f"{where}: expected {character!r}, found {found!r}" if found else f"{where}: the file is cut off")
+            raise self.fail(
+                f"{where}: expected {character!r}, found {found!r}"
+                if found
+                else f"{where}: the file is cut off"
+            )
         self.at += 1
 
     def _complete(self, value: Any, end: int) -> bool:
         """Whether a value that ends at `end` surely ends there; "1" and "1e" may go on in the next chunk, as "1e+5"."""
         if isinstance(value, (int, float)):
-            return bool(self.text[end : end + 2].strip("+-.eE0123456789")) or end + 2 < len(self.text)
+            return bool(self.text[end : end + 2].strip("+-.eE0123456789")) or end + 2 < len(
+                self.text
+            )
         return True
 
     def value(self, where: str) -> Any:
@@ -74,7 +82,9 @@ class _Buffer:
                 continue
             except json.JSONDecodeError as error:
                 # Within the last characters, or inside an open string, the text may just go on.
-                certain = error.pos < len(self.text) - 16 and not error.msg.startswith("Unterminated string")
+                certain = error.pos < len(self.text) - 16 and not error.msg.startswith(
+                    "Unterminated string"
+                )
                 reason = f"{where}: not JSON: {error.msg}"
             except RecursionError:
                 certain, reason = True, f"{where}: nested too deeply"
@@ -117,7 +127,9 @@ def _keys(buffer: _Buffer) -> Iterator[str]:
 
 def _end(buffer: _Buffer) -> None:
     if buffer.peek():
-        raise buffer.fail(f"text after the end of the JSON value: {buffer.text[buffer.at : buffer.at + 20]!r}")
+        raise buffer.fail(
+            f"text after the end of the JSON value: {buffer.text[buffer.at : buffer.at + 20]!r}"
+        )
 
 
 def array(path: Path) -> Iterator[tuple[int, Any]]:

@@ -41,11 +41,18 @@ class Fingerprint:
     @classmethod
     def of(cls, converter: str, files: list[Path], options: argparse.Namespace) -> Self:
         """Fingerprint of a conversion that is about to run."""
-        settings = {key: value for key, value in sorted(vars(options).items()) if key not in _PLACES}
+        settings = {
+            key: value for key, value in sorted(vars(options).items()) if key not in _PLACES
+        }
         settings["image_root"] = str(options.image_root.resolve()) if options.embed_images else None
         settings["reject"] = options.reject is not None
         stats = {str(file.resolve()): file.stat() for file in files}
-        return cls(converter, ROW_FORMAT, settings, {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()})
+        return cls(
+            converter,
+            ROW_FORMAT,
+            settings,
+            {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()},
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -84,11 +91,15 @@ def image_digest(folder: Path, root: Path) -> str:
                 for image in images:
                     path = root / image["path"]
                     stat = path.stat() if path.is_file() else None
-                    digest.update(f"{image['path']}\0{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+                    digest.update(
+                        f"{image['path']}\0{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode()
+                    )
     return digest.hexdigest()
 
 
-def write_manifest(folder: Path, fingerprint: Fingerprint, tally: Tally, images: str | None, evaluation_only: bool) -> None:
+def write_manifest(
+    folder: Path, fingerprint: Fingerprint, tally: Tally, images: str | None, evaluation_only: bool
+) -> None:
     """Write the manifest of a folder whose rows are complete; `images` is its `image_digest` if they are embedded."""
     manifest = {
         "fingerprint": vars(fingerprint),
@@ -109,5 +120,9 @@ def refresh_manifest(folder: Path, rows: int) -> None:
     manifest = read_manifest(folder)
     if manifest is not None:
         moved = manifest["rows"] - rows
-        changed = {"rows": rows, "moved": manifest.get("moved", 0) + moved, "files": file_sizes(folder)}
+        changed = {
+            "rows": rows,
+            "moved": manifest.get("moved", 0) + moved,
+            "files": file_sizes(folder),
+        }
         write_json(folder / MANIFEST, {**manifest, **changed})

@@ -15,7 +15,12 @@ DESCRIBE = "Please provide a short description for this region: {}."
 
 def add_prompt_option(parser: ArgumentParser) -> None:
     """`--prompt`, for data sets with short or multiple-choice answers."""
-    parser.add_argument("--prompt", choices=FORMS, default="llava", help="llava: LLaVA-1.5's answer prompts; plain: the question alone")
+    parser.add_argument(
+        "--prompt",
+        choices=FORMS,
+        default="llava",
+        help="llava: LLaVA-1.5's answer prompts; plain: the question alone",
+    )
 
 
 def short_answer(question: str, form: str) -> str:
@@ -25,7 +30,9 @@ def short_answer(question: str, form: str) -> str:
 
 def multiple_choice(question: str, choices: Sequence[str], form: str) -> str:
     """A question with lettered choices, one a line. Raises `ValueError` for fewer than one or more than 26."""
-    listed = "\n".join(f"{letter(index, len(choices))}. {choice}" for index, choice in enumerate(choices))
+    listed = "\n".join(
+        f"{letter(index, len(choices))}. {choice}" for index, choice in enumerate(choices)
+    )
     if not listed:
         raise ValueError("a multiple-choice question has no choices")
     return f"{question}\n{listed}\n{CHOICE}" if form == "llava" else f"{question}\n{listed}"

@@ -28,7 +28,11 @@ Message = dict[str, Any]
 
 ROLES = ("system", "user", "assistant")
 PLACEHOLDER = "<image>"  # what LLaVA's own files write where an image goes; never text of a row
-_KEYS, _MESSAGE_KEYS, _PART_KEYS = frozenset(KEYS), frozenset(("role", "content")), frozenset(("type", "text"))
+_KEYS, _MESSAGE_KEYS, _PART_KEYS = (
+    frozenset(KEYS),
+    frozenset(("role", "content")),
+    frozenset(("type", "text")),
+)
 
 _NOT_IMAGES = (
     ".zip",
@@ -82,7 +86,10 @@ def text_part(text: str) -> Part:
 
 def user(*parts: str | Part) -> Message:
     """A user's turn from parts; a plain string is a text part."""
-    return {"role": "user", "content": [text_part(part) if isinstance(part, str) else part for part in parts]}
+    return {
+        "role": "user",
+        "content": [text_part(part) if isinstance(part, str) else part for part in parts],
+    }
 
 
 def assistant(answer: str) -> Message:
@@ -115,8 +122,16 @@ def format_problems(row: Any) -> list[Problem]:
         return [Problem("format", f"missing keys {missing}, unknown keys {extra}")]
     for key in ("id", "source"):
         if not isinstance(row[key], str) or not row[key]:
-            return [Problem("format", f"{key} must be a string that is not empty, not {row[key]!r:.100}")]
-    if not isinstance(row["messages"], list) or not row["messages"] or not isinstance(row["images"], list):
+            return [
+                Problem(
+                    "format", f"{key} must be a string that is not empty, not {row[key]!r:.100}"
+                )
+            ]
+    if (
+        not isinstance(row["messages"], list)
+        or not row["messages"]
+        or not isinstance(row["images"], list)
+    ):
         return [Problem("format", "messages must be a list that is not empty, and images a list")]
     image_parts = 0
     for number, message in enumerate(row["messages"]):
@@ -138,7 +153,12 @@ def _is_plain(message: Any) -> bool:
     if not isinstance(content, list) or len(content) != 1:
         return False
     part = content[0]
-    return isinstance(part, dict) and len(part) == 2 and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return (
+        isinstance(part, dict)
+        and len(part) == 2
+        and part.get("type") == "text"
+        and isinstance(part.get("text"), str)
+    )
 
 
 def _message_problem(message: Any) -> str | None:
@@ -165,7 +185,11 @@ def _image_problems(images: list[Any], image_parts: int) -> list[Problem]:
     if len(images) != image_parts:
         return [Problem("image count", f"{image_parts} image parts and {len(images)} images")]
     for image in images:
-        embedded = isinstance(image, dict) and image.keys() == {"bytes", "path"} and isinstance(image["bytes"], bytes)
+        embedded = (
+            isinstance(image, dict)
+            and image.keys() == {"bytes", "path"}
+            and isinstance(image["bytes"], bytes)
+        )
         reason = None if embedded else unsafe_name(image)
         if reason is not None:
             return [Problem("unsafe path", reason)]
@@ -176,7 +200,9 @@ def schema(embed_images: bool = False) -> pa.Schema:
     """Arrow schema of the row format, with `features` in the metadata key that `datasets` reads."""
     part = pa.struct([("type", pa.string()), ("text", pa.string())])
     message = pa.struct([("role", pa.string()), ("content", pa.list_(part))])
-    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if embed_images else pa.string()
+    image = (
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]) if embed_images else pa.string()
+    )
     fields = [
         ("id", pa.string()),
         ("source", pa.string()),
@@ -195,7 +221,9 @@ def row_files(path: Path) -> list[Path]:
     else:
         files = [path] if path.is_file() and path.suffix in (".jsonl", ".parquet") else []
     if not files:
-        raise ValueError(f"{path}: no rows here; expected a .jsonl or .parquet file, or a folder with rows*.jsonl")
+        raise ValueError(
+            f"{path}: no rows here; expected a .jsonl or .parquet file, or a folder with rows*.jsonl"
+        )
     return files
 
 
@@ -226,7 +254,9 @@ def _scan_parquet(file: Path) -> Iterator[Record]:
                 number += 1
                 yield Record(file, number, row)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not readable as Parquet: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{file}: not readable as Parquet: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def read_rows(path: Path) -> Iterator[Row]:

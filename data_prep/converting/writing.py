@@ -21,7 +21,9 @@ import pyarrow.parquet as pq
 
 from data_prep.converting.rows import Problem, Row, schema
 
-MANIFEST = "_manifest"  # JSON; `datasets` passes over names that begin so, and over ones without an ending
+MANIFEST = (
+    "_manifest"  # JSON; `datasets` passes over names that begin so, and over ones without an ending
+)
 SHARD_ROWS = 100_000  # rows a Parquet shard
 SHARD_BYTES = 500_000_000  # bytes of embedded images a Parquet shard
 _GROUP_ROWS, _GROUP_BYTES = 2_000, 64_000_000  # what is buffered before it is written
@@ -83,7 +85,9 @@ def _require_replaceable(out: Path) -> None:
     found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     strangers = [name for name in found if name != MANIFEST and not name.startswith("rows")]
     if found and (strangers or MANIFEST not in found):
-        raise ValueError(f"{out} holds {(strangers or found)[0]!r} and is no prepared folder; choose a folder of its own")
+        raise ValueError(
+            f"{out} holds {(strangers or found)[0]!r} and is no prepared folder; choose a folder of its own"
+        )
 
 
 def _claim(lock: int, out: Path) -> None:
@@ -119,7 +123,12 @@ class JsonlWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         self.file.close()
 
     def write(self, rows: list[Row]) -> None:
@@ -141,7 +150,12 @@ class ParquetWriter:
         self._open_shard()  # a set without rows still has a file with the schema
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
         if kind is None:
             self._flush()
         if self.shard is not None:
@@ -152,7 +166,9 @@ class ParquetWriter:
         for row in rows:
             encoded({**row, "images": []})
         self.group += rows
-        self.group_bytes += sum(len(i["bytes"]) for row in rows for i in row["images"] if isinstance(i, dict))
+        self.group_bytes += sum(
+            len(i["bytes"]) for row in rows for i in row["images"] if isinstance(i, dict)
+        )
         if len(self.group) >= _GROUP_ROWS or self.group_bytes >= _GROUP_BYTES:
             self._flush()
 
@@ -192,7 +208,9 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
-def rejected(file: Path, number: int, problems: list[Problem], row: Any, raw: bytes | None = None) -> dict[str, Any]:
+def rejected(
+    file: Path, number: int, problems: list[Problem], row: Any, raw: bytes | None = None
+) -> dict[str, Any]:
     """An entry of a reject file: where the row was, every reason, and the row (or its text, if it is not JSON)."""
     entry: dict[str, Any] = {
         "file": str(file),

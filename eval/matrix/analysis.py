@@ -39,7 +39,14 @@ def tasks_of(items: Sequence[Item]) -> list[Task]:
     found = []
     for name in dict.fromkeys(item.task for item in items):
         units: dict[str, int] = {}
-        found.append(Task(name, np.array([units.setdefault(item.unit, len(units)) for item in items if item.task == name])))
+        found.append(
+            Task(
+                name,
+                np.array(
+                    [units.setdefault(item.unit, len(units)) for item in items if item.task == name]
+                ),
+            )
+        )
     return found
 
 
@@ -72,10 +79,19 @@ def pairs(rows: Sequence[Row], masks: Sequence[str]) -> list[tuple[str, Pair, Pa
     return sorted(found, key=lambda one: one[0])  # stable: kind by kind
 
 
-def results(rows: Sequence[Row], masks: Sequence[str], items: Sequence[Item], scores: Mapping[tuple[str, str], Sequence[float]]) -> dict:
+def results(
+    rows: Sequence[Row],
+    masks: Sequence[str],
+    items: Sequence[Item],
+    scores: Mapping[tuple[str, str], Sequence[float]],
+) -> dict:
     """All numbers of the report. scores: {(run, mask): score of each item}."""
     tasks = tasks_of(items)
-    cells = {(row.name, mask): by_task(items, [scores[run, mask] for run in row.runs]) for row in rows for mask in masks}
+    cells = {
+        (row.name, mask): by_task(items, [scores[run, mask] for run in row.runs])
+        for row in rows
+        for mask in masks
+    }
     compared = pairs(rows, masks)
     differences = [paired.difference(cells[a], cells[b]) for _, a, b in compared]
     drawn = paired.replicates(tasks, [*cells.values(), *differences])
@@ -98,7 +114,13 @@ def _cells(rows, tasks, cells, drawn, names) -> list[dict]:
     for k, (pair, scores) in enumerate(cells.items()):
         found[pair] = paired.estimates(tasks, scores, {name: drawn[name][k] for name in names})
     return [
-        {"task": name, "row": row, "mask": mask, "runs": runs[row], **asdict(found[row, mask][name])}
+        {
+            "task": name,
+            "row": row,
+            "mask": mask,
+            "runs": runs[row],
+            **asdict(found[row, mask][name]),
+        }
         for name in names
         for row, mask in cells
     ]
@@ -107,12 +129,24 @@ def _cells(rows, tasks, cells, drawn, names) -> list[dict]:
 def _comparisons(tasks, compared, differences, drawn, offset: int, names) -> list[dict]:
     found = []
     for k, (kind, cell, other) in enumerate(compared):
-        by_name = paired.compare(tasks, differences[k], {name: drawn[name][offset + k] for name in names})
+        by_name = paired.compare(
+            tasks, differences[k], {name: drawn[name][offset + k] for name in names}
+        )
         for name in names:
-            at = {"task": name, "kind": kind, "row": cell[0], "mask": cell[1], "against_row": other[0], "against_mask": other[1]}
+            at = {
+                "task": name,
+                "kind": kind,
+                "row": cell[0],
+                "mask": cell[1],
+                "against_row": other[0],
+                "against_mask": other[1],
+            }
             found.append(at | asdict(by_name[name]))
     found.sort(key=lambda one: names.index(one["task"]))  # stable: overall first
-    for family in ([one for one in found if one["task"] == OVERALL], [one for one in found if one["task"] != OVERALL]):
+    for family in (
+        [one for one in found if one["task"] == OVERALL],
+        [one for one in found if one["task"] != OVERALL],
+    ):
         for one, p in zip(family, paired.holm([one["p"] for one in family])):
             one["p_holm"] = p
             one["carried"] = bool(p < 1 - CONFIDENCE and (one["low"] > 0 or one["high"] < 0))

@@ -59,14 +59,20 @@ class HeldOut:
 
 
 @functools.lru_cache(maxsize=1)
-def held_out(name: str, tasks: tuple[str, ...], rows_per_task: int, image_root: str | None) -> HeldOut:
+def held_out(
+    name: str, tasks: tuple[str, ...], rows_per_task: int, image_root: str | None
+) -> HeldOut:
     """`rows_per_task` rows of each task: of the digits' test scans, or the first ones of a file.
 
     Raises `ValueError` for a task that is not there or has no row.
     """
     if name == "digits":
         tasks = tasks or tuple(digits.TASKS)
-        rows = [row for task in tasks for row in digits.rows("test", [task], rows_per_task, seed=HELD_OUT).with_format(None)]
+        rows = [
+            row
+            for task in tasks
+            for row in digits.rows("test", [task], rows_per_task, seed=HELD_OUT).with_format(None)
+        ]
         return HeldOut(rows, ".", [item for row in rows for item in _items(row)])
     loaded = data.load(name, image_root=image_root)
     by_task: dict[str, list[dict]] = {}
@@ -91,7 +97,11 @@ def _items(row: dict) -> list[Item]:
     found, asked = [], ""
     for message in row["messages"]:
         content = message["content"]
-        parts = [content] if isinstance(content, str) else [part["text"] for part in content if part["type"] == "text"]
+        parts = (
+            [content]
+            if isinstance(content, str)
+            else [part["text"] for part in content if part["type"] == "text"]
+        )
         if message["role"] == "assistant":
             found.append(Item(task_of(row), str(row["id"]), asked, "".join(parts).strip()))
         asked = " ".join(parts)
@@ -126,7 +136,9 @@ def read_cell(path: Path, key: dict | None = None) -> dict | None:
     try:
         cell = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON (line {error.lineno}); delete it, and it is made again") from error
+        raise ValueError(
+            f"{path}: not JSON (line {error.lineno}); delete it, and it is made again"
+        ) from error
     return cell if key is None or cell["key"] == key else None
 
 
@@ -138,19 +150,36 @@ def write_cell(path: Path, cell: dict) -> None:
     os.replace(staged, path)
 
 
-def missing(folder: Path, run: str, checkpoint: Path, variants: Sequence[Variant], there: HeldOut, max_new_tokens: int) -> list[Variant]:
+def missing(
+    folder: Path,
+    run: str,
+    checkpoint: Path,
+    variants: Sequence[Variant],
+    there: HeldOut,
+    max_new_tokens: int,
+) -> list[Variant]:
     """The masks under which this checkpoint has not answered yet."""
     shared = cell_key(checkpoint, variants[0], there, max_new_tokens)
     found = []
     for variant in variants:
-        key = {**shared, "mask": variant.name, "merge": None if variant.merge is None else vars(variant.merge)}
+        key = {
+            **shared,
+            "mask": variant.name,
+            "merge": None if variant.merge is None else vars(variant.merge),
+        }
         if read_cell(cell_path(folder, run, variant.name), key) is None:
             found.append(variant)
     return found
 
 
 def evaluate(
-    folder: Path, run: str, checkpoint: Path, variants: Sequence[Variant], source: tuple, batch_size: int, max_new_tokens: int
+    folder: Path,
+    run: str,
+    checkpoint: Path,
+    variants: Sequence[Variant],
+    source: tuple,
+    batch_size: int,
+    max_new_tokens: int,
 ) -> int:
     """Answer all questions of `held_out(*source)` with one checkpoint under every mask; returns how many cells were made.
 
@@ -164,7 +193,9 @@ def evaluate(
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     asked = list(questions(processor, there.rows, there.image_root))
     assert [question.reference for question in asked] == [item.reference for item in there.items]
-    order = sorted(range(len(asked)), key=lambda k: (asked[k].layout.shape[1], k))  # little padding in a batch
+    order = sorted(
+        range(len(asked)), key=lambda k: (asked[k].layout.shape[1], k)
+    )  # little padding in a batch
     handle: Handle = attached(model)
     for variant in todo:
         with handle.under(variant.policy, variant.merge):
@@ -172,7 +203,9 @@ def evaluate(
         answers = [text for _, text in sorted(zip(order, said))]
         scores = [right(text, item.reference) for text, item in zip(answers, there.items)]
         key = cell_key(checkpoint, variant, there, max_new_tokens)
-        write_cell(cell_path(folder, run, variant.name), {"key": key, "answers": answers, "scores": scores})
+        write_cell(
+            cell_path(folder, run, variant.name), {"key": key, "answers": answers, "scores": scores}
+        )
     return len(todo)
 
 
@@ -180,7 +213,9 @@ def prepare_worker(threads: int) -> None:
     """Of a worker process: its threads, no output of its own, and it ends when the matrix is killed."""
     if threads:
         torch.set_num_threads(threads)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that its own code still sets
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers"
+    )  # of names that its own code still sets
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -29,7 +29,9 @@ def style(light: Colour, dark: Colour) -> str:
     """CSS variables of a cell: background and text in both themes; black or white text, whichever contrasts more."""
     found = []
     for suffix, colour in (("", light), ("d", dark)):
-        found.append(f"--b{suffix}:#{bytes(colour).hex()};--t{suffix}:{'#000' if luminance(colour) > 0.179 else '#fff'}")
+        found.append(
+            f"--b{suffix}:#{bytes(colour).hex()};--t{suffix}:{'#000' if luminance(colour) > 0.179 else '#fff'}"
+        )
     return ";".join(found)
 
 
@@ -65,7 +67,9 @@ def policy_picture(mask: str, picture: str = EXAMPLE) -> str:
         for k, open_ in enumerate(row):
             css = "closed" if not open_ else "revealed" if k > q else "past"
             x, y = edge + k * cell, edge + q * cell
-            parts.append(f'<rect class="{css}" x="{x + 0.75:g}" y="{y + 0.75:g}" width="{cell - 1.5:g}" height="{cell - 1.5:g}" rx="2"/>')
+            parts.append(
+                f'<rect class="{css}" x="{x + 0.75:g}" y="{y + 0.75:g}" width="{cell - 1.5:g}" height="{cell - 1.5:g}" rx="2"/>'
+            )
     size = edge + cell * len(names) + 1
     return svg(size, size, f"the mask {mask} on {picture}", parts, "policy")
 
@@ -85,7 +89,9 @@ def bars(groups: Sequence[tuple[str, dict[str, dict]]], line: float | None, titl
     parts, y = [], top
     for name, series in groups:
         tall = bar * len(series)
-        parts.append(f'<text class="name" x="{left - 8:g}" y="{y + tall / 2 + 4:g}">{escape(name)}</text>')
+        parts.append(
+            f'<text class="name" x="{left - 8:g}" y="{y + tall / 2 + 4:g}">{escape(name)}</text>'
+        )
         for kind, one in series.items():
             score, low, high = (left + width * one[key] / full for key in ("score", "low", "high"))
             middle = y + bar / 2

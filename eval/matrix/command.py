@@ -64,7 +64,14 @@ class Work:
     def todo(self, run: Run) -> list[Variant]:
         if not runs.finished(run):
             return list(self.variants)
-        return cells.missing(self.recipe.folder, run.name, run.folder, self.variants, self.there, self.recipe.max_new_tokens)
+        return cells.missing(
+            self.recipe.folder,
+            run.name,
+            run.folder,
+            self.variants,
+            self.there,
+            self.recipe.max_new_tokens,
+        )
 
     def one(self, run: Run, pool: ProcessPoolExecutor | None) -> str:
         """Make one run and its cells; returns what was done."""
@@ -74,16 +81,32 @@ class Work:
         made = 0
         if self.todo(run):
             place = self.recipe.folder, run.name, run.folder
-            how = self.variants, source(self.recipe), self.recipe.batch_size, self.recipe.max_new_tokens
-            made = pool.submit(cells.evaluate, *place, *how).result() if pool else cells.evaluate(*place, *how)
-        return ", ".join([*(["trained"] if trained else []), *([f"{made} cells evaluated"] if made else [])]) or "finished before"
+            how = (
+                self.variants,
+                source(self.recipe),
+                self.recipe.batch_size,
+                self.recipe.max_new_tokens,
+            )
+            made = (
+                pool.submit(cells.evaluate, *place, *how).result()
+                if pool
+                else cells.evaluate(*place, *how)
+            )
+        return (
+            ", ".join(
+                [*(["trained"] if trained else []), *([f"{made} cells evaluated"] if made else [])]
+            )
+            or "finished before"
+        )
 
     def all(self, plan: Sequence[Run]) -> None:
         """Make everything that is missing. Raises `ValueError` for the first run that fails, when those under way ended."""
         pool, jobs = None, self.recipe.jobs
         if jobs > 1:
             spawn = multiprocessing.get_context("spawn")
-            pool = ProcessPoolExecutor(jobs, spawn, initializer=cells.prepare_worker, initargs=(self.recipe.threads,))
+            pool = ProcessPoolExecutor(
+                jobs, spawn, initializer=cells.prepare_worker, initargs=(self.recipe.threads,)
+            )
         elif self.recipe.threads:
             torch.set_num_threads(self.recipe.threads)
         threads = ThreadPoolExecutor(jobs)
@@ -99,8 +122,17 @@ class Work:
                 pool.shutdown()
 
     def _watch(self, futures: dict[Future, Run], plan: Sequence[Run]) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        paths = [cells.cell_path(self.recipe.folder, run.name, variant.name) for run in plan for variant in self.variants]
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        paths = [
+            cells.cell_path(self.recipe.folder, run.name, variant.name)
+            for run in plan
+            for variant in self.variants
+        ]
         with Progress(*columns, console=console) as progress:
             trained = progress.add_task("runs", total=len(plan))
             evaluated = progress.add_task("cells", total=len(paths))
@@ -113,7 +145,9 @@ class Work:
                 progress.update(evaluated, completed=sum(path.is_file() for path in paths))
 
 
-def collect(recipe: MatrixRecipe, plan: Sequence[Run], variants: Sequence[Variant], there: HeldOut | None) -> dict:
+def collect(
+    recipe: MatrixRecipe, plan: Sequence[Run], variants: Sequence[Variant], there: HeldOut | None
+) -> dict:
     """The results of a matrix whose cells are all there."""
     names = [variant.name for variant in variants]
     rows = [Row(row, next(run.mask for run in plan if run.row == row), tuple(run.name for run in plan if run.row == row))
@@ -122,7 +156,11 @@ def collect(recipe: MatrixRecipe, plan: Sequence[Run], variants: Sequence[Varian
         items, scores = milebench_scores.read(Path(recipe.scores), plan, names, recipe.tasks)
         shown = []
     else:
-        found = {(run.name, name): cells.read_cell(cells.cell_path(recipe.folder, run.name, name)) for run in plan for name in names}
+        found = {
+            (run.name, name): cells.read_cell(cells.cell_path(recipe.folder, run.name, name))
+            for run in plan
+            for name in names
+        }
         items, scores = there.items, {cell: content["scores"] for cell, content in found.items()}
         answers = {cell: content["answers"] for cell, content in found.items()}
         shown = showcase(there, rows, names, scores, answers, recipe.samples)
@@ -130,14 +168,24 @@ def collect(recipe: MatrixRecipe, plan: Sequence[Run], variants: Sequence[Varian
 
 
 def print_overall(results: dict) -> None:
-    table = Table(title="right answers in percent, mean of the tasks, and 95 % interval; * the mask of training", title_justify="left")
+    table = Table(
+        title="right answers in percent, mean of the tasks, and 95 % interval; * the mask of training",
+        title_justify="left",
+    )
     table.add_column("mask in training", no_wrap=True)
     for mask in results["masks"]:
         table.add_column(mask, justify="right", no_wrap=True)
     for row in results["rows"]:
-        found = [cell for cell in results["cells"] if cell["row"] == row["name"] and cell["task"] == OVERALL]
+        found = [
+            cell
+            for cell in results["cells"]
+            if cell["row"] == row["name"] and cell["task"] == OVERALL
+        ]
         marks = ["* " if row["mask"] == cell["mask"] else "" for cell in found]
-        texts = [f"{100 * one['score']:.1f}\n{100 * one['low']:.0f}..{100 * one['high']:.0f}" for one in found]
+        texts = [
+            f"{100 * one['score']:.1f}\n{100 * one['low']:.0f}..{100 * one['high']:.0f}"
+            for one in found
+        ]
         table.add_row(row["name"], *(mark + text for mark, text in zip(marks, texts)))
     Console(width=140).print(table)
 
@@ -145,9 +193,16 @@ def print_overall(results: dict) -> None:
 def parse(arguments: Sequence[str]) -> tuple[MatrixRecipe, bool]:
     """The recipe and whether to log to W&B. Raises `ValueError`."""
     if not arguments or arguments[0].startswith("-"):
-        raise ValueError("usage: python -m eval.matrix RECIPE.yaml | CHECKPOINT .. [--KEY VALUE ..] [--wandb]")
-    first = next((k for k, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
-    given, rest = list(arguments[:first]), [argument for argument in arguments[first:] if argument != "--wandb"]
+        raise ValueError(
+            "usage: python -m eval.matrix RECIPE.yaml | CHECKPOINT .. [--KEY VALUE ..] [--wandb]"
+        )
+    first = next(
+        (k for k, argument in enumerate(arguments) if argument.startswith("--")), len(arguments)
+    )
+    given, rest = (
+        list(arguments[:first]),
+        [argument for argument in arguments[first:] if argument != "--wandb"],
+    )
     overrides: dict[str, str] = {}
     while rest:
         option = rest.pop(0)
@@ -159,8 +214,12 @@ def parse(arguments: Sequence[str]) -> tuple[MatrixRecipe, bool]:
         return matrix_recipe.read(given[0], overrides), "--wandb" in arguments
     missing = [path for path in given if not Path(path).is_dir()]
     if missing:
-        raise ValueError(f"{missing[0]}: no such checkpoint folder (give one recipe, or checkpoint folders)")
-    return matrix_recipe.read(None, {"checkpoints": json.dumps(given)} | overrides), "--wandb" in arguments
+        raise ValueError(
+            f"{missing[0]}: no such checkpoint folder (give one recipe, or checkpoint folders)"
+        )
+    return matrix_recipe.read(
+        None, {"checkpoints": json.dumps(given)} | overrides
+    ), "--wandb" in arguments
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -168,7 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments in (["-h"], ["--help"]):
         print(__doc__)
         return 0
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # of names that TRL still sets
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="transformers"
+    )  # of names that TRL still sets
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     try:
@@ -180,8 +241,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             there = cells.held_out(*source(recipe))
             Work(recipe, variants, there).all(plan)
         results = collect(recipe, plan, variants, there)
-        written = {"matrix": arguments[0] if Path(arguments[0]).is_file() else None, "training": recipe.recipe}
-        results["made"] = provenance.made_with(shlex.join(["python", "-m", "eval.matrix", *arguments]), written)
+        written = {
+            "matrix": arguments[0] if Path(arguments[0]).is_file() else None,
+            "training": recipe.recipe,
+        }
+        results["made"] = provenance.made_with(
+            shlex.join(["python", "-m", "eval.matrix", *arguments]), written
+        )
         report.write(Path(recipe.out), results, recipe.published)
         if wandb:
             tracking.log(results, Path(recipe.out))

@@ -28,7 +28,9 @@ def read(
     there = sorted(path.parent.name for path in first.glob(f"*/{NAME}"))
     for task in tasks:
         if task not in there:
-            raise ValueError(f"{first / task / NAME}: no such scores; there are {', '.join(there) or 'none'}")
+            raise ValueError(
+                f"{first / task / NAME}: no such scores; there are {', '.join(there) or 'none'}"
+            )
     items: list[Item] = []
     found: dict[tuple[str, str], list[float]] = {cell: [] for cell in folders}
     for task in tasks or there:
@@ -40,7 +42,9 @@ def read(
                 items += [Item(task, f"{task}/{number}", "", "") for number in expected]
             if sorted(by_id) != expected:
                 other = min(set(by_id) ^ set(expected))
-                raise ValueError(f"{folder / task / NAME}: sample {other} is not in every cell; all cells must score the same samples")
+                raise ValueError(
+                    f"{folder / task / NAME}: sample {other} is not in every cell; all cells must score the same samples"
+                )
             found[cell] += [by_id[number] for number in expected]
     if not items:
         raise ValueError(f"{first}: holds no <task>/{NAME}")
@@ -53,7 +57,9 @@ def _folder(scores: Path, run: Run, mask: str) -> Path:
         return named
     if mask == run.mask and (scores / run.name).is_dir():
         return scores / run.name
-    raise ValueError(f"{named}: no such folder; generate with --model {run.folder} --policy {mask}, then score")
+    raise ValueError(
+        f"{named}: no such folder; generate with --model {run.folder} --policy {mask}, then score"
+    )
 
 
 def _samples(path: Path) -> dict[int, float]:

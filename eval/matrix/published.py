@@ -53,7 +53,9 @@ def tables() -> list[Published]:
     return found
 
 
-def beside(table: Published, own: Mapping[str, Mapping[str, float]], file: str | None = None) -> list[list[str]]:
+def beside(
+    table: Published, own: Mapping[str, Mapping[str, float]], file: str | None = None
+) -> list[list[str]]:
     """Rows of a user's numbers in the columns of a published table, "" where there is none.
 
     own: {row's name: {column: number}}, of which rows without any column of the table are left out. file: a CSV with (some
@@ -64,7 +66,12 @@ def beside(table: Published, own: Mapping[str, Mapping[str, float]], file: str |
     for name, values in own.items():
         if any(column in values for column in numbers):
             label = ["yours", name] if table.keys == 2 else [f"yours: {name}"]
-            found.append([*label, *(f"{values[column]:.3f}" if column in values else "" for column in numbers)])
+            found.append(
+                [
+                    *label,
+                    *(f"{values[column]:.3f}" if column in values else "" for column in numbers),
+                ]
+            )
     if file is None:
         return found
     header, *rows = _read(Path(file))

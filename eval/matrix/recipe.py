@@ -27,7 +27,9 @@ class MatrixRecipe:
     train_masks: list[str] = field(default_factory=list)
     eval_masks: list[str] = field(default_factory=list)  # by default those of training, and causal
     seeds: list[int] = field(default_factory=lambda: [0])
-    checkpoints: dict[str, list[str]] = field(default_factory=dict)  # name of a row: its runs, trained elsewhere
+    checkpoints: dict[str, list[str]] = field(
+        default_factory=dict
+    )  # name of a row: its runs, trained elsewhere
     data: str = "digits"  # held-out digits, or rows as a training recipe names them
     tasks: list[str] = field(default_factory=list)  # by default all; of rows, their `source`
     rows_per_task: int = 200
@@ -42,7 +44,9 @@ class MatrixRecipe:
     jobs: int = 1  # runs that are trained, or evaluated, at the same time
     threads: int = 0  # of torch in each of them; 0: torch's own choice
     samples: int = 2  # questions a task that the report shows
-    published: dict[str, str] = field(default_factory=dict)  # published table: CSV file of the same columns to put beside
+    published: dict[str, str] = field(
+        default_factory=dict
+    )  # published table: CSV file of the same columns to put beside
 
     @property
     def folder(self) -> Path:
@@ -79,9 +83,15 @@ def read(path: str | None, overrides: Mapping[str, str] | None = None) -> Matrix
     fields = {each.name: each.type for each in dataclasses.fields(MatrixRecipe)}
     for key in values:
         if key not in fields:
-            raise ValueError(f"{where}: unknown key {key!r}; the nearest known one is {_nearest(key, fields)!r}")
+            raise ValueError(
+                f"{where}: unknown key {key!r}; the nearest known one is {_nearest(key, fields)!r}"
+            )
     values["checkpoints"] = _checkpoints(values.get("checkpoints"))
-    values = {key: _fit(where, key, value, fields[key]) for key, value in values.items() if value is not None}
+    values = {
+        key: _fit(where, key, value, fields[key])
+        for key, value in values.items()
+        if value is not None
+    }
     return _check(where, MatrixRecipe(**values))
 
 
@@ -103,10 +113,14 @@ def _checkpoints(given) -> dict[str, list[str]]:
         names = [Path(str(path)).name for path in given]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"several checkpoints are called {twice[0]!r}: give them names, `checkpoints: {{name: folder}}`")
+            raise ValueError(
+                f"several checkpoints are called {twice[0]!r}: give them names, `checkpoints: {{name: folder}}`"
+            )
         return {name: [str(path)] for name, path in zip(names, given)}
     if isinstance(given, dict):
-        return {str(name): [paths] if isinstance(paths, str) else paths for name, paths in given.items()}
+        return {
+            str(name): [paths] if isinstance(paths, str) else paths for name, paths in given.items()
+        }
     return {} if given is None else given
 
 
@@ -122,9 +136,14 @@ def _fit(where: str, key: str, value, kind):
     if fine and origin in (list, dict) and Any not in inside:
         content = value if origin is list else value.values()
         plain = [typing.get_origin(inside[-1]) or inside[-1]] * len(content)
-        fine = all(isinstance(item, one) and not isinstance(item, bool) for item, one in zip(content, plain))
+        fine = all(
+            isinstance(item, one) and not isinstance(item, bool)
+            for item, one in zip(content, plain)
+        )
     if not fine:
-        raise ValueError(f"{where}: {key} is {value!r}, not {kind if typing.get_origin(kind) else kind.__name__}")
+        raise ValueError(
+            f"{where}: {key} is {value!r}, not {kind if typing.get_origin(kind) else kind.__name__}"
+        )
     return value
 
 
@@ -134,20 +153,26 @@ def _check(where: str, recipe: MatrixRecipe) -> MatrixRecipe:
     if not recipe.row_sizes():
         raise ValueError(f"{where}: nothing to evaluate; name a base, train_masks or checkpoints")
     if recipe.train_masks and not recipe.scores and not (recipe.base and recipe.recipe):
-        raise ValueError(f"{where}: train_masks need `base`, the checkpoint to train from, and `recipe`, how to train")
+        raise ValueError(
+            f"{where}: train_masks need `base`, the checkpoint to train from, and `recipe`, how to train"
+        )
     for name in ("rows_per_task", "max_new_tokens", "batch_size", "jobs", "merge_kernel_size"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{where}: {name} is {getattr(recipe, name)}; it is 1 or more")
     for name in ("train_masks", "eval_masks", "seeds", "tasks"):
         values = getattr(recipe, name)
         if len(set(values)) < len(values):
-            raise ValueError(f"{where}: {name} names something twice: {', '.join(map(str, values))}")
+            raise ValueError(
+                f"{where}: {name} names something twice: {', '.join(map(str, values))}"
+            )
     names = [*(["base"] if recipe.base else []), *recipe.train_masks, *recipe.checkpoints]
     if len(set(names)) < len(names):
         raise ValueError(f"{where}: two rows have the same name: {', '.join(names)}")
     counts = set(recipe.row_sizes().values()) - {1}
     if len(counts) > 1:
-        raise ValueError(f"{where}: rows have {' and '.join(map(str, sorted(counts)))} runs; give each the same number, or one")
+        raise ValueError(
+            f"{where}: rows have {' and '.join(map(str, sorted(counts)))} runs; give each the same number, or one"
+        )
     for name in [*recipe.train_masks, *recipe.eval_masks]:
         recipe.variant(name)
     return recipe

@@ -48,7 +48,14 @@ def plan(recipe: MatrixRecipe) -> list[Run]:
     """
     runs = []
     if recipe.base:
-        runs.append(Run(Path(recipe.base).name, "base", _recorded(recipe.base, "causal", recipe.scores), Path(recipe.base)))
+        runs.append(
+            Run(
+                Path(recipe.base).name,
+                "base",
+                _recorded(recipe.base, "causal", recipe.scores),
+                Path(recipe.base),
+            )
+        )
     for mask in recipe.train_masks:
         for seed in recipe.seeds:
             name = f"{mask}-seed{seed}"
@@ -59,15 +66,22 @@ def plan(recipe: MatrixRecipe) -> list[Run]:
         if recipe.scores is None:
             training_recipe.read(runs[-1].recipe)
     for row, folders in recipe.checkpoints.items():
-        found = [Run(Path(folder).name, row, _recorded(folder, None, recipe.scores), Path(folder)) for folder in folders]
+        found = [
+            Run(Path(folder).name, row, _recorded(folder, None, recipe.scores), Path(folder))
+            for folder in folders
+        ]
         masks = sorted({run.mask for run in found})
         if len(masks) > 1:
-            raise ValueError(f"the checkpoints of {row!r} were trained with different masks: {', '.join(masks)}")
+            raise ValueError(
+                f"the checkpoints of {row!r} were trained with different masks: {', '.join(masks)}"
+            )
         runs += found
     names = [run.name for run in runs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"several checkpoints are in a folder called {twice[0]!r}; predictions are told apart by that name")
+        raise ValueError(
+            f"several checkpoints are in a folder called {twice[0]!r}; predictions are told apart by that name"
+        )
     return runs
 
 
@@ -80,17 +94,27 @@ def _recorded(folder: str, otherwise: str | None, scores: str | None) -> str:
         raise ValueError(f"{folder}: no such checkpoint folder")
     known = recorded_policy(folder)
     if known is None and otherwise is None:
-        raise ValueError(f"{folder}: its config.json records no policy, so the mask in training is unknown")
+        raise ValueError(
+            f"{folder}: its config.json records no policy, so the mask in training is unknown"
+        )
     return otherwise if known is None else mask_name(*known)
 
 
 def _write_recipe(recipe: MatrixRecipe, run: Run, seed: int) -> None:
     """The run's training recipe: the named one, the overrides, and what makes it this run."""
     values = {**_mapping(recipe.recipe), **recipe.overrides}
-    values |= {"model_name_or_path": recipe.base, "mask": run.mask, "seed": seed, "output_dir": str(run.folder)}
+    values |= {
+        "model_name_or_path": recipe.base,
+        "mask": run.mask,
+        "seed": seed,
+        "output_dir": str(run.folder),
+    }
     values = {key: value for key, value in values.items() if not key.startswith("merge_")}
     if "+" in run.mask:
-        values |= {name: getattr(recipe, name) for name in ("merge_prefix", "merge_kernel_size", "merge_normalize")}
+        values |= {
+            name: getattr(recipe, name)
+            for name in ("merge_prefix", "merge_kernel_size", "merge_normalize")
+        }
     if run.folder.exists() and run.recipe.is_file():
         before = _mapping(run.recipe)
         changed = [key for key in {**before, **values} if before.get(key) != values.get(key)]
@@ -100,7 +124,9 @@ def _write_recipe(recipe: MatrixRecipe, run: Run, seed: int) -> None:
                 f"{run.folder}: was trained with {key} {before.get(key)!r}, now it is {values.get(key)!r}; "
                 "delete that folder, or name another `work`"
             )
-    text = f"# One run of a matrix: {shlex.join(sys.argv)}\n{yaml.safe_dump(values, sort_keys=False)}"
+    text = (
+        f"# One run of a matrix: {shlex.join(sys.argv)}\n{yaml.safe_dump(values, sort_keys=False)}"
+    )
     run.recipe.parent.mkdir(parents=True, exist_ok=True)
     staged = run.recipe.with_suffix(f".{os.getpid()}.tmp")
     staged.write_text(text)
@@ -124,7 +150,9 @@ def finished(run: Run) -> bool:
     if run.recipe is None:
         return True
     named = [run.folder / name for name in ("run.json", "config.json", "trainer_state.json")]
-    return all(path.is_file() for path in named) and any((run.folder / name).is_file() for name in WEIGHTS)
+    return all(path.is_file() for path in named) and any(
+        (run.folder / name).is_file() for name in WEIGHTS
+    )
 
 
 @contextmanager
@@ -146,7 +174,9 @@ def train(run: Run, recipe: MatrixRecipe, started: list[subprocess.Popen]) -> bo
     with alone(log.with_suffix(".lock")) as lock:
         if finished(run):
             return False
-        resume = any((path / "trainer_state.json").is_file() for path in run.folder.glob("checkpoint-*"))
+        resume = any(
+            (path / "trainer_state.json").is_file() for path in run.folder.glob("checkpoint-*")
+        )
         if not resume and run.folder.exists():
             shutil.rmtree(run.folder)
         command = [
@@ -155,15 +185,27 @@ def train(run: Run, recipe: MatrixRecipe, started: list[subprocess.Popen]) -> bo
             str(run.recipe),
             *(["--resume_from_checkpoint", "true"] if resume else []),
         ]
-        environment = {**os.environ, **({"OMP_NUM_THREADS": str(recipe.threads)} if recipe.threads else {})}
+        environment = {
+            **os.environ,
+            **({"OMP_NUM_THREADS": str(recipe.threads)} if recipe.threads else {}),
+        }
         with log.open("a") as output:
             output.write(f"$ {shlex.join(command)}\n")
             output.flush()
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock])
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, pass_fds=[lock]
+            )
             started.append(process)
             status = process.wait()
     if status or not finished(run):
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        said = next((line for line in reversed(lines) if "error" in line.lower() or "stopped by" in line), lines[-1])
-        raise ValueError(f"training {run.name} failed (exit code {status}): {said[:300]}; see {log}")
+        lines = [
+            line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()
+        ]
+        said = next(
+            (line for line in reversed(lines) if "error" in line.lower() or "stopped by" in line),
+            lines[-1],
+        )
+        raise ValueError(
+            f"training {run.name} failed (exit code {status}): {said[:300]}; see {log}"
+        )
     return True

@@ -22,12 +22,20 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def choose(there: HeldOut, scores: Mapping[tuple[str, str], Sequence[float]], own: Sequence[tuple[str, str]], count: int) -> list[int]:
+def choose(
+    there: HeldOut,
+    scores: Mapping[tuple[str, str], Sequence[float]],
+    own: Sequence[tuple[str, str]],
+    count: int,
+) -> list[int]:
     """For each task the `count` first questions on which cells `own` differ the most in being right: not a fair sample."""
     chosen = []
     for task in dict.fromkeys(item.task for item in there.items):
         numbers = [k for k, item in enumerate(there.items) if item.task == task]
-        spread = {k: min(shares := [scores[cell][k] for cell in own].count(1), len(own) - shares) for k in numbers}
+        spread = {
+            k: min(shares := [scores[cell][k] for cell in own].count(1), len(own) - shares)
+            for k in numbers
+        }
         chosen += sorted(sorted(numbers, key=lambda k: -spread[k])[:count])
     return chosen
 
@@ -48,8 +56,15 @@ def showcase(
         item = there.items[k]
         row = by_id[item.unit]
         turn = [n for n, other in enumerate(there.items) if other.unit == item.unit].index(k)
-        asked = [n for n, message in enumerate(row["messages"]) if message["role"] == "assistant"][turn]
-        parts = [part for message in row["messages"][:asked] if not isinstance(message["content"], str) for part in message["content"]]
+        asked = [n for n, message in enumerate(row["messages"]) if message["role"] == "assistant"][
+            turn
+        ]
+        parts = [
+            part
+            for message in row["messages"][:asked]
+            if not isinstance(message["content"], str)
+            for part in message["content"]
+        ]
         shown = sum(part["type"] == "image" for part in parts)
         found.append(
             {
@@ -58,10 +73,15 @@ def showcase(
                 "turn": turn,
                 "question": item.text,
                 "reference": item.reference,
-                "images": [data_uri(open_image(image, there.image_root)) for image in row["images"][:shown]],
+                "images": [
+                    data_uri(open_image(image, there.image_root)) for image in row["images"][:shown]
+                ],
                 "answers": {
                     each.name: {
-                        mask: {"text": answers[each.runs[0], mask][k], "right": bool(right(answers[each.runs[0], mask][k], item.reference))}
+                        mask: {
+                            "text": answers[each.runs[0], mask][k],
+                            "right": bool(right(answers[each.runs[0], mask][k], item.reference)),
+                        }
                         for mask in masks
                     }
                     for each in rows

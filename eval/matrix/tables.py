@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from eval.paired import OVERALL
 
 COMPARED = "n better worse difference low high p p_holm carried".split()
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {c: "\\" + c for c in "&%$#_{}"}
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    c: "\\" + c for c in "&%$#_{}"
+}
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,27 @@ def p_value(p: float) -> str:
 
 def cells(results: dict) -> Table:
     """Every cell, a line each."""
-    header = ["task", "row", "mask_in_training", "mask_in_inference", "n", "runs", "score", "low", "high"]
+    header = [
+        "task",
+        "row",
+        "mask_in_training",
+        "mask_in_inference",
+        "n",
+        "runs",
+        "score",
+        "low",
+        "high",
+    ]
     mask = {row["name"]: row["mask"] for row in results["rows"]}
     rows = [
-        [cell["task"], cell["row"], mask[cell["row"]], cell["mask"], str(cell["n"]), str(cell["runs"])]
+        [
+            cell["task"],
+            cell["row"],
+            mask[cell["row"]],
+            cell["mask"],
+            str(cell["n"]),
+            str(cell["runs"]),
+        ]
         + [share(cell[key]) for key in ("score", "low", "high")]
         for cell in results["cells"]
     ]
@@ -50,7 +69,8 @@ def comparisons(results: dict) -> Table:
     """Every comparison, a line each."""
     header = "task comparison row mask_in_inference against_row against_mask".split() + COMPARED
     rows = [
-        [one[key] for key in ("task", "kind", "row", "mask", "against_row", "against_mask")] + _compared(one)
+        [one[key] for key in ("task", "kind", "row", "mask", "against_row", "against_mask")]
+        + _compared(one)
         for one in results["comparisons"]
     ]
     return Table("All comparisons", header, rows, labels=6)
@@ -59,16 +79,36 @@ def comparisons(results: dict) -> Table:
 def comparisons_of(results: dict, task: str) -> Table:
     """The comparisons of one task, with the cell compared with as ROW / MASK."""
     rows = [
-        [one["kind"], one["row"], one["mask"], f"{one['against_row']} / {one['against_mask']}", *_compared(one)]
+        [
+            one["kind"],
+            one["row"],
+            one["mask"],
+            f"{one['against_row']} / {one['against_mask']}",
+            *_compared(one),
+        ]
         for one in results["comparisons"]
         if one["task"] == task
     ]
-    return Table(f"Comparisons: {task}", ["comparison", "row", "mask_in_inference", "against", *COMPARED], rows, labels=4)
+    return Table(
+        f"Comparisons: {task}",
+        ["comparison", "row", "mask_in_inference", "against", *COMPARED],
+        rows,
+        labels=4,
+    )
 
 
 def _compared(one: dict) -> list[str]:
-    counts, points = [str(one[key]) for key in ("n", "better", "worse")], [signed(one[key]) for key in ("difference", "low", "high")]
-    return [*counts, *points, p_value(one["p"]), p_value(one["p_holm"]), "yes" if one["carried"] else "no"]
+    counts, points = (
+        [str(one[key]) for key in ("n", "better", "worse")],
+        [signed(one[key]) for key in ("difference", "low", "high")],
+    )
+    return [
+        *counts,
+        *points,
+        p_value(one["p"]),
+        p_value(one["p_holm"]),
+        "yes" if one["carried"] else "no",
+    ]
 
 
 def grid(results: dict, task: str) -> Table:
@@ -78,8 +118,19 @@ def grid(results: dict, task: str) -> Table:
     for k, row in enumerate(results["rows"]):
         line = [found[row["name"], mask] for mask in results["masks"]]
         bold |= {(k, 1 + j) for j, mask in enumerate(results["masks"]) if mask == row["mask"]}
-        rows.append([label(row), *(f"{share(cell['score'])} [{share(cell['low'])}, {share(cell['high'])}]" for cell in line)])
-    n, runs = results["cells"][0]["n"] if task == OVERALL else results["tasks"][task], max(len(row["runs"]) for row in results["rows"])
+        rows.append(
+            [
+                label(row),
+                *(
+                    f"{share(cell['score'])} [{share(cell['low'])}, {share(cell['high'])}]"
+                    for cell in line
+                ),
+            ]
+        )
+    n, runs = (
+        results["cells"][0]["n"] if task == OVERALL else results["tasks"][task],
+        max(len(row["runs"]) for row in results["rows"]),
+    )
     title = f"{task}: {n} questions" + (f", {runs} runs a row" if runs > 1 else "")
     return Table(title, ["mask in training", *results["masks"]], rows, bold=bold)
 
@@ -100,9 +151,14 @@ def as_csv(table: Table) -> str:
 
 def as_markdown(table: Table) -> str:
     def line(texts: Sequence[str]) -> str:
-        return "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+        return (
+            "| " + " | ".join(text.replace("|", "\\|").replace("\n", " ") for text in texts) + " |"
+        )
 
-    marked = [[f"**{text}**" if (i, j) in table.bold else text for j, text in enumerate(row)] for i, row in enumerate(table.rows)]
+    marked = [
+        [f"**{text}**" if (i, j) in table.bold else text for j, text in enumerate(row)]
+        for i, row in enumerate(table.rows)
+    ]
     rule = "|" + "---|" * table.labels + "---:|" * (len(table.header) - table.labels)
     return "\n".join([f"### {table.title}", "", line(table.header), rule, *map(line, marked), ""])
 
@@ -112,18 +168,42 @@ def as_latex(table: Table) -> str:
 
     def line(texts: Sequence[str], i: int = -1) -> str:
         shown = ["".join(LATEX.get(character, character) for character in text) for text in texts]
-        return " & ".join(rf"\textbf{{{text}}}" if (i, j) in table.bold else text for j, text in enumerate(shown)) + r" \\"
+        return (
+            " & ".join(
+                rf"\textbf{{{text}}}" if (i, j) in table.bold else text
+                for j, text in enumerate(shown)
+            )
+            + r" \\"
+        )
 
     columns = "l" * table.labels + "r" * (len(table.header) - table.labels)
     title = "".join(LATEX.get(character, character) for character in table.title)
-    head = [rf"\begin{{longtable}}{{{columns}}}", rf"\caption{{{title}}} \\", r"\toprule", line(table.header), r"\midrule", r"\endhead"]
-    return "\n".join([*head, *(line(row, i) for i, row in enumerate(table.rows)), r"\bottomrule", r"\end{longtable}", ""])
+    head = [
+        rf"\begin{{longtable}}{{{columns}}}",
+        rf"\caption{{{title}}} \\",
+        r"\toprule",
+        line(table.header),
+        r"\midrule",
+        r"\endhead",
+    ]
+    return "\n".join(
+        [
+            *head,
+            *(line(row, i) for i, row in enumerate(table.rows)),
+            r"\bottomrule",
+            r"\end{longtable}",
+            "",
+        ]
+    )
 
 
 def every(results: dict) -> list[Table]:
     """The tables of a document: the matrix overall and of each task, then the comparisons."""
     names = [OVERALL, *results["tasks"]]
-    return [*(grid(results, name) for name in names), *(comparisons_of(results, name) for name in names)]
+    return [
+        *(grid(results, name) for name in names),
+        *(comparisons_of(results, name) for name in names),
+    ]
 
 
 def files(results: dict) -> dict[str, str]:
@@ -133,5 +213,6 @@ def files(results: dict) -> dict[str, str]:
         "cells.csv": as_csv(cells(results)),
         "comparisons.csv": as_csv(comparisons(results)),
         "results.md": head + "\n".join(map(as_markdown, every(results))),
-        "results.tex": "% \\usepackage{longtable,booktabs}\n" + "\n".join(map(as_latex, every(results))),
+        "results.tex": "% \\usepackage{longtable,booktabs}\n"
+        + "\n".join(map(as_latex, every(results))),
     }

@@ -15,7 +15,11 @@ def figure(results: dict, task: str):
     """A heat map as a matplotlib figure."""
     from matplotlib.figure import Figure
 
-    found = {(cell["row"], cell["mask"]): cell["score"] for cell in results["cells"] if cell["task"] == task}
+    found = {
+        (cell["row"], cell["mask"]): cell["score"]
+        for cell in results["cells"]
+        if cell["task"] == task
+    }
     names, masks = [row["name"] for row in results["rows"]], results["masks"]
     values = [[100 * found[name, mask] for mask in masks] for name in names]
     drawn = Figure(figsize=(2.2 + 0.9 * len(masks), 1.4 + 0.45 * len(names)), layout="constrained")
@@ -23,11 +27,22 @@ def figure(results: dict, task: str):
     image = axes.imshow(values, cmap="cividis", aspect="auto")
     axes.set_xticks(range(len(masks)), masks, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), [tables.label(row) for row in results["rows"]])
-    axes.set(xlabel="mask in inference", ylabel="mask in training", title=f"{task}, percent right, n {_questions(results, task)}")
+    axes.set(
+        xlabel="mask in inference",
+        ylabel="mask in training",
+        title=f"{task}, percent right, n {_questions(results, task)}",
+    )
     middle = (image.norm.vmin + image.norm.vmax) / 2
     for i, line in enumerate(values):
         for j, value in enumerate(line):
-            axes.text(j, i, f"{value:.1f}", ha="center", va="center", color="black" if value > middle else "white")
+            axes.text(
+                j,
+                i,
+                f"{value:.1f}",
+                ha="center",
+                va="center",
+                color="black" if value > middle else "white",
+            )
     return drawn
 
 
@@ -39,14 +54,23 @@ def log(results: dict, out: Path) -> None:
     """One W&B run with everything; offline where there is no key, and never a prompt."""
     import wandb
 
-    key = os.environ.get("WANDB_API_KEY") or any((Path.home() / name).exists() for name in (".netrc", "_netrc"))
+    key = os.environ.get("WANDB_API_KEY") or any(
+        (Path.home() / name).exists() for name in (".netrc", "_netrc")
+    )
     mode = os.environ.get("WANDB_MODE") or ("online" if key else "offline")
     project = os.environ.get("WANDB_PROJECT", "fmtrain")
-    with wandb.init(project=project, job_type="matrix", name=results["title"], mode=mode, config=results["made"]) as run:
+    with wandb.init(
+        project=project, job_type="matrix", name=results["title"], mode=mode, config=results["made"]
+    ) as run:
         logged = {}
         for table in (tables.cells(results), tables.comparisons(results)):
-            typed = [[_typed(text, k >= table.labels) for k, text in enumerate(row)] for row in table.rows]
-            logged["cells" if "mask_in_training" in table.header else "comparisons"] = wandb.Table(columns=table.header, data=typed)
+            typed = [
+                [_typed(text, k >= table.labels) for k, text in enumerate(row)]
+                for row in table.rows
+            ]
+            logged["cells" if "mask_in_training" in table.header else "comparisons"] = wandb.Table(
+                columns=table.header, data=typed
+            )
         for task in (OVERALL, *results["tasks"]):
             file = io.BytesIO()
             figure(results, task).savefig(file, format="png", dpi=140)
@@ -66,10 +90,29 @@ def _typed(text: str, number: bool) -> str | float:
 def _samples(results: dict, wandb):
     """A line a question: pictures, question, reference, and the answer of every cell."""
     names = [row["name"] for row in results["rows"]]
-    columns = ["task", "id", "pictures", "question", "reference", *(f"{name} / {mask}" for name in names for mask in results["masks"])]
+    columns = [
+        "task",
+        "id",
+        "pictures",
+        "question",
+        "reference",
+        *(f"{name} / {mask}" for name in names for mask in results["masks"]),
+    ]
     table = wandb.Table(columns=columns)
     for sample in results["samples"]:
-        pictures = [wandb.Image(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))) for uri in sample["images"]]
-        answers = [sample["answers"][name][mask]["text"] for name in names for mask in results["masks"]]
-        table.add_data(sample["task"], sample["id"], pictures, sample["question"], sample["reference"], *answers)
+        pictures = [
+            wandb.Image(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))))
+            for uri in sample["images"]
+        ]
+        answers = [
+            sample["answers"][name][mask]["text"] for name in names for mask in results["masks"]
+        ]
+        table.add_data(
+            sample["task"],
+            sample["id"],
+            pictures,
+            sample["question"],
+            sample["reference"],
+            *answers,
+        )
     return table

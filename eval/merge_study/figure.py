@@ -32,11 +32,21 @@ def _heat_map(axes: Axes, values: np.ndarray, title: str, top: float, colours: s
         for (layer, head), value in np.ndenumerate(values):
             red, green, blue, _ = image.cmap(image.norm(value))
             bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
-            axes.text(head, layer, f"{value:.2f}", ha="center", va="center", fontsize=9, color="black" if bright else "white")
+            axes.text(
+                head,
+                layer,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="black" if bright else "white",
+            )
     return image
 
 
-def _row(axes: list[Axes], maps: dict[str, np.ndarray], titles: dict[str, str], colours: str, label: str) -> None:
+def _row(
+    axes: list[Axes], maps: dict[str, np.ndarray], titles: dict[str, str], colours: str, label: str
+) -> None:
     """Heat maps side by side on one scale, with one colour bar."""
     top = max(values.max() for values in maps.values())
     for each, (name, values) in zip(axes, maps.items()):
@@ -50,15 +60,32 @@ def _losses(axes: Axes, found: dict) -> None:
     for place, form in enumerate(forms):
         part = found["loss"][form]["minus_direct"]
         spread = [[part["mean"] - part["low"]], [part["high"] - part["mean"]]]
-        axes.errorbar([part["mean"]], [place], xerr=spread, fmt="o", color=COLOURS[form], capsize=4, markersize=7)
-        axes.annotate(f"{part['mean']:+.3f}", (part["mean"], place), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=9)
+        axes.errorbar(
+            [part["mean"]],
+            [place],
+            xerr=spread,
+            fmt="o",
+            color=COLOURS[form],
+            capsize=4,
+            markersize=7,
+        )
+        axes.annotate(
+            f"{part['mean']:+.3f}",
+            (part["mean"], place),
+            xytext=(0, 9),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
     axes.axvline(0, color=COLOURS["direct"], linewidth=1, linestyle="--")
     axes.set_yticks(range(len(forms)), forms)
     axes.set_ylim(len(forms) - 0.5, -0.7)
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("nats per answer token, 95 % interval")
-    axes.set_title(f"loss above direct access\n(direct: {found['loss']['direct']['mean']:.3f})", fontsize=10)
+    axes.set_title(
+        f"loss above direct access\n(direct: {found['loss']['direct']['mean']:.3f})", fontsize=10
+    )
 
 
 def draw(found: dict, path: str | Path) -> None:
@@ -72,9 +99,24 @@ def draw(found: dict, path: str | Path) -> None:
         fontsize=12,
     )
     upper, lower = (part.subplots(1, 3) for part in figure.subfigures(2, 1))
-    names = {"policy": found["mask"].removesuffix("+merge"), "kernel_size": found["merge"]["kernel_size"]}
+    names = {
+        "policy": found["mask"].removesuffix("+merge"),
+        "kernel_size": found["merge"]["kernel_size"],
+    }
     titles = {name: title.format(**names) for name, title in SHARES.items()}
-    _row(list(upper[:2]), {name: maps[name] for name in SHARES}, titles, "viridis", "attention, mean of queries")
+    _row(
+        list(upper[:2]),
+        {name: maps[name] for name in SHARES},
+        titles,
+        "viridis",
+        "attention, mean of queries",
+    )
     _losses(upper[2], found)
-    _row(list(lower), {name: maps[name] for name in DISTANCES}, DISTANCES, "magma", r"$\|o - o_{direct}\| \;/\; \|o_{direct}\|$")
+    _row(
+        list(lower),
+        {name: maps[name] for name in DISTANCES},
+        DISTANCES,
+        "magma",
+        r"$\|o - o_{direct}\| \;/\; \|o_{direct}\|$",
+    )
     figure.savefig(path)

@@ -67,14 +67,21 @@ def take_apart(q_BHQD, k_BGKD, v_BGKD, scale: float | None, prepared: reference.
     """The pieces of one attention call under a policy with merge, by the definitions of the reference backend."""
     masks, merge, scale = prepared.masks, prepared.merge, scale or q_BHQD.shape[-1] ** -0.5
     B_BHQK = reference.weights(q_BHQD, k_BGKD, reference.Prepared(masks, None), scale)
-    A_BHQK = reference.weights(q_BHQD, k_BGKD, reference.Prepared(Masks(masks.past_B1QK, None), None), scale)
+    A_BHQK = reference.weights(
+        q_BHQD, k_BGKD, reference.Prepared(Masks(masks.past_B1QK, None), None), scale
+    )
     v_BHKD = v_BGKD.repeat_interleave(q_BHQD.shape[1] // v_BGKD.shape[1], dim=1).to(B_BHQK.dtype)
     F_BHQK = B_BHQK * masks.revealed_B1QK
-    future, C = F_BHQK.sum(-1), pooled(F_BHQK, prepared.last_BQ, prepared.query_Q, merge.kernel_size)
+    future, C = (
+        F_BHQK.sum(-1),
+        pooled(F_BHQK, prepared.last_BQ, prepared.query_Q, merge.kernel_size),
+    )
     total = 1 - future + C if merge.normalize else torch.ones_like(C)
     sink = share(prepared.sink_BQK, v_BHKD.dtype)[:, None] @ v_BHKD
     reveals = masks.revealed_B1QK.any(-1)
-    return Pieces(B_BHQK @ v_BHKD, A_BHQK @ v_BHKD, sink, future, C, (1 - future) / total, C / total, reveals)
+    return Pieces(
+        B_BHQK @ v_BHKD, A_BHQK @ v_BHKD, sink, future, C, (1 - future) / total, C / total, reveals
+    )
 
 
 class Tally:
@@ -85,17 +92,25 @@ class Tally:
     def __init__(self, layers: int, heads: int):
         self.queries = torch.zeros(layers, dtype=torch.long)
         self.sums = {name: torch.zeros(layers, heads, dtype=torch.float64) for name in self.NAMES}
-        self.products = torch.zeros(layers, heads, 3, 3, dtype=torch.float64)  # of the outputs causal, sink and direct
-        self.merge_error = torch.zeros(layers, heads, dtype=torch.float64)  # squared, against direct
+        self.products = torch.zeros(
+            layers, heads, 3, 3, dtype=torch.float64
+        )  # of the outputs causal, sink and direct
+        self.merge_error = torch.zeros(
+            layers, heads, dtype=torch.float64
+        )  # squared, against direct
 
     def count(self, layer: int, pieces: Pieces) -> None:
         chosen = pieces.reveals[:, 0]
-        outputs = torch.stack([each.transpose(1, 2)[chosen] for each in (pieces.causal, pieces.sink, pieces.direct)]).double()
+        outputs = torch.stack(
+            [each.transpose(1, 2)[chosen] for each in (pieces.causal, pieces.sink, pieces.direct)]
+        ).double()
         self.queries[layer] += int(chosen.sum())
         for name, total in self.sums.items():
             total[layer] += getattr(pieces, name).transpose(1, 2)[chosen].double().sum(0).cpu()
         self.products[layer] += torch.einsum("xqhd,yqhd->hxy", outputs, outputs).cpu()
-        error = (pieces.mixed(pieces.keep, pieces.add) - pieces.direct).transpose(1, 2)[chosen].double()
+        error = (
+            (pieces.mixed(pieces.keep, pieces.add) - pieces.direct).transpose(1, 2)[chosen].double()
+        )
         self.merge_error[layer] += error.square().sum((0, 2)).cpu()
 
     def mean(self, name: str) -> torch.Tensor:
@@ -106,8 +121,14 @@ class Tally:
         size = self.products[..., 2, 2]
         control = torch.stack([self.mean("keep"), self.mean("add"), -torch.ones_like(size)], -1)
         causal = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64).expand_as(control)
-        errors = {form: torch.einsum("lhx,lhxy,lhy->lh", x, self.products, x) for form, x in (("control", control), ("causal", causal))}
-        return {form: (error.clamp(min=0) / size).sqrt() for form, error in {"merge": self.merge_error, **errors}.items()}
+        errors = {
+            form: torch.einsum("lhx,lhxy,lhy->lh", x, self.products, x)
+            for form, x in (("control", control), ("causal", causal))
+        }
+        return {
+            form: (error.clamp(min=0) / size).sqrt()
+            for form, error in {"merge": self.merge_error, **errors}.items()
+        }
 
 
 @contextlib.contextmanager
@@ -116,7 +137,9 @@ def attention_by(model, compute: Callable[[int, Pieces], torch.Tensor]) -> Itera
     original = ALL_ATTENTION_FUNCTIONS[NAME]
 
     def replaced(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        out = compute(module.layer_idx, take_apart(query, key, value, scaling, kwargs[NAME].prepared))
+        out = compute(
+            module.layer_idx, take_apart(query, key, value, scaling, kwargs[NAME].prepared)
+        )
         return out.to(query.dtype).transpose(1, 2).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, replaced)
@@ -153,22 +176,38 @@ def study(model, encoded: Sequence[tuple[dict, Layout]], policy: Policy, merge: 
 
     def controlled(layer: int, pieces: Pieces) -> torch.Tensor:
         keep, add = (light.mean(name)[layer][:, None].to(pieces.keep) for name in ("keep", "add"))
-        return pieces.mixed(torch.where(pieces.reveals, keep, 1.0), torch.where(pieces.reveals, add, 0.0))
+        return pieces.mixed(
+            torch.where(pieces.reveals, keep, 1.0), torch.where(pieces.reveals, add, 0.0)
+        )
 
-    forms = {"direct": measured, "merge": merged, "control": controlled, "causal": lambda layer, pieces: pieces.causal}
+    forms = {
+        "direct": measured,
+        "merge": merged,
+        "control": controlled,
+        "causal": lambda layer, pieces: pieces.causal,
+    }
     losses: dict[str, list[float]] = {form: [] for form in FORMS}
-    with attach(model, policy, "reference", merge), tqdm(total=len(FORMS) * len(encoded), unit="row", leave=False) as bar:
+    with (
+        attach(model, policy, "reference", merge),
+        tqdm(total=len(FORMS) * len(encoded), unit="row", leave=False) as bar,
+    ):
         for form in FORMS:  # in this order: merge counts what control uses
             with attention_by(model, forms[form]):
                 for inputs, layout in encoded:
-                    losses[form].append(model(**inputs, **layout.model_inputs(), use_cache=False).loss.item())
+                    losses[form].append(
+                        model(**inputs, **layout.model_inputs(), use_cache=False).loss.item()
+                    )
                     bar.update()
             if form == "direct" and not direct.queries.any():
-                raise ValueError(f"policy {policy.name!r} reveals nothing in these {len(encoded)} rows; do they have images?")
+                raise ValueError(
+                    f"policy {policy.name!r} reveals nothing in these {len(encoded)} rows; do they have images?"
+                )
     return Study(direct, losses)
 
 
-def encode_rows(model, processor, rows: Sequence[dict], image_root: str) -> list[tuple[dict, Layout]]:
+def encode_rows(
+    model, processor, rows: Sequence[dict], image_root: str
+) -> list[tuple[dict, Layout]]:
     """Each row as a batch of its own, with labels, on the model's device."""
     collator, encoded = Collator(processor, image_root), []
     for row in rows:
@@ -199,7 +238,11 @@ def summarize(found: Study) -> dict:
         "queries": int(tally.queries[0]),
         "per_head": {name: values.tolist() for name, values in per_head.items()},
         "loss": {
-            form: {**interval(values), "minus_direct": interval(values - losses["direct"]), "rows": values.tolist()}
+            form: {
+                **interval(values),
+                "minus_direct": interval(values - losses["direct"]),
+                "rows": values.tolist(),
+            }
             for form, values in losses.items()
         },
         "merge_minus_control": interval(losses["merge"] - losses["control"]),
@@ -219,14 +262,28 @@ def tables(found: dict) -> Iterator:
     rows = []
     for layer in range(len(found["per_head"]["future"])):
         heads = [found["per_head"][name][layer] for name in columns]
-        rows.append([str(layer), *(f"{np.mean(head):.3f} ({min(head):.2f}-{max(head):.2f})" for head in heads)])
+        rows.append(
+            [
+                str(layer),
+                *(f"{np.mean(head):.3f} ({min(head):.2f}-{max(head):.2f})" for head in heads),
+            ]
+        )
     title = f"{found['mask']} on {found['queries']} queries that reveal something: mean over heads (smallest-largest)"
     yield rich_table(title, ["layer", *columns.values()], rows)
     rows = []
     for form, each in found["loss"].items():
-        shown = ["{mean:.4f} [{low:.4f}, {high:.4f}]".format(**part) for part in (each, each["minus_direct"])]
+        shown = [
+            "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**part)
+            for part in (each, each["minus_direct"])
+        ]
         rows.append([form, *shown])
-    rows.append(["merge - control", "", "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**found["merge_minus_control"])])
+    rows.append(
+        [
+            "merge - control",
+            "",
+            "{mean:.4f} [{low:.4f}, {high:.4f}]".format(**found["merge_minus_control"]),
+        ]
+    )
     title = f"loss of the answers, {found['rows']} rows, with 95 % intervals"
     yield rich_table(title, ["form", "nats/token", "minus direct, paired"], rows)
 
@@ -239,24 +296,48 @@ def choose_mask(checkpoint: str, options: argparse.Namespace) -> tuple[Policy, M
     kernel = merge.kernel_size if options.merge_kernel_size is None else options.merge_kernel_size
     name = (options.policy or name).removesuffix("+merge")
     if name == "causal" and options.policy is None:
-        raise ValueError(f"{checkpoint} records no policy that reveals anything; say which one to study, e.g. --policy v2v")
+        raise ValueError(
+            f"{checkpoint} records no policy that reveals anything; say which one to study, e.g. --policy v2v"
+        )
     normalize = merge.normalize and not options.merge_raw
-    return MaskArguments(mask=f"{name}+merge", merge_prefix=prefix, merge_kernel_size=kernel, merge_normalize=normalize).policy()
+    return MaskArguments(
+        mask=f"{name}+merge",
+        merge_prefix=prefix,
+        merge_kernel_size=kernel,
+        merge_normalize=normalize,
+    ).policy()
 
 
 def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.merge_study", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.merge_study",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="an exported checkpoint, or a run with an adapter")
-    add("dataset", metavar="ROWS|digits", help="a .jsonl or .parquet file, or a folder; digits: test split of the embedded tasks")
+    add(
+        "dataset",
+        metavar="ROWS|digits",
+        help="a .jsonl or .parquet file, or a folder; digits: test split of the embedded tasks",
+    )
     add("--rows", type=int, default=64, metavar="N", help="use the first N rows")
     add("--image_root", metavar="DIR", help="folder of the images; default: the one of ROWS")
     add("--policy", help="default: what the checkpoint records")
-    add("--merge_prefix", metavar="N", help="a count (4) or a fraction of the prefill (0.1); default: as recorded, or 1")
+    add(
+        "--merge_prefix",
+        metavar="N",
+        help="a count (4) or a fraction of the prefill (0.1); default: as recorded, or 1",
+    )
     add("--merge_kernel_size", type=int, metavar="K", help="default: as recorded, or 3")
     add("--merge_raw", action="store_true", help="do not normalize the merged weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    add("--out", type=Path, metavar="DIR", help="where to write merge_study.json and merge_study.png")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where to write merge_study.json and merge_study.png",
+    )
     return parser
 
 
@@ -275,11 +356,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model, processor = load(options.checkpoint, policy="causal", dtype=torch.float32)
         attached(model).detach()
         model = model.to(options.device)
-        found = study(model, encode_rows(model, processor, list(loaded.rows), loaded.image_root), policy, merge)
+        found = study(
+            model,
+            encode_rows(model, processor, list(loaded.rows), loaded.image_root),
+            policy,
+            merge,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    head = {"checkpoint": Path(options.checkpoint).name, "dataset": options.dataset, "rows": len(loaded.rows)}
+    head = {
+        "checkpoint": Path(options.checkpoint).name,
+        "dataset": options.dataset,
+        "rows": len(loaded.rows),
+    }
     result = {**head, "mask": f"{policy.name}+merge", "merge": vars(merge), **summarize(found)}
     for table in tables(result):
         Console(width=140).print(table)

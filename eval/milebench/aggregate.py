@@ -17,7 +17,11 @@ from eval.intervals import Estimate
 from eval.milebench.metrics import LEVELS, Scored, ScoredTask
 from eval.milebench.tasks import DATASETS, DIAGNOSTIC, ROUGE_L
 
-CODES = tuple(sorted({data.code for data in DATASETS.values()}, key=lambda code: ("TSNI".index(code[0]), code)))
+CODES = tuple(
+    sorted(
+        {data.code for data in DATASETS.values()}, key=lambda code: ("TSNI".index(code[0]), code)
+    )
+)
 GROUPS = tuple(dict.fromkeys(data.group for data in DATASETS.values()))
 REALISTIC = tuple(code for code in CODES if code[0] in "TS")
 
@@ -29,14 +33,21 @@ def eval_json(task: ScoredTask) -> dict[str, Any]:
     levels = {level: [one.score for one in task.scored if one.level == level] for level in LEVELS}
     return {
         task.metric: total,
-        "image_quantity_level-Accuracy": {level: float(np.mean(some)) if some else 0 for level, some in levels.items()},
-        "image_quantity_level-Result": {level: [sum(some), len(some)] for level, some in levels.items()},
+        "image_quantity_level-Accuracy": {
+            level: float(np.mean(some)) if some else 0 for level, some in levels.items()
+        },
+        "image_quantity_level-Result": {
+            level: [sum(some), len(some)] for level, some in levels.items()
+        },
     }
 
 
 def eval_score_json(task: ScoredTask) -> list[dict[str, str]]:
     """Content of eval_score.json: ids and scores as strings, Rouge-L to three digits (Q11)."""
-    return [{"id": str(one.record["sample_id"]), "score": str(round(one.score, 3))} for one in task.scored]
+    return [
+        {"id": str(one.record["sample_id"]), "score": str(round(one.score, 3))}
+        for one in task.scored
+    ]
 
 
 def sample_scores(task: ScoredTask) -> list[dict[str, Any]]:
@@ -49,10 +60,17 @@ def _sample_score(one: Scored) -> dict[str, Any]:
     return found if one.extracted is None else {**found, "extracted": one.extracted}
 
 
-def results_json(models: Mapping[str, Mapping[str, dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+def results_json(
+    models: Mapping[str, Mapping[str, dict[str, Any]]],
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Content of result.json from {model: {data set: content of eval.json}}, without data sets that MileBench lacks."""
     return {
-        model: {group: {name: tasks.get(name, {}) for name, data in DATASETS.items() if data.group == group} for group in GROUPS}
+        model: {
+            group: {
+                name: tasks.get(name, {}) for name, data in DATASETS.items() if data.group == group
+            }
+            for group in GROUPS
+        }
         for model, tasks in models.items()
     }
 
@@ -62,12 +80,16 @@ def results_csv(results: Mapping[str, Mapping[str, Mapping[str, dict[str, Any]]]
     rows = []
     for model, groups in results.items():
         row = {"Model": model}
-        for name, found in ((name, found) for group in groups.values() for name, found in group.items()):
+        for name, found in (
+            (name, found) for group in groups.values() for name, found in group.items()
+        ):
             metrics = [key for key in found if not key.startswith("image_quantity_level-")]
             row |= {f"{name} ({metric})": str(round(100 * found[metric], 2)) for metric in metrics}
         rows.append(row)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -85,8 +107,14 @@ def summary(tasks: Sequence[ScoredTask]) -> dict[str, Any]:
     An aggregate over less than all its parts says which are `missing` and does not stand for the paper's number.
     """
     scores = {task.name: estimate(task.scorer, task.scored) for task in tasks}
-    codes = {code: _mean_over(scores, [n for n, data in DATASETS.items() if data.code == code]) for code in CODES}
-    groups = {group: _mean_over(scores, [n for n, data in DATASETS.items() if data.group == group]) for group in GROUPS}
+    codes = {
+        code: _mean_over(scores, [n for n, data in DATASETS.items() if data.code == code])
+        for code in CODES
+    }
+    groups = {
+        group: _mean_over(scores, [n for n, data in DATASETS.items() if data.group == group])
+        for group in GROUPS
+    }
     found = {code: part[0] for code, part in codes.items() if part}
     incomplete = [code for code, part in codes.items() if not part or part[1]]
     overall = {
@@ -98,7 +126,11 @@ def summary(tasks: Sequence[ScoredTask]) -> dict[str, Any]:
     return {
         "tasks": {task.name: _task_summary(task, scores[task.name]) for task in tasks},
         **{
-            key: {name: {**asdict(part[0]), "missing": part[1]} for name, part in parts.items() if part}
+            key: {
+                name: {**asdict(part[0]), "missing": part[1]}
+                for name, part in parts.items()
+                if part
+            }
             for key, parts in (("codes", codes), ("groups", groups), ("overall", overall))
         },
     }
@@ -113,11 +145,15 @@ def _task_summary(task: ScoredTask, score: Estimate) -> dict[str, Any]:
         "metric": task.metric,
         "scorer": task.scorer,
         **asdict(score),
-        "levels": {level: asdict(estimate(task.scorer, some)) for level, some in by_level.items() if some},
+        "levels": {
+            level: asdict(estimate(task.scorer, some)) for level, some in by_level.items() if some
+        },
     }
 
 
-def _mean_over(scores: Mapping[str, Estimate], parts: Sequence[str], incomplete: Sequence[str] = ()) -> tuple[Estimate, list[str]] | None:
+def _mean_over(
+    scores: Mapping[str, Estimate], parts: Sequence[str], incomplete: Sequence[str] = ()
+) -> tuple[Estimate, list[str]] | None:
     """Mean over the `parts` that have a score, and the parts with none or an incomplete one; None without any."""
     there = [scores[name] for name in parts if name in scores]
     missing = [name for name in parts if name not in scores or name in incomplete]

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from eval.milebench.normalize import WORD_END, WORD_START, normalize, normalize_original
 
 _EMPTY_ANSWER = "C"  # what MileBench takes an empty prediction for (Q1)
-_NEVER_EQUAL = set(".^$*|\\+?{}[]()")  # an option with one of these is compared in its regex-escaped form (Q3)
+_NEVER_EQUAL = set(
+    ".^$*|\\+?{}[]()"
+)  # an option with one of these is compared in its regex-escaped form (Q3)
 
 _CUE = re.compile(r"\b(?:answer|option|choice)(?:\s+is)?[\s:*\"'(\[]*$", re.IGNORECASE)
 _SENTENCE_START = re.compile(r"(?:^|[.!?:\n])\s*$")
@@ -99,6 +101,8 @@ def _named_label(answer: str, labels: dict[str, int]) -> int | None:
 def _is_word(answer: str, match: re.Match[str]) -> bool:
     """Is a lone "a" or "I" the word? Only before a word (not "and", "or"); a capital A only where a sentence begins."""
     name, before = match.group(1), answer[: match.start()]
-    if name.upper() not in ("A", "I") or not re.match(r"\s+(?!(?:and|or)\b)\w", answer[match.end() :]):
+    if name.upper() not in ("A", "I") or not re.match(
+        r"\s+(?!(?:and|or)\b)\w", answer[match.end() :]
+    ):
         return False
     return name != "A" or (not _CUE.search(before) and _SENTENCE_START.search(before) is not None)

@@ -61,7 +61,13 @@ def paste(grid: Grid, paths: Sequence[str]) -> Image.Image:
             raise ValueError(f"{paths[grid.first + i]}: not an image that can be read") from error
         x, y = i % grid.columns * SIDE, i // grid.columns * SIDE
         combined.paste(cell, (x, y))
-        draw.text((x + SIDE // 2, y + SIDE - FONT_SIZE // 2), caption, fill="white", font=font, anchor="ms")
+        draw.text(
+            (x + SIDE // 2, y + SIDE - FONT_SIZE // 2),
+            caption,
+            fill="white",
+            font=font,
+            anchor="ms",
+        )
     return combined
 
 
@@ -84,10 +90,16 @@ def combine_task(data_dir: Path, name: str, limit: int) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m eval.milebench.combine", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.milebench.combine", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json"
+    )
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
-    parser.add_argument("--images", type=int, required=True, metavar="N", help="combined images a sample, at most")
+    parser.add_argument(
+        "--images", type=int, required=True, metavar="N", help="combined images a sample, at most"
+    )
     args = parser.parse_args(arguments)
     try:
         if args.images < 1:

@@ -33,7 +33,12 @@ class Variant:
 
 def variant(name: str, merge_prefix: str = "1", merge_kernel_size: int = 3) -> Variant:
     """What "v2v" or "v2v+merge" means. Raises `ValueError` for an unknown policy or one that has nothing to merge."""
-    return Variant(name, *MaskArguments(mask=name, merge_prefix=merge_prefix, merge_kernel_size=merge_kernel_size).policy())
+    return Variant(
+        name,
+        *MaskArguments(
+            mask=name, merge_prefix=merge_prefix, merge_kernel_size=merge_kernel_size
+        ).policy(),
+    )
 
 
 @dataclass(frozen=True)
@@ -56,20 +61,32 @@ class Decoder:
     def __init__(self, model, processor):
         self.model, self.processor, self.inner = model.eval(), processor, unwrap(model)
         known = self.inner.generation_config.eos_token_id
-        ends = {*(known if isinstance(known, list) else [known]), processor.tokenizer.eos_token_id, _taught_end(processor)}
+        ends = {
+            *(known if isinstance(known, list) else [known]),
+            processor.tokenizer.eos_token_id,
+            _taught_end(processor),
+        }
         self.ends = sorted(ends - {None})
-        self.never = [self.inner.config.image_token_id]  # in an answer: it would stand for an image that there is not
+        self.never = [
+            self.inner.config.image_token_id
+        ]  # in an answer: it would stand for an image that there is not
         # A checkpoint may ask for sampling or a repetition penalty; generate would fill the gaps of a request with that.
         self.inner.generation_config = GenerationConfig(
-            eos_token_id=self.ends, pad_token_id=processor.tokenizer.pad_token_id, suppress_tokens=self.never
+            eos_token_id=self.ends,
+            pad_token_id=processor.tokenizer.pad_token_id,
+            suppress_tokens=self.never,
         )
 
-    def batch(self, encoded: Sequence[tuple[dict[str, torch.Tensor], Layout]], padding_side: str = "left") -> Batch:
+    def batch(
+        self, encoded: Sequence[tuple[dict[str, torch.Tensor], Layout]], padding_side: str = "left"
+    ) -> Batch:
         """Pad encoded dialogues and run the vision tower on their images, once."""
         inputs, layout = batch(self.processor, list(encoded), padding_side)
         inputs = on(self.model.device, self.model.dtype, inputs)
         tower = self.inner.base_model.get_image_features
-        pixels = {name: inputs.pop(name) for name in inspect.signature(tower).parameters if name in inputs}
+        pixels = {
+            name: inputs.pop(name) for name in inspect.signature(tower).parameters if name in inputs
+        }
         if not pixels:
             return Batch(inputs, layout.to(self.model.device), None)
         with torch.no_grad():
@@ -84,7 +101,10 @@ class Decoder:
         config = GenerationConfig(**settings)
         out = self.model.generate(**prompts.model_inputs(), generation_config=config)
         rows = out[:, prompts.layout.shape[1] :].tolist()
-        return [row[: 1 + next((k for k, token in enumerate(row) if token in self.ends), len(row))] for row in rows]
+        return [
+            row[: 1 + next((k for k, token in enumerate(row) if token in self.ends), len(row))]
+            for row in rows
+        ]
 
     def text(self, answer: list[int]) -> str:
         return self.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
@@ -103,16 +123,22 @@ class Decoder:
         real = torch.arange(longest, device=device) < lengths[:, None]
         nothing = torch.full(real.shape, -1, device=device)
         role = torch.where(real, int(Role.ANSWER), int(Role.PAD))
-        layout = Layout.cat([prompts.layout, Layout(role, nothing, nothing, torch.where(real, 0, -1))], dim=1)
+        layout = Layout.cat(
+            [prompts.layout, Layout(role, nothing, nothing, torch.where(real, 0, -1))], dim=1
+        )
         pad = self.inner.generation_config.pad_token_id
-        forced = torch.tensor([answer + [pad] * (longest - len(answer)) for answer in answers], device=device)
+        forced = torch.tensor(
+            [answer + [pad] * (longest - len(answer)) for answer in answers], device=device
+        )
         inputs = {
             "input_ids": torch.cat([prompts.inputs["input_ids"], forced], dim=1),
             "attention_mask": (layout.role != Role.PAD).long(),
             "position_ids": layout.positions(),
         }
         whole = Batch({**prompts.inputs, **inputs}, layout, prompts.features)
-        logits = self.model(**whole.model_inputs(), use_cache=False, logits_to_keep=longest + 1).logits
+        logits = self.model(
+            **whole.model_inputs(), use_cache=False, logits_to_keep=longest + 1
+        ).logits
         return [row[: len(answer)] for row, answer in zip(logits, answers)]
 
     def shortfalls(self, prompts: Batch, answers: Sequence[list[int]]) -> list[list[float]]:
@@ -134,5 +160,7 @@ class Decoder:
 def _taught_end(processor) -> int:
     """The token that ended the answers in training."""
     turns = [("user", "?"), ("assistant", "?")]
-    inputs, layout = encode(processor, [{"role": role, "content": text} for role, text in turns], [])
+    inputs, layout = encode(
+        processor, [{"role": role, "content": text} for role, text in turns], []
+    )
     return int(inputs["input_ids"][layout.role == Role.ANSWER][-1])

@@ -34,7 +34,9 @@ class Fitter:
     def __init__(self, processor, length: int, max_new_tokens: int):
         self.processor, self.length, self.max_new_tokens = processor, length, max_new_tokens
         self.image_tokens = functools.cache(self._image_tokens)
-        self.template_tokens = self._tokens([], "?") - len(self.processor.tokenizer("?", add_special_tokens=False).input_ids)
+        self.template_tokens = self._tokens([], "?") - len(
+            self.processor.tokenizer("?", add_special_tokens=False).input_ids
+        )
 
     def fit(self, task: Task, sample: Sample, combined: int | None = None) -> Fitted:
         """The sample's prompt and its encoding. Raises `ValueError`, in one line, for an image that cannot be read, a text
@@ -44,17 +46,29 @@ class Fitter:
             return self._fit(task, sample, combined)
         except ValueError as error:
             message = str(error)
-            raise ValueError(message if message.startswith(str(task.path)) else f"{where}: {message}") from error
+            raise ValueError(
+                message if message.startswith(str(task.path)) else f"{where}: {message}"
+            ) from error
 
     def _fit(self, task: Task, sample: Sample, combined: int | None) -> Fitted:
         root = os.path.dirname(os.path.abspath(task.path))
-        sizes = [image_size(os.path.abspath(path), root) for path in image_paths(task, sample, combined)]
+        sizes = [
+            image_size(os.path.abspath(path), root) for path in image_paths(task, sample, combined)
+        ]
         costs = tuple(self.image_tokens(size, len(sizes) > 1) for size in sizes)
         overhead = self.template_tokens + self.max_new_tokens
         while True:
-            prompt = build_prompt(task, sample, self.processor.tokenizer, Window(self.length, costs, overhead), combined)
+            prompt = build_prompt(
+                task,
+                sample,
+                self.processor.tokenizer,
+                Window(self.length, costs, overhead),
+                combined,
+            )
             images = [open_image(os.path.abspath(path), root) for path in prompt.images]
-            inputs, layout = encode(self.processor, joined(prompt.messages()), images, add_generation_prompt=True)
+            inputs, layout = encode(
+                self.processor, joined(prompt.messages()), images, add_generation_prompt=True
+            )
             excess = layout.shape[1] + self.max_new_tokens - self.length
             if excess <= 0:
                 return Fitted(prompt, inputs, layout)
@@ -72,7 +86,12 @@ class Fitter:
 
     def _tokens(self, images: list[Image.Image], text: str) -> int:
         content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
-        return encode(self.processor, [{"role": "user", "content": content}], images, add_generation_prompt=True)[1].shape[1]
+        return encode(
+            self.processor,
+            [{"role": "user", "content": content}],
+            images,
+            add_generation_prompt=True,
+        )[1].shape[1]
 
 
 def joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

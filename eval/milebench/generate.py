@@ -59,20 +59,26 @@ def read_tasks(data: Path, names: Sequence[str] | None, combined: int | None) ->
     for name in names or ():
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown task {name!r}; the nearest in {data} is {near!r}, there are {', '.join(there)}")
+            raise ValueError(
+                f"unknown task {name!r}; the nearest in {data} is {near!r}, there are {', '.join(there)}"
+            )
     tasks = [read_task(data, name, combined) for name in dict.fromkeys(names or there)]
     for task in tasks:
         require_inputs(task, combined)
     return tasks
 
 
-def choose_variants(checkpoint: Path, names: Sequence[str] | None, merge_prefix: str, merge_kernel_size: int) -> dict[str, Variant]:
+def choose_variants(
+    checkpoint: Path, names: Sequence[str] | None, merge_prefix: str, merge_kernel_size: int
+) -> dict[str, Variant]:
     """{suffix of the model's folder: what to answer under}; without `names` what the checkpoint records, no suffix."""
     if names:
         return {f"+{name}": variant(name, merge_prefix, merge_kernel_size) for name in names}
     known = recorded_policy(checkpoint)
     if known is None:
-        raise ValueError(f"{checkpoint}: its config.json records no policy; name one, e.g. --policy causal")
+        raise ValueError(
+            f"{checkpoint}: its config.json records no policy; name one, e.g. --policy causal"
+        )
     policy, merge = known
     return {"": Variant(f"{policy}+merge" if merge else policy, get_policy(policy), merge)}
 
@@ -81,7 +87,13 @@ def fingerprint(checkpoint: Path) -> str:
     """Digest of a checkpoint's weights (of an adapter: and its base's): names, sizes, and 16 evenly spread blocks of each."""
     digest = hashlib.sha256()
     for folder in [checkpoint, *([Path(base_of(checkpoint))] if is_adapter(checkpoint) else [])]:
-        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("adapter_config.json")]):
+        for path in sorted(
+            [
+                *folder.glob("*.safetensors"),
+                *folder.glob("*.bin"),
+                *folder.glob("adapter_config.json"),
+            ]
+        ):
             size = path.stat().st_size
             digest.update(f"{path.name} {size} ".encode())
             with path.open("rb") as file:
@@ -99,7 +111,9 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], dict[str, Variant], in
     tasks = read_tasks(options.data, options.tasks, options.combine)
     if not options.model.is_dir():
         raise ValueError(f"{options.model}: no such checkpoint folder")
-    variants = choose_variants(options.model, options.policy, options.merge_prefix, options.merge_kernel_size)
+    variants = choose_variants(
+        options.model, options.policy, options.merge_prefix, options.merge_kernel_size
+    )
     source = base_of(options.model) if is_adapter(options.model) else options.model
     longest = AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings
     window = options.window or longest
@@ -121,16 +135,27 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], dict[str, Variant], in
     for task in tasks:
         runs = {}
         for suffix, chosen in variants.items():
-            own = {"policy": chosen.policy.name, "merge": None if chosen.merge is None else asdict(chosen.merge)}
+            own = {
+                "policy": chosen.policy.name,
+                "merge": None if chosen.merge is None else asdict(chosen.merge),
+            }
             own["data"] = hashlib.sha256(task.path.read_bytes()).hexdigest()
             folder = options.out / f"{name}{suffix}" / task.name
-            runs[suffix] = TaskRun(folder, {**settings, **own}, {"model": str(options.model.resolve()), "versions": packages})
+            runs[suffix] = TaskRun(
+                folder,
+                {**settings, **own},
+                {"model": str(options.model.resolve()), "versions": packages},
+            )
         jobs.append(Job(task, batches(task.samples, options.batch_images), runs))
     return jobs, variants, window
 
 
 def answer_batch(
-    decoder: Decoder, fitted: Sequence[Fitted], variants: Sequence[Variant], gen_kwargs: dict, verify: bool = False
+    decoder: Decoder,
+    fitted: Sequence[Fitted],
+    variants: Sequence[Variant],
+    gen_kwargs: dict,
+    verify: bool = False,
 ) -> list[list[str]]:
     """The answers of one batch under each variant; the vision tower runs once.
 
@@ -163,7 +188,12 @@ def generate(
     verify: bool = False,
 ) -> None:
     """Answer this process's share of the batches that are not done, and write each down at once."""
-    gen_kwargs = {"max_new_tokens": fitter.max_new_tokens, "min_new_tokens": 1, "do_sample": False, "num_beams": 1}
+    gen_kwargs = {
+        "max_new_tokens": fitter.max_new_tokens,
+        "min_new_tokens": 1,
+        "do_sample": False,
+        "num_beams": 1,
+    }
     done = [{suffix: run.done() for suffix, run in job.runs.items()} for job in jobs]
     state.wait_for_everyone()  # all have read what is done before anyone writes
     pending = [
@@ -178,12 +208,19 @@ def generate(
         for job, k, missing in share:
             bar.set_description(job.task.name)
             fitted = [fitter.fit(job.task, sample, combined) for sample in job.batches[k]]
-            notes = {str(one.prompt.sample_id): one.prompt.notes for one in fitted if one.prompt.notes}
-            texts = answer_batch(decoder, fitted, [variants[suffix] for suffix in missing], gen_kwargs, verify)
+            notes = {
+                str(one.prompt.sample_id): one.prompt.notes for one in fitted if one.prompt.notes
+            }
+            texts = answer_batch(
+                decoder, fitted, [variants[suffix] for suffix in missing], gen_kwargs, verify
+            )
             for suffix, answers in zip(missing, texts):
                 run = job.runs[suffix]
                 model_id = run.folder.parent.name
-                records = [prediction_record(one.prompt, answer, model_id, gen_kwargs) for one, answer in zip(fitted, answers)]
+                records = [
+                    prediction_record(one.prompt, answer, model_id, gen_kwargs)
+                    for one, answer in zip(fitted, answers)
+                ]
                 run.append(state.process_index, k, records, notes)
             bar.update(len(fitted))
 
@@ -200,37 +237,100 @@ def one_line_errors(state: PartialState, everywhere: bool) -> Iterator[None]:
 
 
 def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m eval.milebench.generate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.milebench.generate", description=__doc__.split("\n")[0]
+    )
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json")
-    add("--model", type=Path, required=True, metavar="CHECKPOINT", help="an exported checkpoint, or a run with an adapter")
+    add(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="CHECKPOINT",
+        help="an exported checkpoint, or a run with an adapter",
+    )
     add("--out", type=Path, required=True, metavar="DIR")
     add("--tasks", nargs="+", metavar="TASK", help="default: every task in --data")
-    add("--policy", nargs="+", metavar="POLICY[+merge]", help="default: what the checkpoint records")
-    add("--merge_prefix", default="1", metavar="N", help="of +merge in --policy: a count (4) or a fraction of the prefill (0.1)")
+    add(
+        "--policy", nargs="+", metavar="POLICY[+merge]", help="default: what the checkpoint records"
+    )
+    add(
+        "--merge_prefix",
+        default="1",
+        metavar="N",
+        help="of +merge in --policy: a count (4) or a fraction of the prefill (0.1)",
+    )
     add("--merge_kernel_size", type=int, default=3, metavar="K", help="of +merge in --policy")
     add("--max_new_tokens", type=int, default=512, metavar="N")
-    add("--batch_images", type=int, default=24, metavar="N", help="images in a batch; MileBench takes 1 for MMCoQA and GPR1200")
-    add("--window", type=int, metavar="N", help="tokens for prompt and answer; default: the model's positions")
-    add("--combine", type=int, metavar="N", help="show at most N combined images (see eval.milebench.combine)")
+    add(
+        "--batch_images",
+        type=int,
+        default=24,
+        metavar="N",
+        help="images in a batch; MileBench takes 1 for MMCoQA and GPR1200",
+    )
+    add(
+        "--window",
+        type=int,
+        metavar="N",
+        help="tokens for prompt and answer; default: the model's positions",
+    )
+    add(
+        "--combine",
+        type=int,
+        metavar="N",
+        help="show at most N combined images (see eval.milebench.combine)",
+    )
     add("--name", help="of the model in --out; default: the checkpoint's folder name")
     add("--backend", choices=BACKENDS, default="sdpa")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="auto: the checkpoint's")
-    add("--verify", action="store_true", help="stop if teacher forcing does not re-derive an answer")
-    add("--overwrite", action="store_true", help="discard predictions that are in --out for these tasks")
+    add(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="auto: the checkpoint's",
+    )
+    add(
+        "--verify", action="store_true", help="stop if teacher forcing does not re-derive an answer"
+    )
+    add(
+        "--overwrite",
+        action="store_true",
+        help="discard predictions that are in --out for these tasks",
+    )
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = arguments_parser().parse_args(arguments)
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available()
+    on_cpu = (
+        os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+        or not torch.accelerator.is_available()
+    )
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # processes wait for the slowest
     with one_line_errors(state, everywhere=True):
-        if min(options.max_new_tokens, options.batch_images, options.window or 1, options.combine or 1) < 1:
-            raise ValueError("--max_new_tokens, --batch_images, --window and --combine are 1 or more")
+        if (
+            min(
+                options.max_new_tokens,
+                options.batch_images,
+                options.window or 1,
+                options.combine or 1,
+            )
+            < 1
+        ):
+            raise ValueError(
+                "--max_new_tokens, --batch_images, --window and --combine are 1 or more"
+            )
         jobs, variants, window = plan(options)
-        jobs = [replace(job, runs={s: run for s, run in job.runs.items() if options.overwrite or not run.check()}) for job in jobs]
+        jobs = [
+            replace(
+                job,
+                runs={
+                    s: run for s, run in job.runs.items() if options.overwrite or not run.check()
+                },
+            )
+            for job in jobs
+        ]
         runs = [run for job in jobs for run in job.runs.values()]
     if not runs:
         if state.is_main_process:
@@ -242,9 +342,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for run in runs:
                 run.start(clear=options.overwrite)
         state.wait_for_everyone()
-        first = max(variants.values(), key=lambda one: bool(one.policy.reveals))  # one that needs our attention
-        model, processor = load(str(options.model), options.backend, first.policy, first.merge, options.dtype)
-        decoder, fitter = Decoder(model.to(state.device), processor), Fitter(processor, window, options.max_new_tokens)
+        first = max(
+            variants.values(), key=lambda one: bool(one.policy.reveals)
+        )  # one that needs our attention
+        model, processor = load(
+            str(options.model), options.backend, first.policy, first.merge, options.dtype
+        )
+        decoder, fitter = (
+            Decoder(model.to(state.device), processor),
+            Fitter(processor, window, options.max_new_tokens),
+        )
         generate(decoder, fitter, jobs, variants, state, options.combine, options.verify)
         state.wait_for_everyone()
         if state.is_main_process:

@@ -57,14 +57,18 @@ def image_level(n_images: int) -> str:
     return LEVELS[(n_images > 5) + (n_images > 31)]
 
 
-def score_task(task: Task, records: Sequence[Record], path: Path, original: bool = False) -> ScoredTask:
+def score_task(
+    task: Task, records: Sequence[Record], path: Path, original: bool = False
+) -> ScoredTask:
     """Score the predictions `records` of `path`. Raises ValueError naming file and sample, as where MileBench fails."""
     scorer = task.scorer
     score = {MULTI_CHOICE: _score_choice, ROUGE_L: _score_rouge}.get(scorer, _score_needle)
     scored = []
     for sample, record in match_predictions(task, records, path, original):
         if original and sample.level is None:
-            raise ValueError(f"{task.path}: sample {sample.number}: key 'image_quantity_level' is missing")
+            raise ValueError(
+                f"{task.path}: sample {sample.number}: key 'image_quantity_level' is missing"
+            )
         try:
             scored.append(score(task, sample, record, original))
         except ValueError as error:
@@ -92,7 +96,11 @@ def _score_needle(task: Task, sample: Sample, record: Record, original: bool) ->
     gold, answer = record["gt_response"], record["pred_response"]
     if original:
         whole_token = task.scorer == NEEDLE_TOKEN
-        return Scored(sample, needle_original(normalize_original(gold), normalize_original(answer), whole_token), record)
+        return Scored(
+            sample,
+            needle_original(normalize_original(gold), normalize_original(answer), whole_token),
+            record,
+        )
     return Scored(sample, needle(gold, answer), record)
 
 
@@ -119,7 +127,9 @@ def _score_choice(task: Task, sample: Sample, record: Record, original: bool) ->
         raw = [str(choice) for choice in sample.choices]
     choices = [clean(choice) for choice in raw]
     if gold not in choices:
-        raise ValueError(f"the right answer {record['gt_response']!r} is not among the {len(choices)} options")
+        raise ValueError(
+            f"the right answer {record['gt_response']!r} is not among the {len(choices)} options"
+        )
     answer = clean(record["pred_response"])
     if original:
         extracted = extract_original(answer, choices)
@@ -127,7 +137,9 @@ def _score_choice(task: Task, sample: Sample, record: Record, original: bool) ->
     else:
         picked = extract(record["pred_response"], raw, labelled=task.name != "GPR1200")
         extracted = "" if picked is None else label(picked)
-        right = picked is not None and _same_option(raw, choices, picked, record["gt_response"], gold)
+        right = picked is not None and _same_option(
+            raw, choices, picked, record["gt_response"], gold
+        )
     detail = {**record, "gt_response": gold, "pred_response": answer, "image": list(sample.images)}
     detail |= {
         "choice_list": choices,
@@ -138,6 +150,8 @@ def _score_choice(task: Task, sample: Sample, record: Record, original: bool) ->
     return Scored(sample, int(right), record, extracted, detail)
 
 
-def _same_option(raw: Sequence[str], choices: Sequence[str], picked: int, raw_gold: str, gold: str) -> bool:
+def _same_option(
+    raw: Sequence[str], choices: Sequence[str], picked: int, raw_gold: str, gold: str
+) -> bool:
     """Is the picked option the right one? Options that normalise alike are one option, unless to nothing (Q7)."""
     return raw[picked] == raw_gold if not gold else choices[picked] == gold

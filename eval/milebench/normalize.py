@@ -10,7 +10,9 @@ MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _LETTER = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 WORD_START, WORD_END = rf"(?<!{_LETTER})(?<!\.)", rf"(?!{_LETTER}|\.\d)"
 
-_ORIGINAL_PERIODS = 32  # re.UNICODE passed where `count` belongs: only so many periods are deleted (Q4)
+_ORIGINAL_PERIODS = (
+    32  # re.UNICODE passed where `count` belongs: only so many periods are deleted (Q4)
+)
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _MARK = re.compile("[" + re.escape(MARKS) + "]")

@@ -17,7 +17,9 @@ from eval.milebench.tasks import Sample, Task, field, is_whole_number, read_json
 Record = dict[str, Any]
 
 
-def prediction_record(prompt: Prompt, answer: str, model_id: str, gen_kwargs: Mapping[str, Any]) -> Record:
+def prediction_record(
+    prompt: Prompt, answer: str, model_id: str, gen_kwargs: Mapping[str, Any]
+) -> Record:
     """Record of one answer, keys in MileBench's order."""
     return {
         "sample_id": prompt.sample_id,
@@ -47,7 +49,9 @@ def read_predictions(path: Path) -> list[Record]:
     return records
 
 
-def match_predictions(task: Task, records: Sequence[Record], path: Path, original: bool = False) -> list[tuple[Sample, Record]]:
+def match_predictions(
+    task: Task, records: Sequence[Record], path: Path, original: bool = False
+) -> list[tuple[Sample, Record]]:
     """Each record with its sample, in the order of the records.
 
     As in MileBench a record's id must be an integer with `original`; otherwise "12" is 12 too (Q20), and the record
@@ -58,14 +62,20 @@ def match_predictions(task: Task, records: Sequence[Record], path: Path, origina
     for row, record in enumerate(records):
         number = _number(record["sample_id"], path, row, original)
         if number in rows:
-            raise ValueError(f"{path}: sample {number} is predicted twice (records {rows[number]} and {row})")
+            raise ValueError(
+                f"{path}: sample {number} is predicted twice (records {rows[number]} and {row})"
+            )
         if number not in samples:
-            raise ValueError(f"{path}: sample {number} (record {row}) is not in {task.path} ({len(samples)} samples)")
+            raise ValueError(
+                f"{path}: sample {number} (record {row}) is not in {task.path} ({len(samples)} samples)"
+            )
         rows[number] = row
     missing = [number for number in samples if number not in rows]
     if missing:
         named = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
-        raise ValueError(f"{path}: {len(missing)} of {len(samples)} samples have no prediction: {named}")
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(samples)} samples have no prediction: {named}"
+        )
     pairs = [(samples[number], records[row]) for number, row in rows.items()]
     for sample, record in pairs:
         if not original and record["gt_response"] != str(sample.response):

@@ -36,10 +36,14 @@ class TaskRun:
         found = self.folder / RUN
         if not found.is_file():
             if (self.folder / PREDICTIONS).exists():
-                raise ValueError(f"{self.folder / PREDICTIONS}: is not from here (there is no {RUN}); use --overwrite or another --out")
+                raise ValueError(
+                    f"{self.folder / PREDICTIONS}: is not from here (there is no {RUN}); use --overwrite or another --out"
+                )
             return False
         before = read_json(found).get("settings", {})
-        differing = [key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)]
+        differing = [
+            key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)
+        ]
         if differing:
             key = differing[0]
             raise ValueError(
@@ -52,7 +56,11 @@ class TaskRun:
         """Make the folder, and say in it what the predictions will depend on. clear: remove what an earlier run left."""
         try:
             if clear:
-                for path in [self.folder / PREDICTIONS, *self.folder.glob("progress.*.jsonl"), self.folder / RUN]:
+                for path in [
+                    self.folder / PREDICTIONS,
+                    *self.folder.glob("progress.*.jsonl"),
+                    self.folder / RUN,
+                ]:
                     path.unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(RUN, json.dumps({"settings": self.settings, **self.about}, indent=1))
@@ -71,7 +79,9 @@ class TaskRun:
                 found[entry["batch"]] = entry
         return found
 
-    def append(self, rank: int, batch: int, records: Sequence[Record], notes: Mapping[str, Sequence[str]]) -> None:
+    def append(
+        self, rank: int, batch: int, records: Sequence[Record], notes: Mapping[str, Sequence[str]]
+    ) -> None:
         """Write a finished batch down, on disk before this returns."""
         line = json.dumps({"batch": batch, "records": records, "notes": notes})
         with (self.folder / f"progress.{rank}.jsonl").open("ab") as file:
@@ -84,10 +94,19 @@ class TaskRun:
         done = self.done()
         records, notes = [], {}
         for k, samples in enumerate(batches):
-            assert k in done and [record["sample_id"] for record in done[k]["records"]] == [sample.sample_id for sample in samples]
+            assert k in done and [record["sample_id"] for record in done[k]["records"]] == [
+                sample.sample_id for sample in samples
+            ]
             records += done[k]["records"]
             notes |= done[k]["notes"]
-        self._write(RUN, json.dumps({"settings": self.settings, **self.about, "notes": notes}, indent=1, ensure_ascii=False))
+        self._write(
+            RUN,
+            json.dumps(
+                {"settings": self.settings, **self.about, "notes": notes},
+                indent=1,
+                ensure_ascii=False,
+            ),
+        )
         self._write(PREDICTIONS, predictions_json(records))
         for path in self.folder.glob("progress.*.jsonl"):
             path.unlink()

@@ -17,7 +17,9 @@ from typing import Any, Protocol
 from eval.milebench.choices import label
 from eval.milebench.tasks import Sample, Task
 
-PLACE = "<ImageHere>"  # stands for an image in MileBench's prompts, and in the `question` of pred.json
+PLACE = (
+    "<ImageHere>"  # stands for an image in MileBench's prompts, and in the `question` of pred.json
+)
 
 _REFERENCE = re.compile(r"\{(?:image|table)#([0-9]+)\}")
 
@@ -68,8 +70,14 @@ class Prompt:
         """
         places = self.pieces.count(None)
         if places != len(self.images):
-            raise ValueError(f"sample {self.sample_id}: {places} places for {len(self.images)} images")
-        parts = [{"type": "image"} if piece is None else {"type": "text", "text": piece} for piece in self.pieces if piece != ""]
+            raise ValueError(
+                f"sample {self.sample_id}: {places} places for {len(self.images)} images"
+            )
+        parts = [
+            {"type": "image"} if piece is None else {"type": "text", "text": piece}
+            for piece in self.pieces
+            if piece != ""
+        ]
         return [{"role": "user", "content": parts}]
 
 
@@ -88,9 +96,13 @@ def build_prompt(
     """
     instruction = task.instruction(sample, original)
     if original and window.overhead:
-        raise ValueError(f"{task.path}: MileBench subtracts no overhead ({window.overhead}) from the window")
+        raise ValueError(
+            f"{task.path}: MileBench subtracts no overhead ({window.overhead}) from the window"
+        )
     if original and not isinstance(window.per_image, int):
-        raise ValueError(f"{task.path}: MileBench has one cost for all images, not {window.per_image}")
+        raise ValueError(
+            f"{task.path}: MileBench has one cost for all images, not {window.per_image}"
+        )
     build = _build_original if original else _build_fixed
     return build(task, sample, instruction, tokenizer, window, combined)
 
@@ -99,7 +111,9 @@ def image_paths(task: Task, sample: Sample, combined: int | None = None) -> list
     """Paths of all image files of a sample, or of its combined images, which lie beside the image folder."""
     if combined is None:
         return [os.path.join(task.image_dir, name) for name in sample.images]
-    folder = os.path.join(os.path.dirname(task.image_dir.rstrip("/")), f"combined_{combined}_images")
+    folder = os.path.join(
+        os.path.dirname(task.image_dir.rstrip("/")), f"combined_{combined}_images"
+    )
     return [os.path.join(folder, name) for name in _combined_names(task, sample, combined)]
 
 
@@ -112,12 +126,16 @@ def require_inputs(task: Task, combined: int | None = None) -> None:
         task.instruction(sample)
         for path in image_paths(task, sample, combined):
             if not os.path.isfile(path):
-                raise ValueError(f"{task.path}: sample {sample.sample_id}: image file {path} is missing")
+                raise ValueError(
+                    f"{task.path}: sample {sample.sample_id}: image file {path} is missing"
+                )
 
 
 def _combined_names(task: Task, sample: Sample, combined: int) -> tuple[str, ...]:
     if combined not in sample.combined:
-        raise ValueError(f"{task.path}: sample {sample.sample_id}: key 'combined_{combined}_images' is missing")
+        raise ValueError(
+            f"{task.path}: sample {sample.sample_id}: key 'combined_{combined}_images' is missing"
+        )
     return sample.combined[combined]
 
 
@@ -140,7 +158,14 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
 _Piece = str | int  # text, or the index of an image
 
 
-def _build_fixed(task: Task, sample: Sample, instruction: str, tokenizer: Tokenizer, window: Window, combined: int | None) -> Prompt:
+def _build_fixed(
+    task: Task,
+    sample: Sample,
+    instruction: str,
+    tokenizer: Tokenizer,
+    window: Window,
+    combined: int | None,
+) -> Prompt:
     """Images by index. Text that is not cut stays as written; a window without room for more holds the instruction."""
     context = sample.context + _choice_block(task, sample, original=False)
     paths = image_paths(task, sample, combined)
@@ -148,14 +173,20 @@ def _build_fixed(task: Task, sample: Sample, instruction: str, tokenizer: Tokeni
     if combined is None:
         head, (pieces, notes) = [f"{instruction}\n"], _pieces_by_index(context, len(paths))
     else:
-        head, pieces, notes = [*range(len(paths)), f"\n{instruction}\n"], [_by_number(context, len(sample.images))], []
+        head, pieces, notes = (
+            [*range(len(paths)), f"\n{instruction}\n"],
+            [_by_number(context, len(sample.images))],
+            [],
+        )
     if PLACE in context or PLACE in instruction:
         notes.append(f"the text itself holds {PLACE}")
     room = window.length - window.overhead - sum(_cost(piece, tokenizer, window) for piece in head)
     kept = _fit(pieces, tokenizer, window, room)
     if kept != pieces:
         images = [sum(isinstance(piece, int) for piece in some) for some in (kept, pieces)]
-        notes.append(f"cut to the {room} tokens left of {window.length}: {images[0]} of {images[1]} images kept")
+        notes.append(
+            f"cut to the {room} tokens left of {window.length}: {images[0]} of {images[1]} images kept"
+        )
     shown = [*head, *kept]
     return Prompt(
         sample_id=sample.sample_id,
@@ -174,7 +205,9 @@ def _image_index(match: re.Match[str], n_images: int) -> int | None:
 
 def _by_number(context: str, n_images: int) -> str:
     """The context of combined images: a reference becomes the caption that the combined image carries."""
-    return _REFERENCE.sub(lambda m: m[0] if _image_index(m, n_images) is None else f"<Image {m[1]}> ", context)
+    return _REFERENCE.sub(
+        lambda m: m[0] if _image_index(m, n_images) is None else f"<Image {m[1]}> ", context
+    )
 
 
 def _pieces_by_index(context: str, n_images: int) -> tuple[list[_Piece], list[str]]:
@@ -203,7 +236,9 @@ def _pieces_by_index(context: str, n_images: int) -> tuple[list[_Piece], list[st
     if unused:
         notes.append(f"images without a place, put in front: {[index + 1 for index in unused]}")
     if len(used) > len(set(used)):
-        notes.append(f"images with several places: {sorted({index + 1 for index in used if used.count(index) > 1})}")
+        notes.append(
+            f"images with several places: {sorted({index + 1 for index in used if used.count(index) > 1})}"
+        )
     return [*unused, *pieces], notes
 
 
@@ -219,7 +254,9 @@ def _fit(pieces: Sequence[_Piece], tokenizer: Tokenizer, window: Window, room: i
     for piece in reversed(pieces):
         cost = _cost(piece, tokenizer, window)
         if cost > room:
-            is_last_text = isinstance(piece, str) and not any(isinstance(other, str) and other.strip() for other in kept)
+            is_last_text = isinstance(piece, str) and not any(
+                isinstance(other, str) and other.strip() for other in kept
+            )
             if is_last_text and room > 0:
                 kept.append(tokenizer.decode(_encode(tokenizer, piece)[-room:]))
             break
@@ -231,7 +268,14 @@ def _fit(pieces: Sequence[_Piece], tokenizer: Tokenizer, window: Window, room: i
 # --- as MileBench ---------------------------------------------------------------------------------------------------
 
 
-def _build_original(task: Task, sample: Sample, instruction: str, tokenizer: Tokenizer, window: Window, combined: int | None) -> Prompt:
+def _build_original(
+    task: Task,
+    sample: Sample,
+    instruction: str,
+    tokenizer: Tokenizer,
+    window: Window,
+    combined: int | None,
+) -> Prompt:
     """MileBench's text and images, oddities included: places are matched to images from the right, not by index."""
     context = sample.context + _choice_block(task, sample, original=True)
     for k in range(1, len(sample.images) + 1):
@@ -252,7 +296,9 @@ def _build_original(task: Task, sample: Sample, instruction: str, tokenizer: Tok
     return Prompt(sample.sample_id, tuple(pieces[:-1]), tuple(images), str(sample.response))
 
 
-def _walk_original(context: str, images: Sequence[str], tokenizer: Tokenizer, budget: int, per_image: int) -> tuple[str, list[str]]:
+def _walk_original(
+    context: str, images: Sequence[str], tokenizer: Tokenizer, budget: int, per_image: int
+) -> tuple[str, list[str]]:
     """Text and images that MileBench keeps of a context with `<ImageHere>` places."""
     left, kept_images, kept, total, lead = list(images), [], [], 0, False
     for fragment in reversed(context.split(PLACE)):

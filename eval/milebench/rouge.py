@@ -16,7 +16,9 @@ def rouge_l(prediction: str, reference: str, max_steps: int | None = None) -> fl
     """
     predicted, expected = _sentences(prediction), _sentences(reference)
     if not predicted or not expected:
-        raise ValueError(f"Rouge-L: the {'reference' if predicted else 'prediction'} holds periods only")
+        raise ValueError(
+            f"Rouge-L: the {'reference' if predicted else 'prediction'} holds periods only"
+        )
     union = set()
     for reference_words in expected:
         for words in predicted:

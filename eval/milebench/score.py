@@ -25,7 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.intervals import CONFIDENCE, RESAMPLES, SEED
-from eval.milebench.aggregate import eval_json, eval_score_json, results_csv, results_json, sample_scores, summary
+from eval.milebench.aggregate import (
+    eval_json,
+    eval_score_json,
+    results_csv,
+    results_json,
+    sample_scores,
+    summary,
+)
 from eval.milebench.metrics import ScoredTask, score_task
 from eval.milebench.predictions import read_predictions
 from eval.milebench.tasks import DATASETS, read_task
@@ -33,14 +40,20 @@ from eval.milebench.tasks import DATASETS, read_task
 PREDICTIONS = "pred.json"
 
 
-def find_models(predictions: Path, tasks: Sequence[str] | None) -> dict[str, tuple[Path, list[str]]]:
+def find_models(
+    predictions: Path, tasks: Sequence[str] | None
+) -> dict[str, tuple[Path, list[str]]]:
     """{model: (its folder, names of its tasks)}; without `tasks`, every data set that has a pred.json.
 
     `predictions` is a model's folder or a folder of them. Raises ValueError when a pred.json is missing.
     """
     if not predictions.is_dir():
         raise ValueError(f"{predictions}: no such folder")
-    folders = [predictions] if _tasks_in(predictions) else sorted(path for path in predictions.iterdir() if path.is_dir())
+    folders = (
+        [predictions]
+        if _tasks_in(predictions)
+        else sorted(path for path in predictions.iterdir() if path.is_dir())
+    )
     found = {}
     for folder in folders:
         there = _tasks_in(folder)
@@ -48,20 +61,31 @@ def find_models(predictions: Path, tasks: Sequence[str] | None) -> dict[str, tup
             continue
         for name in tasks or ():
             if name not in there:
-                raise ValueError(f"{folder / name / PREDICTIONS}: no such file ({len(there)} other tasks have predictions)")
-        found[folder.resolve().name if folder == predictions else folder.name] = (folder, list(tasks or there))
+                raise ValueError(
+                    f"{folder / name / PREDICTIONS}: no such file ({len(there)} other tasks have predictions)"
+                )
+        found[folder.resolve().name if folder == predictions else folder.name] = (
+            folder,
+            list(tasks or there),
+        )
     if not found:
-        raise ValueError(f"{predictions}: holds neither <task>/{PREDICTIONS} nor <model>/<task>/{PREDICTIONS}")
+        raise ValueError(
+            f"{predictions}: holds neither <task>/{PREDICTIONS} nor <model>/<task>/{PREDICTIONS}"
+        )
     return found
 
 
 def _tasks_in(folder: Path) -> list[str]:
     """Names of the tasks that have predictions in a model's folder, in MileBench's order, others after them."""
     names = sorted(path.parent.name for path in folder.glob(f"*/{PREDICTIONS}"))
-    return [name for name in DATASETS if name in names] + [name for name in names if name not in DATASETS]
+    return [name for name in DATASETS if name in names] + [
+        name for name in names if name not in DATASETS
+    ]
 
 
-def score_models(data: Path, models: Mapping[str, tuple[Path, Sequence[str]]], original: bool) -> dict[str, list[ScoredTask]]:
+def score_models(
+    data: Path, models: Mapping[str, tuple[Path, Sequence[str]]], original: bool
+) -> dict[str, list[ScoredTask]]:
     """Scored tasks of every model. Raises ValueError for the first file that cannot be scored."""
     return {
         model: [
@@ -72,7 +96,9 @@ def score_models(data: Path, models: Mapping[str, tuple[Path, Sequence[str]]], o
     }
 
 
-def render(models: Mapping[str, Sequence[ScoredTask]], original: bool) -> tuple[dict[str, str], dict[str, Any]]:
+def render(
+    models: Mapping[str, Sequence[ScoredTask]], original: bool
+) -> tuple[dict[str, str], dict[str, Any]]:
     """All files to write, {path under the output folder: text}, and the content of scores.json."""
     files, evals = {}, {}
     for model, tasks in models.items():
@@ -119,7 +145,9 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
             for name in files:
                 os.replace(staged / name, out / name)
     except OSError as error:
-        raise ValueError(f"{out}: cannot be written ({error.strerror}: {error.filename})") from error
+        raise ValueError(
+            f"{out}: cannot be written ({error.strerror}: {error.filename})"
+        ) from error
 
 
 def print_table(model: str, found: Mapping[str, Any], console: Console) -> None:
@@ -134,20 +162,41 @@ def print_table(model: str, found: Mapping[str, Any], console: Console) -> None:
     for key in ("codes", "groups", "overall"):
         table.add_section()
         for name, part in found[key].items():
-            table.add_row(name, "", f"mean, {len(part['missing'])} parts missing" if part["missing"] else "mean", *_numbers(part))
+            table.add_row(
+                name,
+                "",
+                f"mean, {len(part['missing'])} parts missing" if part["missing"] else "mean",
+                *_numbers(part),
+            )
     console.print(table)
 
 
 def _numbers(part: Mapping[str, Any]) -> tuple[str, str, str]:
-    return str(part["n"]), f"{100 * part['score']:.2f}", f"{100 * part['low']:.1f} .. {100 * part['high']:.1f}"
+    return (
+        str(part["n"]),
+        f"{100 * part['score']:.2f}",
+        f"{100 * part['low']:.1f} .. {100 * part['high']:.1f}",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m eval.milebench.score", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json")
-    parser.add_argument("--predictions", type=Path, required=True, metavar="DIR", help="a model's folder, or one of several")
-    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="default: every task that has predictions")
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.milebench.score", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json"
+    )
+    parser.add_argument(
+        "--predictions",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a model's folder, or one of several",
+    )
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", help="default: every task that has predictions"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--scoring", choices=["fixed", "original"], default="fixed")
     args = parser.parse_args(arguments)
@@ -165,7 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_table(model, found, console)
         for name, part in found["tasks"].items():
             if name in DATASETS and part["scorer"] != DATASETS[name].scorer:
-                console.print(f"note: {name} is scored by {part['scorer']}, the paper's table has {DATASETS[name].scorer}")
+                console.print(
+                    f"note: {name} is scored by {part['scorer']}, the paper's table has {DATASETS[name].scorer}"
+                )
     return 0
 
 

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MULTI_CHOICE, ROUGE_L, NEEDLE_TOKEN, NEEDLE_SUBSTRING = "multi-choice", "rouge-l", "needle-token", "needle-substring"
+MULTI_CHOICE, ROUGE_L, NEEDLE_TOKEN, NEEDLE_SUBSTRING = (
+    "multi-choice",
+    "rouge-l",
+    "needle-token",
+    "needle-substring",
+)
 TEMPORAL, SEMANTIC, DIAGNOSTIC = "Realistic Temporal", "Realistic Semantic", "Diagnostic"
 
 
@@ -100,7 +105,9 @@ class Task:
             return NEEDLE_SUBSTRING
         scorers = {"open-ended": ROUGE_L, "multi-choice": MULTI_CHOICE}
         if self.question_type not in scorers:
-            raise ValueError(f"{self.path}: question_type {self.question_type!r} is not one of {sorted(scorers)}")
+            raise ValueError(
+                f"{self.path}: question_type {self.question_type!r} is not one of {sorted(scorers)}"
+            )
         return scorers[self.question_type]
 
     def instruction(self, sample: Sample, original: bool = False) -> str:
@@ -125,7 +132,9 @@ def read_json(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from error
+        raise ValueError(
+            f"{path}: not JSON (line {error.lineno}, column {error.colno}: {error.msg})"
+        ) from error
 
 
 def read_task(data_dir: Path, name: str, combined: int | None = None) -> Task:
@@ -154,7 +163,9 @@ def parse_task(document: Any, name: str, path: Path, image_dir: str) -> Task:
     for row, entry in enumerate(field(document, "data", list, f"{path}")):
         sample = _parse_sample(entry, f"{path}: data[{row}]", path)
         if sample.number in first:
-            raise ValueError(f"{path}: sample {sample.number} occurs twice (data[{first[sample.number]}] and data[{row}])")
+            raise ValueError(
+                f"{path}: sample {sample.number} occurs twice (data[{first[sample.number]}] and data[{row}])"
+            )
         first[sample.number] = row
         samples.append(sample)
     if not samples:
@@ -168,7 +179,9 @@ def field(record: Any, key: str, kinds: type | tuple[type, ...], where: str) -> 
         raise ValueError(f"{where}: key {key!r} is missing")
     value = record[key]
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not object):
-        names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        names = " or ".join(
+            kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))
+        )
         raise ValueError(f"{where}: {key!r} is not {names} but {type(value).__name__}")
     return value
 
@@ -193,16 +206,24 @@ def _parse_sample(entry: Any, where: str, path: Path) -> Sample:
         raise ValueError(f"{where}: sample_id {sample_id!r} is not a whole number")
     where = f"{path}: sample {sample_id}"
     instance = field(entry, "task_instance", dict, where)
-    counts = [key.split("_")[1] for key in instance if key.startswith("combined_") and key.endswith("_images")]
+    counts = [
+        key.split("_")[1]
+        for key in instance
+        if key.startswith("combined_") and key.endswith("_images")
+    ]
     return Sample(
         sample_id=sample_id,
         instruction_id=field(entry, "task_instruction_id", (int, str), where),
         context=field(instance, "context", str, where),
         images=_names(instance, "images_path", where),
-        choices=tuple(field(instance, "choice_list", list, where)) if "choice_list" in instance else None,
+        choices=tuple(field(instance, "choice_list", list, where))
+        if "choice_list" in instance
+        else None,
         response=field(entry, "response", object, where),
         level=entry.get("image_quantity_level"),
-        combined={int(n): _names(instance, f"combined_{n}_images", where) for n in counts if n.isdecimal()},
+        combined={
+            int(n): _names(instance, f"combined_{n}_images", where) for n in counts if n.isdecimal()
+        },
     )
 
 

@@ -1,6 +1,6 @@
-"""Attention under a policy, computed by one of several backends.
+"""Attention under a mask, computed by one of several backends.
 
-A backend is a module with `prepare(layout, policy, merge, start)`, run once per forward, `attend(q, k, v, plan, scale)`,
+A backend is a module with `prepare(layout, mask, start)`, run once per forward, `attend(q, k, v, plan, scale)`,
 run in every layer, and `STEP`, what it prepares for one token that sees everything. `reference` defines what is correct;
 the others are tested against it. Optional packages are imported inside the backend that needs them.
 
@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from fmtrain.layout import Layout
+from fmtrain.masks import Mask
 from fmtrain.merge import Merge
-from fmtrain.merge import check as check_merge
-from fmtrain.policies import Policy, get_policy
+from fmtrain.policies import Policy
 
 BACKENDS = ("reference", "sdpa")
 
@@ -30,7 +30,9 @@ class Plan:
     prepared: Any
 
     def attend(self, q_BHQD, k_BGKD, v_BGKD, scale: float | None = None) -> torch.Tensor:
-        return self.backend.attend(q_BHQD, k_BGKD, v_BGKD, self.prepared, scale or q_BHQD.shape[-1] ** -0.5)
+        return self.backend.attend(
+            q_BHQD, k_BGKD, v_BGKD, self.prepared, scale or q_BHQD.shape[-1] ** -0.5
+        )
 
 
 def get_backend(name: str) -> ModuleType:
@@ -38,14 +40,15 @@ def get_backend(name: str) -> ModuleType:
     if name == "auto":
         name = "sdpa"
     if name not in BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; known are auto, {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"unknown attention backend {name!r}; known are auto, {', '.join(BACKENDS)}"
+        )
     return importlib.import_module(f"fmtrain.attention.{name}")
 
 
-def plan(layout: Layout, policy: Policy, backend: ModuleType, merge: Merge | None = None, start: int = 0) -> Plan:
+def plan(layout: Layout, mask: Mask, backend: ModuleType, start: int = 0) -> Plan:
     """Prepare `backend` for one forward whose queries are the tokens from `start` on."""
-    check_merge(policy, merge)
-    return Plan(backend, backend.prepare(layout, policy, merge, start))
+    return Plan(backend, backend.prepare(layout, mask, start))
 
 
 def step(backend: ModuleType) -> Plan:
@@ -58,19 +61,27 @@ def attend(
     k_BGTD: torch.Tensor,
     v_BGTD: torch.Tensor,
     layout: Layout,
-    policy: str | Policy,
+    mask: str | Policy | Mask,
     backend: str = "reference",
     merge: Merge | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """One attention call under a policy: what `attach` runs in every layer. Returns [B, H, T, D].
+    """One attention call under a mask: what `attach` runs in every layer. Returns [B, H, T, D].
 
-    `layout` describes the keys; with fewer queries than keys the queries are the last ones. `scale` defaults to
-    D ** -0.5. Raises `ValueError` for shapes that do not fit each other.
+    `layout` describes the keys; with fewer queries than keys the queries are the last ones. `merge` gives the options of
+    a light form, `scale` defaults to D ** -0.5. Raises `ValueError` for shapes that do not fit each other.
     """
     (B, H, Q, D), (G, K) = q_BHTD.shape, k_BGTD.shape[1:3]
-    if k_BGTD.shape != v_BGTD.shape or k_BGTD.shape != (B, G, K, D) or H % G or Q > K or layout.shape != (B, K):
+    if (
+        k_BGTD.shape != v_BGTD.shape
+        or k_BGTD.shape != (B, G, K, D)
+        or H % G
+        or Q > K
+        or layout.shape != (B, K)
+    ):
         shapes = [tuple(tensor.shape) for tensor in (q_BHTD, k_BGTD, v_BGTD)]
-        raise ValueError(f"shapes do not fit: q {shapes[0]}, k {shapes[1]}, v {shapes[2]}, layout {layout.shape}")
-    prepared = plan(layout, get_policy(policy), get_backend(backend), merge, start=K - Q)
+        raise ValueError(
+            f"shapes do not fit: q {shapes[0]}, k {shapes[1]}, v {shapes[2]}, layout {layout.shape}"
+        )
+    prepared = plan(layout, Mask.of(mask, merge), get_backend(backend), start=K - Q)
     return prepared.attend(q_BHTD, k_BGTD, v_BGTD, scale)

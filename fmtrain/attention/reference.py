@@ -5,16 +5,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fmtrain import masks
 from fmtrain.layout import Layout
+from fmtrain.masks import Allowed, Mask
 from fmtrain.merge import Merge, last, sink
 from fmtrain.merge import weights as merged_weights
-from fmtrain.policies import Policy
 
 
 @dataclass(frozen=True)
 class Prepared:
-    masks: masks.Masks | None  # None: every key is seen
+    allowed: Allowed | None  # None: every key is seen
     merge: Merge | None
     sink_BQK: torch.Tensor | None = None
     last_BQ: torch.Tensor | None = None
@@ -24,28 +23,30 @@ class Prepared:
 STEP = Prepared(None, None)
 
 
-def prepare(layout: Layout, policy: Policy, merge: Merge | None, start: int) -> Prepared:
-    built = masks.build(policy, layout, start)
+def prepare(layout: Layout, mask: Mask, start: int) -> Prepared:
+    allowed, merge = Allowed.of(mask.policy, layout, start), mask.merge
     if merge is None:
-        return Prepared(built, None)
+        return Prepared(allowed, None)
     query = torch.arange(start, layout.shape[1], device=layout.role.device)
-    return Prepared(built, merge, sink(merge, layout, start), last(layout, start), query)
+    return Prepared(allowed, merge, sink(merge, layout, start), last(layout, start), query)
 
 
-def weights(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, prepared: Prepared, scale: float) -> torch.Tensor:
+def weights(
+    q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, prepared: Prepared, scale: float
+) -> torch.Tensor:
     """The attention weights [B, H, Q, K]."""
     exact = torch.promote_types(q_BHQD.dtype, torch.float32)
     k_BHKD = k_BGKD.repeat_interleave(q_BHQD.shape[1] // k_BGKD.shape[1], dim=1)
     scores = (q_BHQD.to(exact) @ k_BHKD.to(exact).transpose(-1, -2)) * scale
-    if prepared.masks is None:
+    if prepared.allowed is None:
         return scores.softmax(-1)
     if prepared.merge is None:
-        return scores.masked_fill(~prepared.masks.both_B1QK, -math.inf).softmax(-1)
+        return scores.masked_fill(~prepared.allowed.both_B1QK, -math.inf).softmax(-1)
     return merged_weights(
         prepared.merge,
         scores,
-        prepared.masks.past_B1QK,
-        prepared.masks.revealed_B1QK,
+        prepared.allowed.past_B1QK,
+        prepared.allowed.revealed_B1QK,
         prepared.sink_BQK,
         prepared.last_BQ,
         prepared.query_Q,

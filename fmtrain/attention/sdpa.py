@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fmtrain import masks
 from fmtrain.attention import reference
 from fmtrain.layout import Layout
-from fmtrain.merge import Merge, share
-from fmtrain.policies import Policy
+from fmtrain.masks import Allowed, Mask
+from fmtrain.merge import share
 
 CHUNK = 128  # queries at a time in the light form: [B, H, 128, K] scores in float32
 
@@ -31,15 +30,15 @@ class Prepared:
 STEP = Prepared(None, False, None)
 
 
-def prepare(layout: Layout, policy: Policy, merge: Merge | None, start: int) -> Prepared:
+def prepare(layout: Layout, mask: Mask, start: int) -> Prepared:
     length = layout.shape[1]
     queries = length - start
-    looks_ahead = bool(policy.reveals) and queries > 1
-    if looks_ahead and merge is not None:
-        return Prepared(None, False, reference.prepare(layout, policy, merge, start))
+    looks_ahead = mask.looks_ahead and queries > 1
+    if looks_ahead and mask.merge is not None:
+        return Prepared(None, False, reference.prepare(layout, mask, start))
     if not looks_ahead and (start == 0 or queries == 1) and not layout.padded and not layout.packed:
         return Prepared(None, queries > 1, None)
-    return Prepared(masks.build(policy, layout, start).both_B1QK, False, None)
+    return Prepared(Allowed.of(mask.policy, layout, start).both_B1QK, False, None)
 
 
 def attend(q_BHQD, k_BGKD, v_BGKD, prepared: Prepared, scale: float) -> torch.Tensor:
@@ -66,10 +65,26 @@ def _closed_form(q_BHQD, k_BGKD, v_BGKD, light: reference.Prepared, scale: float
     """
     D = v_BGKD.shape[-1]
     keys = torch.cat([k_BGKD, k_BGKD], dim=2)
-    values = torch.cat([F.pad(v_BGKD, (0, 8)), F.pad(torch.ones_like(v_BGKD[..., :1]), (D, 7)).expand(*v_BGKD.shape[:-1], D + 8)], 2)
-    keys, queries = F.pad(keys, (0, 8)), F.pad(q_BHQD, (0, 8))  # the kernels want one head size for q, k and v
-    mask = torch.cat([light.masks.past_B1QK, light.masks.revealed_B1QK], dim=-1)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=q_BHQD.shape[1] != k_BGKD.shape[1])
+    values = torch.cat(
+        [
+            F.pad(v_BGKD, (0, 8)),
+            F.pad(torch.ones_like(v_BGKD[..., :1]), (D, 7)).expand(*v_BGKD.shape[:-1], D + 8),
+        ],
+        2,
+    )
+    keys, queries = (
+        F.pad(keys, (0, 8)),
+        F.pad(q_BHQD, (0, 8)),
+    )  # the kernels want one head size for q, k and v
+    mask = torch.cat([light.allowed.past_B1QK, light.allowed.revealed_B1QK], dim=-1)
+    out = F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=q_BHQD.shape[1] != k_BGKD.shape[1],
+    )
     sink_BGQD = share(light.sink_BQK, v_BGKD.dtype)[:, None] @ v_BGKD
     sink_BHQD = sink_BGQD.repeat_interleave(q_BHQD.shape[1] // v_BGKD.shape[1], dim=1)
     return out[..., :D] + out[..., D : D + 1] * sink_BHQD
@@ -81,13 +96,23 @@ def _chunked(q_BHQD, k_BGKD, v_BGKD, light: reference.Prepared, scale: float) ->
     outputs = []
     for begin in range(0, q_BHQD.shape[2], CHUNK):
         rows = slice(begin, begin + CHUNK)
-        revealed = light.masks.revealed_B1QK[:, :, rows]
+        revealed = light.allowed.revealed_B1QK[:, :, rows]
         part = reference.Prepared(
-            masks.Masks(light.masks.past_B1QK[:, :, rows], revealed),
+            Allowed(light.allowed.past_B1QK[:, :, rows], revealed),
             light.merge,
             light.sink_BQK[:, rows],
             light.last_BQ[:, rows],
             light.query_Q[rows],
         )
-        outputs.append(checkpoint(reference.attend, q_BHQD[:, :, rows], k_BGKD, v_BGKD, part, scale, use_reentrant=False))
+        outputs.append(
+            checkpoint(
+                reference.attend,
+                q_BHQD[:, :, rows],
+                k_BGKD,
+                v_BGKD,
+                part,
+                scale,
+                use_reentrant=False,
+            )
+        )
     return torch.cat(outputs, dim=2)

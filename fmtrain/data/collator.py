@@ -4,17 +4,25 @@ A row is a dict with `messages` and `images` (names below the image folder, `dat
 perhaps an `id` and an `image_root`, its own image folder (in a mix of several sets).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from fmtrain.data.encode import IGNORED, encode, labels
+from fmtrain.data.dialogue import Turn
+from fmtrain.data.encode import IGNORED, Encoded, encode, labels
 from fmtrain.data.images import MAX_PIXELS, open_image
 from fmtrain.layout import Layout, Role
 
 
-def encode_row(processor, row: dict, image_root: str | Path = ".", max_pixels: int = MAX_PIXELS, add_generation_prompt: bool = False):
+def encode_row(
+    processor,
+    row: dict,
+    image_root: str | Path = ".",
+    max_pixels: int = MAX_PIXELS,
+    add_generation_prompt: bool = False,
+) -> Encoded:
     """`encode` of a row; a `ValueError` names the row."""
     try:
         root = row.get("image_root") or image_root
@@ -24,28 +32,41 @@ def encode_row(processor, row: dict, image_root: str | Path = ".", max_pixels: i
         raise ValueError(f"row {row.get('id', '?')}: {error}") from error
 
 
-def batch(processor, encoded: list[tuple[dict, Layout]], padding_side: str = "right") -> tuple[dict[str, torch.Tensor], Layout]:
-    """Model inputs and layout of several encoded dialogues, padded to the longest [B, T]."""
-    length = max(layout.shape[1] for _, layout in encoded)
-    gaps = [length - layout.shape[1] for _, layout in encoded]
+def encode_prompt(processor, row: dict, turn: Turn, image_root: str | Path = ".") -> Encoded:
+    """What generation is fed before the answer of one of the row's `turns`."""
+    return encode_row(processor, turn.prompt(row), image_root, add_generation_prompt=True)
+
+
+def batch(processor, rows: Sequence[Encoded], padding_side: str = "right") -> Encoded:
+    """Several encoded rows as one, padded to the longest [B, T]."""
+    length = max(row.layout.shape[1] for row in rows)
+    gaps = [length - row.layout.shape[1] for row in rows]
     sides = [(gap, 0) if padding_side == "left" else (0, gap) for gap in gaps]
-    layout = Layout.cat([each.pad(*side) for (_, each), side in zip(encoded, sides)])
+    layout = Layout.cat([row.layout.pad(*side) for row, side in zip(rows, sides)])
     pad = torch.nn.functional.pad
     pad_id = processor.tokenizer.pad_token_id
     if pad_id is None:
-        raise ValueError("the tokenizer has no padding token; set one, e.g. processor.tokenizer.pad_token = '</s>'")
-    ids = torch.cat([pad(inputs["input_ids"], side, value=pad_id) for (inputs, _), side in zip(encoded, sides)])
+        raise ValueError(
+            "the tokenizer has no padding token; set one, e.g. processor.tokenizer.pad_token = '</s>'"
+        )
+    ids = torch.cat(
+        [pad(row.inputs["input_ids"], side, value=pad_id) for row, side in zip(rows, sides)]
+    )
     merged = {"input_ids": ids, "attention_mask": (layout.role != Role.PAD).long()}
-    for name in dict.fromkeys(name for inputs, _ in encoded for name in inputs if name not in merged):
-        merged[name] = _stack([inputs[name] for inputs, _ in encoded if name in inputs])
-    return merged, layout
+    for inputs, _ in rows:
+        for name in inputs:
+            if name not in merged:
+                merged[name] = _stack([row.inputs[name] for row in rows if name in row.inputs])
+    return Encoded(merged, layout)
 
 
 def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
     """Pixels (and sizes) of several rows along the first dimension; llava-next pads images to the most tiles."""
     if tensors[0].ndim == 5:
         tiles = max(tensor.shape[1] for tensor in tensors)
-        tensors = [torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 0, 0, tiles - t.shape[1])) for t in tensors]
+        tensors = [
+            torch.nn.functional.pad(t, (0, 0, 0, 0, 0, 0, 0, tiles - t.shape[1])) for t in tensors
+        ]
     return torch.cat(tensors)
 
 
@@ -64,25 +85,35 @@ class Collator:
     blank: dict[str, torch.Tensor] | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        if rows[0]["messages"] is None:  # a batch before the one that a stream resumes at; the trainer throws it away
+        if (
+            rows[0]["messages"] is None
+        ):  # a batch before the one that a stream resumes at; the trainer throws it away
             return {}
         inputs, layout = batch(self.processor, [self.encode(row) for row in rows])
         if self.blank is not None and "pixel_values" not in inputs:
             inputs, layout = self._with_blank(inputs, layout)
-        return {**inputs, "labels": labels(inputs["input_ids"], layout), **layout.model_inputs()}
+        inputs = {**inputs, "labels": labels(inputs["input_ids"], layout)}
+        return Encoded(inputs, layout).kwargs()
 
-    def _with_blank(self, inputs: dict, layout: Layout) -> tuple[dict, Layout]:
+    def _with_blank(self, inputs: dict, layout: Layout) -> Encoded:
         visual = self.blank["input_ids"][0] == self.processor.image_token_id
-        columns = torch.full((layout.shape[0], int(visual.sum())), self.processor.tokenizer.pad_token_id)
+        columns = torch.full(
+            (layout.shape[0], int(visual.sum())), self.processor.tokenizer.pad_token_id
+        )
         columns[0] = self.processor.image_token_id
         padded = {
             "input_ids": torch.cat([inputs["input_ids"], columns], dim=1),
-            "attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (0, columns.shape[1])),
+            "attention_mask": torch.nn.functional.pad(
+                inputs["attention_mask"], (0, columns.shape[1])
+            ),
         }
-        return {**self.blank, **padded}, layout.pad(right=columns.shape[1])
+        return Encoded({**self.blank, **padded}, layout.pad(right=columns.shape[1]))
 
-    def encode(self, row: dict) -> tuple[dict, Layout]:
-        inputs, layout = encode_row(self.processor, row, self.image_root, self.max_pixels)
-        if (labels(inputs["input_ids"], layout) == IGNORED).all():
-            raise ValueError(f"row {row.get('id', '?')}: no assistant's turn, so there is nothing to learn from it")
-        return inputs, layout
+    def encode(self, row: dict) -> Encoded:
+        """One row with something to learn in it. Raises `ValueError` naming the row."""
+        encoded = encode_row(self.processor, row, self.image_root, self.max_pixels)
+        if (labels(encoded.inputs["input_ids"], encoded.layout) == IGNORED).all():
+            raise ValueError(
+                f"row {row.get('id', '?')}: no assistant's turn, so there is nothing to learn from it"
+            )
+        return encoded

@@ -9,14 +9,44 @@ of sequence where the template has none (llava-1.5). What the template puts behi
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jinja2 import TemplateError
 
+from fmtrain.data.dialogue import typed
 from fmtrain.layout import Layout, Role
 
 IGNORED = -100  # the label that cross entropy skips
+
+
+class Encoded(NamedTuple):
+    """Model inputs of some rows and their layout, together: inputs, layout = encoded."""
+
+    inputs: dict[str, torch.Tensor]
+    layout: Layout
+
+    @classmethod
+    def from_batch(cls, batch: dict[str, torch.Tensor]) -> "Encoded":
+        """A collator's batch, with its labels among the inputs. Raises `ValueError` for one without a layout."""
+        inputs = dict(batch)
+        layout = Layout.from_model_inputs(inputs)
+        if layout is None:
+            raise ValueError("the batch carries no layout")
+        return cls(inputs, layout)
+
+    def to(self, model) -> "Encoded":
+        """On the model's device; pixels in its dtype."""
+        inputs = {}
+        for name, tensor in self.inputs.items():
+            inputs[name] = tensor.to(
+                model.device, model.dtype if tensor.is_floating_point() else tensor.dtype
+            )
+        return Encoded(inputs, self.layout.to(model.device))
+
+    def kwargs(self) -> dict[str, torch.Tensor]:
+        """Keyword arguments of an attached model's `forward` and `generate`."""
+        return {**self.inputs, **self.layout.model_inputs()}
 
 
 @dataclass(frozen=True)
@@ -27,7 +57,9 @@ class Segment:
     prefill: int  # -1: an answer
 
 
-def encode(processor, messages: list[dict], images: list, add_generation_prompt: bool = False) -> tuple[dict[str, torch.Tensor], Layout]:
+def encode(
+    processor, messages: list[dict], images: list, add_generation_prompt: bool = False
+) -> Encoded:
     """Model inputs of one dialogue and its layout [1, T].
 
     messages: `{"role": system | user | assistant, "content": text, or a list of {"type": "text", "text": ...} and
@@ -37,7 +69,7 @@ def encode(processor, messages: list[dict], images: list, add_generation_prompt:
     Raises `ValueError`, in one line, for images that do not fit the parts, an order of roles that the template refuses,
     an empty answer, and a text that contains the processor's image placeholder.
     """
-    messages = check(processor, messages, len(images))
+    messages = placed(processor, messages, len(images))
     segments = render(processor, messages, add_generation_prompt)
     text = "".join(segment.text for segment in segments)
     bos = processor.tokenizer.bos_token
@@ -49,9 +81,11 @@ def encode(processor, messages: list[dict], images: list, add_generation_prompt:
         return_text_replacement_offsets=True,
     )
     spans = (encoded.pop("text_replacement_offsets") or [[]])[0]
-    layout = _layout(processor, segments, encoded["input_ids"][0], encoded.pop("offset_mapping")[0], spans)
+    layout = _layout(
+        processor, segments, encoded["input_ids"][0], encoded.pop("offset_mapping")[0], spans
+    )
     encoded.pop("token_type_ids", None)
-    return dict(encoded.convert_to_tensors("pt")), layout
+    return Encoded(dict(encoded.convert_to_tensors("pt")), layout)
 
 
 def labels(input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -61,8 +95,16 @@ def labels(input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 def render(processor, messages: list[dict], add_generation_prompt: bool = False) -> list[Segment]:
     """The dialogue as the model reads it, cut into prefills and answers; their texts joined are the whole row."""
-    special = [t.content for t in processor.tokenizer.added_tokens_decoder.values() if t.special and t.content.strip()]
-    end = re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")") if special else re.compile(r"(?!)")
+    special = [
+        t.content
+        for t in processor.tokenizer.added_tokens_decoder.values()
+        if t.special and t.content.strip()
+    ]
+    end = (
+        re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")")
+        if special
+        else re.compile(r"(?!)")
+    )
     segments, done, rest, prefill = [], "", "", 0
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -70,18 +112,28 @@ def render(processor, messages: list[dict], add_generation_prompt: bool = False)
         answer = "".join(part["text"] for part in message["content"])
         if not answer.strip():
             raise ValueError(f"message {k}: the assistant's turn is empty")
-        before, prompt = _apply(processor, messages[:k]), _apply(processor, messages[:k], add_generation_prompt=True)
+        before, prompt = (
+            _apply(processor, messages[:k]),
+            _apply(processor, messages[:k], add_generation_prompt=True),
+        )
         after = _apply(processor, messages[: k + 1])
         if not (before.startswith(done) and prompt.startswith(before) and after.startswith(before)):
-            raise ValueError(f"message {k}: the chat template changes earlier turns when a later one is added")
+            raise ValueError(
+                f"message {k}: the chat template changes earlier turns when a later one is added"
+            )
         lead, tail = _around(answer.strip(), after[len(before) :], prompt[len(before) :], k)
         stop = end.match(tail)
         stop = stop.group() if stop else processor.tokenizer.eos_token
-        segments += [Segment(rest + prompt[len(done) :], prefill), Segment(lead + answer.strip() + stop, -1)]
+        segments += [
+            Segment(rest + prompt[len(done) :], prefill),
+            Segment(lead + answer.strip() + stop, -1),
+        ]
         done, rest, prefill = after, tail.removeprefix(stop), prefill + 1
     if add_generation_prompt or messages[-1]["role"] != "assistant":
         if messages[-1]["role"] == "assistant":
-            raise ValueError("a generation prompt was asked for, but the dialogue ends with the assistant's turn")
+            raise ValueError(
+                "a generation prompt was asked for, but the dialogue ends with the assistant's turn"
+            )
         whole = _apply(processor, messages, add_generation_prompt=add_generation_prompt)
         if not whole.startswith(done):
             raise ValueError("the chat template changes earlier turns when a later one is added")
@@ -93,11 +145,15 @@ def _around(answer: str, turn: str, header: str, k: int) -> tuple[str, str]:
     """What the template puts between its generation prompt and the answer, and behind the answer."""
     exact = turn.startswith(header)
     if not exact and not turn.startswith(header.rstrip()):
-        raise ValueError(f"message {k}: the chat template's generation prompt {header!r} does not open its turn {turn[:80]!r}")
+        raise ValueError(
+            f"message {k}: the chat template's generation prompt {header!r} does not open its turn {turn[:80]!r}"
+        )
     body = turn[len(header if exact else header.rstrip()) :]
     lead, found, tail = body.partition(answer)
     if not found or lead.strip():
-        raise ValueError(f"message {k}: the chat template does not render the answer as it is: {turn[:80]!r}")
+        raise ValueError(
+            f"message {k}: the chat template does not render the answer as it is: {turn[:80]!r}"
+        )
     return (lead if exact else ""), tail
 
 
@@ -105,32 +161,27 @@ def _apply(processor, messages: list[dict], add_generation_prompt: bool = False)
     if not messages:
         return ""
     try:
-        return processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return processor.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
 
 
-def check(processor, messages: list[dict], images: int) -> list[dict]:
-    """The messages with every content a list of typed parts, fit for the chat template; `images` is how many there are.
+def placed(processor, messages: list[dict], images: int) -> list[dict]:
+    """The messages with typed parts, fit for the chat template; `images` is how many images there are.
 
-    Use `image_count` to count a message's images afterwards.
-
-    Raises `ValueError`, in one line, for what `encode` says it does.
+    Use `image_count` to count a message's images afterwards. Raises `ValueError`, in one line, for what `encode` says it
+    does.
     """
-    typed = [_typed(k, message) for k, message in enumerate(messages)]
-    if not typed:
-        raise ValueError("the dialogue is empty")
-    for k in range(1, len(typed)):
-        if typed[k]["role"] == typed[k - 1]["role"] == "assistant":
-            raise ValueError(f"message {k}: an assistant's turn follows an assistant's turn")
-    parts = [part for message in typed for part in message["content"]]
-    count = sum(part["type"] == "image" for part in parts)
-    if count != images:
-        raise ValueError(f"the dialogue has {count} image parts but {images} images")
-    if any(processor.image_token in part.get("text", "") for part in parts):
-        raise ValueError(f"a text contains the placeholder {processor.image_token!r}; an image is a part of its own")
-    return [_in_place(processor, message) for message in typed]
+    messages = typed(messages, images)
+    for message in messages:
+        if any(processor.image_token in part.get("text", "") for part in message["content"]):
+            raise ValueError(
+                f"a text contains the placeholder {processor.image_token!r}; an image is a part of its own"
+            )
+    return [_in_place(processor, message) for message in messages]
 
 
 def _in_place(processor, message: dict) -> dict:
@@ -140,17 +191,28 @@ def _in_place(processor, message: dict) -> dict:
     each, as LLaVA's own interleaved data has them; one that keeps the order (InternVL's) is left to itself.
     """
     kinds = tuple(part["type"] for part in message["content"])
-    if kinds == tuple(sorted(kinds)) or _keeps_order(processor, message["role"], kinds):  # images first, or a faithful template
+    if kinds == tuple(sorted(kinds)) or _keeps_order(
+        processor, message["role"], kinds
+    ):  # images first, or a faithful template
         return message
-    lines = (processor.image_token if part["type"] == "image" else part["text"] for part in message["content"])
+    lines = (
+        processor.image_token if part["type"] == "image" else part["text"]
+        for part in message["content"]
+    )
     return {"role": message["role"], "content": [{"type": "text", "text": "\n".join(lines)}]}
 
 
 @lru_cache
 def _keeps_order(processor, role: str, kinds: tuple[str, ...]) -> bool:
     """Whether the chat template leaves text and image parts of this order where they stand."""
-    marks = [processor.image_token if kind == "image" else f"[[part {k}]]" for k, kind in enumerate(kinds)]
-    parts = [{"type": "image"} if kind == "image" else {"type": "text", "text": mark} for kind, mark in zip(kinds, marks)]
+    marks = [
+        processor.image_token if kind == "image" else f"[[part {k}]]"
+        for k, kind in enumerate(kinds)
+    ]
+    parts = [
+        {"type": "image"} if kind == "image" else {"type": "text", "text": mark}
+        for kind, mark in zip(kinds, marks)
+    ]
     rendered, position = _apply(processor, [{"role": role, "content": parts}]), 0
     for mark in marks:
         position = rendered.find(mark, position)
@@ -160,30 +222,12 @@ def _keeps_order(processor, role: str, kinds: tuple[str, ...]) -> bool:
     return True
 
 
-def _typed(k: int, message: dict) -> dict:
-    role, content = message.get("role"), message.get("content")
-    if role not in ("system", "user", "assistant"):
-        raise ValueError(f"message {k}: role {role!r} is not one of system, user, assistant")
-    if not isinstance(content, str) and not (isinstance(content, list) and all(isinstance(part, dict) for part in content)):
-        raise ValueError(f"message {k}: its content is neither a text nor a list of parts: {str(content)[:80]}")
-    parts = []
-    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        if part.get("type") == "image":  # Arrow fills missing keys with None: a part keeps only what belongs to its type
-            parts.append({"type": "image"})
-        elif part.get("type") == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        else:
-            raise ValueError(f"message {k}: {str(part)[:80]} is neither a text nor an image part")
-    if role == "assistant":
-        if any(part["type"] == "image" for part in parts):
-            raise ValueError(f"message {k}: an image in the assistant's turn")
-        parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
-    return {"role": role, "content": parts}
-
-
 def image_count(processor, message: dict) -> int:
-    """How many images a message of `check` shows, as parts or as placeholders in its text."""
-    return sum(1 if part["type"] == "image" else part["text"].count(processor.image_token) for part in message["content"])
+    """How many images a message of `placed` shows, as parts or as placeholders in its text."""
+    return sum(
+        1 if part["type"] == "image" else part["text"].count(processor.image_token)
+        for part in message["content"]
+    )
 
 
 def _by_prefill(processor, messages: list[dict], images: list) -> list[list[Any]]:
@@ -198,12 +242,22 @@ def _by_prefill(processor, messages: list[dict], images: list) -> list[list[Any]
     return [*groups, group] if group else groups
 
 
-def _layout(processor, segments: list[Segment], ids: list[int], offsets: list[tuple[int, int]], spans: list[dict]) -> Layout:
+def _layout(
+    processor,
+    segments: list[Segment],
+    ids: list[int],
+    offsets: list[tuple[int, int]],
+    spans: list[dict],
+) -> Layout:
     """Roles from where each token starts in the text with its image placeholders expanded."""
     ends, length = [], 0
     for segment in segments:
         length += len(segment.text)
-        grown = sum((s["new_span"][1] - s["new_span"][0]) - (s["span"][1] - s["span"][0]) for s in spans if s["span"][1] <= length)
+        grown = sum(
+            (s["new_span"][1] - s["new_span"][0]) - (s["span"][1] - s["span"][0])
+            for s in spans
+            if s["span"][1] <= length
+        )
         ends.append(length + grown)
     columns, current, image = [], 0, -1
     for token, (begin, end) in zip(ids, offsets, strict=True):

@@ -26,7 +26,9 @@ def resolve(name: str, root: str | os.PathLike) -> Path:
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"image name {name!r} is not a path")
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name):  # http:, https:, file:, data:, s3: ...
-        raise ValueError(f"image {name[:200]!r} is a URL; only files below the image folder are read")
+        raise ValueError(
+            f"image {name[:200]!r} is a URL; only files below the image folder are read"
+        )
     base = Path(root).resolve()
     path = (base / name).resolve()
     if not path.is_relative_to(base):
@@ -36,7 +38,9 @@ def resolve(name: str, root: str | os.PathLike) -> Path:
     return path
 
 
-def open_image(source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(
+    source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """An upright RGB image from a file name below `root`, from a `datasets.Image` cell (a dict with `bytes` or `path`),
     or from a PIL image.
 
@@ -46,7 +50,9 @@ def open_image(source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX
     return _read(source, root, max_pixels, _upright_rgb)
 
 
-def image_size(source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def image_size(
+    source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
     """Width and height in pixels that `open_image` would give, read from the header alone; the same errors."""
     return _read(source, root, max_pixels, _upright_size)
 
@@ -64,8 +70,16 @@ def _read(source: Any, root: str | os.PathLike, max_pixels: int, use):
                 return use(_limited(image, repr(name), max_pixels))
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {name!r} is too large: {error}") from error
-    except (OSError, SyntaxError, EOFError) as error:  # what Pillow's decoders raise for broken data
-        reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error).split("\n")[0]
+    except (
+        OSError,
+        SyntaxError,
+        EOFError,
+    ) as error:  # what Pillow's decoders raise for broken data
+        reason = (
+            "not an image that Pillow knows"
+            if isinstance(error, UnidentifiedImageError)
+            else str(error).split("\n")[0]
+        )
         raise ValueError(f"image {name!r} cannot be read: {reason}") from error
 
 
@@ -82,7 +96,9 @@ def _whole_files_only():
 def _limited(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
-        raise ValueError(f"image {name} has {width} x {height} = {width * height} pixels, over the limit of {max_pixels}")
+        raise ValueError(
+            f"image {name} has {width} x {height} = {width * height} pixels, over the limit of {max_pixels}"
+        )
     return image
 
 
@@ -96,6 +112,8 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    header = image.format != "PNG" or "exif" in image.info  # looking for a PNG's EXIF would decode all of it
+    header = (
+        image.format != "PNG" or "exif" in image.info
+    )  # looking for a PNG's EXIF would decode all of it
     turned = header and image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
     return (height, width) if turned else (width, height)

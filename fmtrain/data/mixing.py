@@ -36,7 +36,9 @@ class Entry:
 
 def entries(values: list[str | dict]) -> list[Entry]:
     """Entries of `datasets:`, as mappings or as YAML texts of them. Raises `ValueError`, in one line, for anything odd."""
-    found = [_entry(f"datasets, entry {number}", value) for number, value in enumerate(values, start=1)]
+    found = [
+        _entry(f"datasets, entry {number}", value) for number, value in enumerate(values, start=1)
+    ]
     if not found:
         raise ValueError("datasets: names no set")
     weights = [entry.weight for entry in found if entry.weight is not None]
@@ -56,20 +58,32 @@ def _entry(place: str, value: str | dict) -> Entry:
             raise ValueError(f"{place}: not readable: {' '.join(str(error).split())}") from error
     known = [field.name for field in fields(Entry)]
     if not isinstance(value, dict):
-        raise ValueError(f"{place}: {value!r:.100} is not a mapping such as {{path: data/vqav2, epochs: 1}}")
+        raise ValueError(
+            f"{place}: {value!r:.100} is not a mapping such as {{path: data/vqav2, epochs: 1}}"
+        )
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
             raise ValueError(f"{place}: unknown key {key!r}; the nearest known one is {near!r}")
     for key in ("path", "image_root"):
         if (key in value or key == "path") and not (isinstance(value.get(key), str) and value[key]):
-            raise ValueError(f"{place}: {key} {value.get(key)!r} is not a path" if key in value else f"{place}: names no path")
+            raise ValueError(
+                f"{place}: {key} {value.get(key)!r} is not a path"
+                if key in value
+                else f"{place}: names no path"
+            )
     if "weight" in value and "epochs" in value:
         raise ValueError(f"{place}: {value['path']} has both a weight and epochs; keep one")
     for key in ("weight", "epochs"):
         number = value.get(key)
-        if key in value and (not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf):
-            raise ValueError(f"{place}: {key} {number!r} of {value['path']} is not a number above 0")
+        if key in value and (
+            not isinstance(number, int | float)
+            or isinstance(number, bool)
+            or not 0 < number < math.inf
+        ):
+            raise ValueError(
+                f"{place}: {key} {number!r} of {value['path']} is not a number above 0"
+            )
     return Entry(**value)
 
 
@@ -81,7 +95,9 @@ def shares(mixture: list[Entry], sizes: list[int], run: int | None = None) -> li
     """
     epochs = [None if entry.weight is not None else entry.epochs or 1.0 for entry in mixture]
     weights = [entry.weight or 0.0 for entry in mixture]
-    counted = sum(size * times for size, times in zip(sizes, epochs, strict=True) if times is not None)
+    counted = sum(
+        size * times for size, times in zip(sizes, epochs, strict=True) if times is not None
+    )
     if any(times is not None for times in epochs):
         total = counted / (1 - sum(weights))
     else:
@@ -91,11 +107,15 @@ def shares(mixture: list[Entry], sizes: list[int], run: int | None = None) -> li
     for entry, size, times, weight in zip(mixture, sizes, epochs, weights, strict=True):
         found.append(round(size * times) if times is not None else max(1, round(weight * total)))
         if not found[-1]:
-            raise ValueError(f"datasets: epochs {times:g} of {entry.path} with {size} rows is less than one row")
+            raise ValueError(
+                f"datasets: epochs {times:g} of {entry.path} with {size} rows is less than one row"
+            )
     return found
 
 
-def mix(sets: list[datasets.Dataset], roots: list[str], counts: list[int], seed: int) -> datasets.Dataset:
+def mix(
+    sets: list[datasets.Dataset], roots: list[str], counts: list[int], seed: int
+) -> datasets.Dataset:
     """`counts[k]` rows of `sets[k]`, shuffled together, each with its image root in the column `image_root`.
 
     The rows are the same for the same seed: of `count` rows of a set with `size`, every one comes `count // size` times
@@ -104,10 +124,14 @@ def mix(sets: list[datasets.Dataset], roots: list[str], counts: list[int], seed:
     joined = datasets.concatenate_datasets(_alike(sets, roots))
     picked, offset = [], 0
     for number, (rows, count) in enumerate(zip(sets, counts, strict=True)):
-        drawn = np.random.default_rng([seed, number]).choice(len(rows), count % len(rows), replace=False)
+        drawn = np.random.default_rng([seed, number]).choice(
+            len(rows), count % len(rows), replace=False
+        )
         picked += [offset + np.arange(len(rows))] * (count // len(rows)) + [offset + drawn]
         offset += len(rows)
-    return joined.select(np.random.default_rng([seed, len(sets)]).permutation(np.concatenate(picked)))
+    return joined.select(
+        np.random.default_rng([seed, len(sets)]).permutation(np.concatenate(picked))
+    )
 
 
 def _alike(sets: list[datasets.Dataset], roots: list[str]) -> list[datasets.Dataset]:

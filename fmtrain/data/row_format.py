@@ -3,7 +3,9 @@
 from typing import Any
 
 COLUMNS = ("id", "source", "messages", "images")
-EVALUATION_ONLY = "evaluation_only/"  # first characters of `source` in rows that must not be trained on
+EVALUATION_ONLY = (
+    "evaluation_only/"  # first characters of `source` in rows that must not be trained on
+)
 
 
 def features(embed_images: bool = False) -> dict[str, Any]:
@@ -15,4 +17,9 @@ def features(embed_images: bool = False) -> dict[str, Any]:
     image = {"decode": False, "_type": "Image"} if embed_images else text
     content = {"feature": {"type": text, "text": text}, "_type": "List"}
     messages = {"feature": {"role": text, "content": content}, "_type": "List"}
-    return {"id": text, "source": text, "messages": messages, "images": {"feature": image, "_type": "List"}}
+    return {
+        "id": text,
+        "source": text,
+        "messages": messages,
+        "images": {"feature": image, "_type": "List"},
+    }

@@ -19,10 +19,13 @@ import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
 from fmtrain.data import mixing
-from fmtrain.data.files import Rows, image_folder, inspect, row_files
+from fmtrain.data.checks import inspect
+from fmtrain.data.files import Rows, image_folder, row_files
 from fmtrain.data.row_format import COLUMNS
 
-SKIPPED = dict.fromkeys(("id", "messages", "images"))  # stands for a row that a resumed run has had already
+SKIPPED = dict.fromkeys(
+    ("id", "messages", "images")
+)  # stands for a row that a resumed run has had already
 HEAD = 4  # rows that are read before training starts, for the audit of the first batch
 
 
@@ -72,7 +75,9 @@ class Stream:
         except ValueError as error:
             raise ValueError(f"{source.path}, {place}: not JSON: {error}") from error
         if not isinstance(row, dict) or not {"messages", "images"} <= row.keys():
-            raise ValueError(f"{source.path}, {place}: a row has messages and images, this is {str(row)[:80]}")
+            raise ValueError(
+                f"{source.path}, {place}: a row has messages and images, this is {str(row)[:80]}"
+            )
         row = {column: row.get(column) for column in COLUMNS} | {"image_root": source.image_root}
         row["id"] = row["id"] or place
         self.check(row, source.path)
@@ -83,7 +88,10 @@ class Stream:
         for number in count():
             chance = Random(f"{self.seed} {number}")
             left = [source.share for source in self.sources]
-            streams = [_picked(s, self.buffer, Random(f"{self.seed} {number} {k}")) for k, s in enumerate(self.sources)]
+            streams = [
+                _picked(s, self.buffer, Random(f"{self.seed} {number} {k}"))
+                for k, s in enumerate(self.sources)
+            ]
             while any(left):
                 [k] = chance.choices(range(len(left)), left)
                 left[k] -= 1
@@ -109,7 +117,9 @@ def _sample(source: Source, wanted: int, chance: Random) -> Iterator[tuple[str, 
         rest -= 1
         if not wanted:
             return
-    raise ValueError(f"{source.path}: held {source.size} rows when the run started and {source.size - rest} now")
+    raise ValueError(
+        f"{source.path}: held {source.size} rows when the run started and {source.size - rest} now"
+    )
 
 
 def _shuffled(rows: Iterator, size: int, chance: Random) -> Iterator:
@@ -131,7 +141,9 @@ def _records(files: tuple[Path, ...]) -> Iterator[tuple[str, bytes | dict]]:
             reader = pq.ParquetFile(file)
             columns = [column for column in COLUMNS if column in reader.schema_arrow.names]
             batches = reader.iter_batches(batch_size=64, columns=columns)
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            for number, row in enumerate(
+                (row for batch in batches for row in batch.to_pylist()), start=1
+            ):
                 yield f"{file.name} row {number}", row
         else:
             with file.open("rb") as lines:
@@ -147,15 +159,23 @@ def _size(name: str, files: list[Path]) -> int:
         if files[0].suffix == ".parquet":
             return sum(pq.read_metadata(file).num_rows for file in files)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{name}: not readable as Parquet: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{name}: not readable as Parquet: {str(error).splitlines()[0]}"
+        ) from error
     return sum(1 for _ in _records(tuple(files)))
 
 
-def load(entries: list[mixing.Entry], stream: Stream, workers: int, run: int | None = None) -> Rows:
+def load(
+    entries: list[mixing.Entry],
+    stream: Stream,
+    workers: int,
+    run: int | None = None,
+    head: int = HEAD,
+) -> Rows:
     """The rows of the entries through `stream` (without its sources), for a loader with so many workers; `run`: see
     `mixing.shares`.
 
-    The rows are counted here, the first few are read. Raises `ValueError` as `data.load` and for a bad one of these few.
+    The rows are counted here, the first `head` of them are read. Raises `ValueError` as `data.load` and for a bad one of these few.
     """
     files = [row_files(entry.path) for entry in entries]
     sizes = [_size(entry.path, found) for entry, found in zip(entries, files, strict=True)]
@@ -164,16 +184,24 @@ def load(entries: list[mixing.Entry], stream: Stream, workers: int, run: int | N
             raise ValueError(f"{entry.path}: holds no row")
     sources = tuple(
         Source(entry.path, tuple(found), size, share, image_folder(entry.path, entry.image_root))
-        for entry, found, size, share in zip(entries, files, sizes, mixing.shares(entries, sizes, run), strict=True)
+        for entry, found, size, share in zip(
+            entries, files, sizes, mixing.shares(entries, sizes, run), strict=True
+        )
     )
     stream = replace(stream, sources=sources)
-    head = tuple(islice(replace(stream, rank=0, world_size=1, skip=0).rows(), HEAD))
+    first = tuple(islice(replace(stream, rank=0, world_size=1, skip=0).rows(), head))
     parts = list(range(stream.world_size * max(1, workers)))
     rows = datasets.IterableDataset.from_generator(stream.rows, gen_kwargs={"parts": parts})
-    return Rows(rows, ".", head=head, passes=sum(source.share for source in sources))
+    return Rows(rows, ".", opened=first, passes=sum(source.share for source in sources))
 
 
-def checker(processor, max_length: int | None, max_pixels: int, allow_evaluation_data: bool) -> Callable[[dict, str], None]:
+def unchecked(row: dict, path: str) -> None:
+    """For looking at rows as they are."""
+
+
+def checker(
+    processor, max_length: int | None, max_pixels: int, allow_evaluation_data: bool
+) -> Callable[[dict, str], None]:
     """What a stream does with every row: the checks of `data.prepare`, but images are opened later, when they are needed.
 
     A row over `max_length` is refused: dropping it would shift the batches of one worker against those of the others.
@@ -181,8 +209,19 @@ def checker(processor, max_length: int | None, max_pixels: int, allow_evaluation
     return partial(_check, processor, max_length, max_pixels, allow_evaluation_data)
 
 
-def _check(processor, max_length: int | None, max_pixels: int, evaluation: bool, row: dict, path: str) -> None:
-    length = inspect(row, processor, path, row["image_root"], max_pixels, False, max_length is not None, evaluation)
+def _check(
+    processor, max_length: int | None, max_pixels: int, evaluation: bool, row: dict, path: str
+) -> None:
+    length = inspect(
+        row,
+        processor,
+        path,
+        row["image_root"],
+        max_pixels,
+        False,
+        max_length is not None,
+        evaluation,
+    )
     if max_length is not None and length > max_length:
         raise ValueError(
             f"{path}, row {row['id']}: {length} tokens, over max_length {max_length}; a stream drops no row, so take long ones out "

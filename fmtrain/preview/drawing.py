@@ -16,8 +16,19 @@ from fmtrain.layout import Layout, Role
 from fmtrain.policies import POLICIES, Policy, T, V, get_policy, past, revealed, tokens
 
 CLOSED, CAUSAL, REVEALED = range(3)
-STATES = {CLOSED: "#F1F3F5", CAUSAL: "#9AA7B8", REVEALED: "#E8590C"}  # they differ in lightness too: fit for colour-blind readers
-TEXT, IMAGES, ANSWER, PAD, INK, GREY = "#56B4E9", ("#00795A", "#6CCBAE"), "#B0478F", "#D5D9DD", "#1B1F24", "#4A525B"
+STATES = {
+    CLOSED: "#F1F3F5",
+    CAUSAL: "#9AA7B8",
+    REVEALED: "#E8590C",
+}  # they differ in lightness too: fit for colour-blind readers
+TEXT, IMAGES, ANSWER, PAD, INK, GREY = (
+    "#56B4E9",
+    ("#00795A", "#6CCBAE"),
+    "#B0478F",
+    "#D5D9DD",
+    "#1B1F24",
+    "#4A525B",
+)
 LIMIT = 1400  # cells along an edge; longer rows are sampled
 NAMES = {Role.TEXT: "text", Role.VISUAL: "image", Role.ANSWER: "answer", Role.PAD: "padding"}
 DPI = 100
@@ -42,7 +53,12 @@ class Run(NamedTuple):
 
     @property
     def colour(self) -> str:
-        return {Role.TEXT: TEXT, Role.VISUAL: IMAGES[self.image % 2], Role.ANSWER: ANSWER, Role.PAD: PAD}[self.role]
+        return {
+            Role.TEXT: TEXT,
+            Role.VISUAL: IMAGES[self.image % 2],
+            Role.ANSWER: ANSWER,
+            Role.PAD: PAD,
+        }[self.role]
 
     @property
     def label(self) -> str:
@@ -59,15 +75,24 @@ class Box(NamedTuple):
 
     def centre(self, query: int, key: int) -> tuple[int, int]:
         """The pixel (x, y) in the middle of a cell."""
-        return tuple(int(start + (cell + 0.5) * self.side / self.cells) for start, cell in ((self.left, key), (self.top, query)))
+        return tuple(
+            int(start + (cell + 0.5) * self.side / self.cells)
+            for start, cell in ((self.left, key), (self.top, query))
+        )
 
 
 def runs(layout: Layout) -> list[Run]:
     """The first row of a layout, cut wherever role, image, prefill or sample changes."""
-    columns = torch.stack([layout.role[0], layout.image[0], layout.prefill[0], layout.sample[0]]).cpu()
+    columns = torch.stack(
+        [layout.role[0], layout.image[0], layout.prefill[0], layout.sample[0]]
+    ).cpu()
     cuts = (columns[:, 1:] != columns[:, :-1]).any(0).nonzero().flatten() + 1
     edges = [0, *cuts.tolist(), columns.shape[1]]
-    return [Run(start, stop, Role(role), *rest) for start, stop in pairwise(edges) for role, *rest in [columns[:, start].tolist()]]
+    return [
+        Run(start, stop, Role(role), *rest)
+        for start, stop in pairwise(edges)
+        for role, *rest in [columns[:, start].tolist()]
+    ]
 
 
 def states(policy: Policy, layout: Layout, index: torch.Tensor) -> torch.Tensor:
@@ -83,7 +108,9 @@ def sampled(parts: list[Run], limit: int = LIMIT) -> torch.Tensor:
     length = parts[-1].stop
     lengths = torch.cat([torch.full((run.length,), run.length) for run in parts])
     edges = torch.linspace(0, length, min(length, limit) + 1, dtype=torch.float64).long().tolist()
-    return torch.tensor([start + int(lengths[start:stop].argmin()) for start, stop in pairwise(edges)])
+    return torch.tensor(
+        [start + int(lengths[start:stop].argmin()) for start, stop in pairwise(edges)]
+    )
 
 
 def reveals(policy: Policy) -> str:
@@ -120,7 +147,9 @@ class Canvas:
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ValueError("a picture needs matplotlib: pip install 'fmtrain[eval]'") from error
-        self.figure = Figure(figsize=(self.width / DPI, self.height / DPI), dpi=DPI, facecolor="white")
+        self.figure = Figure(
+            figsize=(self.width / DPI, self.height / DPI), dpi=DPI, facecolor="white"
+        )
         self.renderer = FigureCanvasAgg(self.figure).get_renderer()
         self.page = self.figure.add_axes([0, 0, 1, 1])
         self.page.set(xlim=(0, self.width), ylim=(self.height, 0))
@@ -135,21 +164,54 @@ class Canvas:
     def rectangle(self, x: float, y: float, width: float, height: float, colour: str) -> None:
         from matplotlib.patches import Rectangle
 
-        self.page.add_patch(Rectangle((x, y), width, height, facecolor=colour, edgecolor="none", antialiased=False, zorder=1))
+        self.page.add_patch(
+            Rectangle(
+                (x, y),
+                width,
+                height,
+                facecolor=colour,
+                edgecolor="none",
+                antialiased=False,
+                zorder=1,
+            )
+        )
 
-    def line(self, x: list[float], y: list[float], width: float, colour: str = INK, **style) -> None:
-        self.page.plot(x, y, color=colour, linewidth=width * 72 / DPI, solid_capstyle="butt", dash_capstyle="butt", zorder=3, **style)
+    def line(
+        self, x: list[float], y: list[float], width: float, colour: str = INK, **style
+    ) -> None:
+        self.page.plot(
+            x,
+            y,
+            color=colour,
+            linewidth=width * 72 / DPI,
+            solid_capstyle="butt",
+            dash_capstyle="butt",
+            zorder=3,
+            **style,
+        )
 
     def cells(self, box: Box, values: torch.Tensor) -> None:
         """The states [N, N] as squares that fill the box; a gap between them where they are large enough."""
         from matplotlib.colors import ListedColormap
 
         axes = self.figure.add_axes(
-            [box.left / self.width, 1 - (box.top + box.side) / self.height, box.side / self.width, box.side / self.height]
+            [
+                box.left / self.width,
+                1 - (box.top + box.side) / self.height,
+                box.side / self.width,
+                box.side / self.height,
+            ]
         )
         axes.set_zorder(-1)
         axes.axis("off")
-        axes.imshow(values.numpy(), cmap=ListedColormap(list(STATES.values())), vmin=0, vmax=2, interpolation="nearest", aspect="auto")
+        axes.imshow(
+            values.numpy(),
+            cmap=ListedColormap(list(STATES.values())),
+            vmin=0,
+            vmax=2,
+            interpolation="nearest",
+            aspect="auto",
+        )
         cell = box.side / box.cells
         if cell >= 10:
             for k in range(1, box.cells):
@@ -185,7 +247,10 @@ def _strips(canvas: Canvas, box: Box, parts: list[Run], length: int, thick: int)
             ends = own[0].start * scale, own[-1].stop * scale
             if _opens_turn(before, run):
                 style = dict(width=max(1.5, thick / 14), linestyle=DASHES)
-            elif Role.VISUAL in (run.role, before.role) and min(run.length, before.length) * scale >= 4:
+            elif (
+                Role.VISUAL in (run.role, before.role)
+                and min(run.length, before.length) * scale >= 4
+            ):
                 style = dict(width=0.8, alpha=0.35)
             else:
                 continue
@@ -193,27 +258,50 @@ def _strips(canvas: Canvas, box: Box, parts: list[Run], length: int, thick: int)
         canvas.line([box.left + end for end in ends], [box.top + at] * 2, **style)
 
 
-def _legend(canvas: Canvas, left: float, top: float, size: float, entries: list[tuple[str, str]]) -> None:
+def _legend(
+    canvas: Canvas, left: float, top: float, size: float, entries: list[tuple[str, str]]
+) -> None:
     """A line of coloured squares with their meaning; the colours "-" and ":" stand for the lines of `_strips`."""
     x = left
     for colour, words in entries:
         if colour in "-:":
-            canvas.line([x, x + size], [top, top], max(2, size / 10), linestyle="-" if colour == "-" else DASHES)
+            canvas.line(
+                [x, x + size],
+                [top, top],
+                max(2, size / 10),
+                linestyle="-" if colour == "-" else DASHES,
+            )
         else:
             canvas.rectangle(x, top - size / 2, size, size, colour)
-            canvas.line([x, x + size, x + size, x, x], [top - size / 2] * 2 + [top + size / 2] * 2 + [top - size / 2], 1, alpha=0.25)
+            canvas.line(
+                [x, x + size, x + size, x, x],
+                [top - size / 2] * 2 + [top + size / 2] * 2 + [top - size / 2],
+                1,
+                alpha=0.25,
+            )
         x = canvas.text(x + 1.4 * size, top, words, size) + 1.4 * size if words else x + 1.2 * size
 
 
 def _cells_legend(policy: str) -> list[tuple[str, str]]:
-    return [(STATES[CAUSAL], "attends (causal)"), (STATES[REVEALED], f"revealed by {policy}"), (STATES[CLOSED], "closed")]
+    return [
+        (STATES[CAUSAL], "attends (causal)"),
+        (STATES[REVEALED], f"revealed by {policy}"),
+        (STATES[CLOSED], "closed"),
+    ]
 
 
 def _roles_legend(parts: list[Run]) -> list[tuple[str, str]]:
     """The roles that occur, and the lines that are drawn."""
     roles, images = {run.role for run in parts}, {run.image for run in parts} - {-1}
-    entries = [(IMAGES[k], "" if k == 0 and len(images) > 1 else "image") for k in range(min(2, len(images)))]
-    entries += [(colour, NAMES[role]) for colour, role in ((TEXT, T), (ANSWER, Role.ANSWER), (PAD, Role.PAD)) if role in roles]
+    entries = [
+        (IMAGES[k], "" if k == 0 and len(images) > 1 else "image")
+        for k in range(min(2, len(images)))
+    ]
+    entries += [
+        (colour, NAMES[role])
+        for colour, role in ((TEXT, T), (ANSWER, Role.ANSWER), (PAD, Role.PAD))
+        if role in roles
+    ]
     entries += [(":", "next turn")] if any(run.prefill > 0 for run in parts) else []
     return entries + ([("-", "next sample")] if any(run.sample > 0 for run in parts) else [])
 
@@ -240,7 +328,9 @@ def draw_row(layout: Layout, policy: "str | Policy", file: str | Path, title: st
     turns = [parts[0], *(run for before, run in pairwise(parts) if _opens_turn(before, run))]
     for run, at in _spaced(turns + longest, lambda run: run.start * scale):
         canvas.text(box.left + edge, box.top + at, str(run.start), 12)
-        canvas.text(box.left + at, box.top + edge, str(run.start), 12, ha="center", va="top", rotation=90)
+        canvas.text(
+            box.left + at, box.top + edge, str(run.start), 12, ha="center", va="top", rotation=90
+        )
     canvas.text(24, 32, policy.name, 24, weight="bold")
     canvas.text(24, 64, f"reveals {reveals(policy)}: {in_words(policy)}", 15)
     canvas.text(24, 90, title, 15)
@@ -263,7 +353,11 @@ def _spaced(parts: list[Run], place: Callable[[Run], float]) -> list[tuple[Run, 
 
 def _twin(policy: Policy) -> str:
     """` (same as v2t)` for a policy that is another one under a second name."""
-    first = next(p for p in POLICIES.values() if (p.reveals, p.within_image) == (policy.reveals, policy.within_image))
+    first = next(
+        p
+        for p in POLICIES.values()
+        if (p.reveals, p.within_image) == (policy.reveals, policy.within_image)
+    )
     return "" if first is policy else f" (same as {first.name})"
 
 
@@ -284,16 +378,37 @@ def draw_policies(file: str | Path, example: str = EXAMPLE) -> list[Box]:
         for run in parts:
             name = {Role.TEXT: "T", Role.ANSWER: "ans"}.get(run.role) or "ABCD"[run.image]
             middle = (run.start + run.length / 2) * cell
-            style = dict(ha="center", weight="bold", color="white" if run.colour in (IMAGES[0], ANSWER) else INK)
+            style = dict(
+                ha="center",
+                weight="bold",
+                color="white" if run.colour in (IMAGES[0], ANSWER) else INK,
+            )
             canvas.text(box.left + middle, box.top - 5 - thick / 2, name, 20, **style)
             canvas.text(box.left - 5 - thick / 2, box.top + middle, name, 20, rotation=90, **style)
         end = canvas.text(box.left - 35, box.top - 112, policy.name + ":", 34, weight="bold")
-        canvas.text(end + 14, box.top - 111, reveals(policy), 28, color="#B8430A" if policy.reveals else GREY)
+        canvas.text(
+            end + 14,
+            box.top - 111,
+            reveals(policy),
+            28,
+            color="#B8430A" if policy.reveals else GREY,
+        )
         canvas.text(box.left - 35, box.top - 66, in_words(policy) + _twin(policy), 25, color=GREY)
     bottom = lines * step[1] + 40
     _legend(canvas, 41, bottom, 26, [*_cells_legend("the policy"), (":", "next turn")])
-    roles = [(TEXT, "T  text of the prompt"), (IMAGES[0], ""), (IMAGES[1], "A, B, C  images (V)"), (ANSWER, "ans  answer")]
+    roles = [
+        (TEXT, "T  text of the prompt"),
+        (IMAGES[0], ""),
+        (IMAGES[1], "A, B, C  images (V)"),
+        (ANSWER, "ans  answer"),
+    ]
     _legend(canvas, 41, bottom + 52, 26, roles)
-    canvas.text(41, bottom + 102, f"{READING}. Nothing looks ahead out of its own turn, or at an answer.", 25, color=GREY)
+    canvas.text(
+        41,
+        bottom + 102,
+        f"{READING}. Nothing looks ahead out of its own turn, or at an answer.",
+        25,
+        color=GREY,
+    )
     canvas.save(file)
     return boxes

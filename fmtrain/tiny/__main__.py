@@ -11,7 +11,11 @@ from fmtrain.tiny.model import random_model
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fmtrain.tiny", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m fmtrain.tiny",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -21,7 +25,9 @@ def main(arguments: list[str] | None = None) -> int:
     model, processor = random_model(options.seed)
     model.save_pretrained(options.out)
     processor.save_pretrained(options.out)
-    print(f"{options.out}: {model.num_parameters():,} random weights, {len(processor.tokenizer)} tokens")
+    print(
+        f"{options.out}: {model.num_parameters():,} random weights, {len(processor.tokenizer)} tokens"
+    )
     return 0
 
 

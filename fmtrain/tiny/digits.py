@@ -41,7 +41,9 @@ def scans(split: str) -> dict[int, np.ndarray]:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
     digits = load_digits()
-    chosen = (np.random.default_rng(0).permutation(len(digits.target)) % 5 == 0) == (split == "test")
+    chosen = (np.random.default_rng(0).permutation(len(digits.target)) % 5 == 0) == (
+        split == "test"
+    )
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # they hold 0..16
     return {digit: pixels[chosen & (digits.target == digit)] for digit in range(10)}
 
@@ -72,7 +74,9 @@ class Artist:
         picture = np.zeros((SIDE * CELL, SIDE * CELL), np.uint8) if on is None else on.copy()
         for cell, digit in digits.items():
             top, left = CELL * (cell // SIDE), CELL * (cell % SIDE)
-            picture[top : top + CELL, left : left + CELL] = self.scans[digit][self.rng.integers(len(self.scans[digit]))]
+            picture[top : top + CELL, left : left + CELL] = self.scans[digit][
+                self.rng.integers(len(self.scans[digit]))
+            ]
         return picture
 
 
@@ -89,7 +93,9 @@ def _read(artist: Artist) -> list[Turn]:
 def _count(artist: Artist) -> list[Turn]:
     wanted, cells = artist.digit(), artist.cells()
     number = int(artist.rng.integers(min(MOST, len(cells)) + 1))
-    digits = {cell: wanted if k < number else artist.digit(but=wanted) for k, cell in enumerate(cells)}
+    digits = {
+        cell: wanted if k < number else artist.digit(but=wanted) for k, cell in enumerate(cells)
+    }
     return [Turn([artist.put(digits)], f"How often do you see {wanted}?", str(number))]
 
 
@@ -107,7 +113,10 @@ def _changed(artist: Artist) -> list[Turn]:
 
 
 def _order(artist: Artist) -> list[Turn]:
-    cells, digits = artist.rng.permutation(CELLS).tolist(), artist.rng.permutation(10)[:FRAMES].tolist()
+    cells, digits = (
+        artist.rng.permutation(CELLS).tolist(),
+        artist.rng.permutation(10)[:FRAMES].tolist(),
+    )
     frames = [artist.put({cells[0]: digits[0]})]
     for cell, digit in zip(cells[1:], digits[1:]):
         frames.append(artist.put({cell: digit}, on=frames[-1]))
@@ -117,12 +126,21 @@ def _order(artist: Artist) -> list[Turn]:
 def _dialogue(artist: Artist) -> list[Turn]:
     before, after, digits, change = _pair(artist)
     cell = int(artist.rng.choice(list(digits)))
-    return [Turn([before], _where(cell), str(digits[cell])), Turn([after], "Which digit changed?", change)]
+    return [
+        Turn([before], _where(cell), str(digits[cell])),
+        Turn([after], "Which digit changed?", change),
+    ]
 
 
 def _list(artist: Artist) -> list[Turn]:
     digits = artist.digits()
-    return [Turn([artist.put(digits)], "What do you see?", " ".join(str(digits[cell]) for cell in sorted(digits)))]
+    return [
+        Turn(
+            [artist.put(digits)],
+            "What do you see?",
+            " ".join(str(digits[cell]) for cell in sorted(digits)),
+        )
+    ]
 
 
 TASKS: dict[str, Callable[[Artist], list[Turn]]] = {
@@ -132,9 +150,17 @@ TASKS: dict[str, Callable[[Artist], list[Turn]]] = {
     "order": _order,  # in which digits appear over three pictures
     "dialogue": _dialogue,  # `read`, and in a second turn a second picture: `changed`
 }
-LESSONS = {"list": _list}  # of pretraining only: many answer tokens a row, from which it learns to see
+LESSONS = {
+    "list": _list
+}  # of pretraining only: many answer tokens a row, from which it learns to see
 # the share of an answer that needs no look at the pictures: all of a task's answers are equally likely
-CHANCE = {"read": 1 / 10, "count": 1 / (MOST + 1), "changed": 1 / 90, "order": 1 / 720, "dialogue": 1 / 900}
+CHANCE = {
+    "read": 1 / 10,
+    "count": 1 / (MOST + 1),
+    "changed": 1 / 90,
+    "order": 1 / 720,
+    "dialogue": 1 / 900,
+}
 
 
 def turns(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> list[Turn]:
@@ -148,14 +174,23 @@ def row(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> di
     """A dialogue as a row, its pictures as PNG."""
     name, messages, images = f"{split}-{task}-{seed}-{index}", [], []
     for turn in turns(split, task, seed, index, filled):
-        parts = [*({"type": "image", "text": None} for _ in turn.pictures), {"type": "text", "text": turn.question}]
+        parts = [
+            *({"type": "image", "text": None} for _ in turn.pictures),
+            {"type": "text", "text": turn.question},
+        ]
         messages.append({"role": "user", "content": parts})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         for picture in turn.pictures:
             file = io.BytesIO()
             Image.fromarray(picture).save(file, "PNG", compress_level=1)
             images.append({"bytes": file.getvalue(), "path": f"{name}-{len(images)}.png"})
-    return {"id": name, "source": f"digits/{task}", "task": task, "messages": messages, "images": images}
+    return {
+        "id": name,
+        "source": f"digits/{task}",
+        "task": task,
+        "messages": messages,
+        "images": images,
+    }
 
 
 _TEXT = Value("string")
@@ -185,18 +220,24 @@ CURRICULUM = (
 )
 
 
-def curriculum(count: int, seed: int = 0) -> Dataset:
-    """`count` training rows for pretraining, to be read in order; one to all cells of a picture are filled."""
+def curriculum(count: int, seed: int = 0, first: int | None = None) -> Dataset:
+    """`count` training rows for pretraining, to be read in order, or the first ones of them; one to all cells of a picture
+    are filled."""
     rng, made = np.random.default_rng(seed), []
-    for index in range(count):
+    for index in range(count if first is None else min(first, count)):
         weights = next(weights for until, weights in CURRICULUM if index < until * count)
         task = rng.choice(list(weights), p=np.array(list(weights.values())) / sum(weights.values()))
         made.append(row("train", str(task), seed, index, int(rng.integers(1, CELLS + 1))))
     return Dataset.from_list(made, features=FEATURES)
 
 
-def training_rows(config: str | None, count: int | None, seed: int = 0) -> Dataset:
-    """What `dataset_name: digits` means in a recipe; config: tasks joined by +, `curriculum`, or None for all tasks."""
+def training_rows(
+    config: str | None, count: int | None, seed: int = 0, first: int | None = None
+) -> Dataset:
+    """What `dataset_name: digits` means in a recipe; config: tasks joined by +, `curriculum`, or None for all tasks;
+    first: only so many of the `count` rows are needed."""
+    count = count or DEFAULT_ROWS
     if config == "curriculum":
-        return curriculum(count or DEFAULT_ROWS, seed)
-    return rows("train", config.split("+") if config else list(TASKS), count or DEFAULT_ROWS, seed)
+        return curriculum(count, seed, first)
+    wanted = count if first is None else min(first, count)
+    return rows("train", config.split("+") if config else list(TASKS), wanted, seed)

@@ -17,7 +17,9 @@ from transformers import (
 
 from fmtrain.tiny.digits import CELL, CELLS, SIDE
 
-CHECKPOINT = Path(__file__).parent.parent / "tiny_llava"  # pretrained, made with recipes/tiny_pretrain.yaml
+CHECKPOINT = (
+    Path(__file__).parent.parent / "tiny_llava"
+)  # pretrained, made with recipes/tiny_pretrain.yaml
 # that of llava-hf/llava-1.5-7b-hf
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -39,8 +41,17 @@ def tokenizer() -> LlamaTokenizer:
 
     A merge adds one letter to the beginning of a word, so the merges of different words do not meet.
     """
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *string.printable[:94]]
-    merges = dict.fromkeys((word[: end - 1], word[end - 1]) for word in WORDS for end in range(2, len(word) + 1))
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        *string.printable[:94],
+    ]
+    merges = dict.fromkeys(
+        (word[: end - 1], word[end - 1]) for word in WORDS for end in range(2, len(word) + 1)
+    )
     tokens += ["".join(merge) for merge in merges]
     return LlamaTokenizer(
         vocab={token: number for number, token in enumerate(tokens)},
@@ -52,16 +63,30 @@ def tokenizer() -> LlamaTokenizer:
     )
 
 
-TEXT_SIZES = dict(hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4)
-VISION_SIZES = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4)
+TEXT_SIZES = dict(
+    hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4
+)
+VISION_SIZES = dict(
+    hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4
+)
 SPREAD = 0.08  # of the language model's random weights; with Llama's own 0.02 these few layers learn much later
 
 
 def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A tiny LLaVA that has learnt nothing, and its processor, in the classes and conventions of LLaVA-1.5."""
     words, size = tokenizer(), SIDE * CELL
-    ids = dict(bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
-    text = LlamaConfig(**TEXT_SIZES, **ids, vocab_size=len(words), max_position_embeddings=512, initializer_range=SPREAD)
+    ids = dict(
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    text = LlamaConfig(
+        **TEXT_SIZES,
+        **ids,
+        vocab_size=len(words),
+        max_position_embeddings=512,
+        initializer_range=SPREAD,
+    )
     vision = CLIPVisionConfig(**VISION_SIZES, image_size=size, patch_size=CELL)
     image = dict(image_token_id=words.convert_tokens_to_ids("<image>"), image_seq_length=CELLS)
     config = LlavaConfig(vision_config=vision, text_config=text, **image)
@@ -71,7 +96,9 @@ def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaPro
         model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
     model.generation_config = GenerationConfig(**ids, do_sample=False)
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+        CLIPImageProcessorPil(
+            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+        ),
         words,
         patch_size=CELL,
         vision_feature_select_strategy=config.vision_feature_select_strategy,

@@ -22,28 +22,48 @@ def part_of(name: str) -> str:
     """The part that a parameter or module belongs to, by its name."""
     if "vision_tower" in name:
         return "vision_tower"
-    return "projector" if "multi_modal_projector" in name or "image_newline" in name else "language_model"
+    return (
+        "projector"
+        if "multi_modal_projector" in name or "image_newline" in name
+        else "language_model"
+    )
 
 
-def lora_targets(model: nn.Module, parts: list[str], wanted: list[str] | str | None = None) -> list[str]:
+def lora_targets(
+    model: nn.Module, parts: list[str], wanted: list[str] | str | None = None
+) -> list[str]:
     """Full names of the linear layers of `parts` that LoRA adapts: all but the head, or those ending in `wanted`.
 
     (PEFT's "all-linear" would also take the projector and the tower; a bare "q_proj" would also match the tower's.)
     Raises `ValueError` for a wanted name that matches nothing there.
     """
     head = unwrap(model).get_output_embeddings()
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head and part_of(n) in parts]
+    linear = [
+        n
+        for n, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head and part_of(n) in parts
+    ]
     wanted = [wanted] if isinstance(wanted, str) else wanted
     if wanted in (None, ["all-linear"]):
         return linear
-    chosen = {want: [name for name in linear if re.search(rf"(^|\.){re.escape(want)}$", name)] for want in wanted}
+    chosen = {
+        want: [name for name in linear if re.search(rf"(^|\.){re.escape(want)}$", name)]
+        for want in wanted
+    }
     for want, names in chosen.items():
         if not names:
-            raise ValueError(f"lora_target_modules names {want!r}, which no linear layer of {', '.join(parts)} is called")
+            raise ValueError(
+                f"lora_target_modules names {want!r}, which no linear layer of {', '.join(parts)} is called"
+            )
     return [name for name in linear if any(name in names for names in chosen.values())]
 
 
-def choose(model: nn.Module, config: LoraConfig | None, parts: list[str] | None, pixels: dict[str, torch.Tensor]) -> list[str]:
+def choose(
+    model: nn.Module,
+    config: LoraConfig | None,
+    parts: list[str] | None,
+    pixels: dict[str, torch.Tensor],
+) -> list[str]:
     """Decide what learns: the layers that LoRA adapts (spelled out in `config`), or the parameters left trainable.
 
     What no gradient can reach is left out; returns the names of such parameters among the chosen parts.
@@ -66,13 +86,25 @@ def idle(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:
     LLaVA reads the tower's last layer but one, so its last layer is idle. Found by a backward pass through a copy of the
     model on the meta device, which costs neither memory nor arithmetic. `pixels`: image inputs of one encoded row.
     """
-    with torch.device("meta"), set_zero3_state():  # the latter keeps ZeRO-3 from partitioning the twin
+    with (
+        torch.device("meta"),
+        set_zero3_state(),
+    ):  # the latter keeps ZeRO-3 from partitioning the twin
         twin = type(model.base_model)(model.base_model.config)
-    inputs = {name: value.to("meta") if value.is_floating_point() else value for name, value in pixels.items()}
+    inputs = {
+        name: value.to("meta") if value.is_floating_point() else value
+        for name, value in pixels.items()
+    }
     features = twin.get_image_features(**inputs).pooler_output
     sum(feature.sum() for feature in features).backward()
-    seen = [(name, parameter) for name, parameter in twin.named_parameters() if part_of(name) != "language_model"]
-    return [f"{model.base_model_prefix}.{name}" for name, parameter in seen if parameter.grad is None]
+    seen = [
+        (name, parameter)
+        for name, parameter in twin.named_parameters()
+        if part_of(name) != "language_model"
+    ]
+    return [
+        f"{model.base_model_prefix}.{name}" for name, parameter in seen if parameter.grad is None
+    ]
 
 
 def without_graph(model: nn.Module) -> None:
@@ -107,7 +139,9 @@ def summary(model: nn.Module) -> Table:
         lora = "lora_" in name
         size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 keeps the full size there
         row = counts.setdefault(part_of(name), [0, 0, 0, 0])
-        for column, add in enumerate((True, parameter.requires_grad, lora, not parameter.requires_grad)):
+        for column, add in enumerate(
+            (True, parameter.requires_grad, lora, not parameter.requires_grad)
+        ):
             row[column] += size if add else 0
     for part, row in counts.items():
         table.add_row(part, *(f"{count:,}" for count in row))
@@ -123,26 +157,43 @@ class EveryParameterLearns(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module):
-        learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        learning = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
         self.waiting = {name for name, _ in learning}
         self.saw_image = False
-        self._hooks = [p.register_hook(lambda grad, name=name: self.waiting.discard(name)) for name, p in learning]
-        self._hooks.append(unwrap(model).base_model.multi_modal_projector.register_forward_hook(self._image))
+        self._hooks = [
+            p.register_hook(lambda grad, name=name: self.waiting.discard(name))
+            for name, p in learning
+        ]
+        self._hooks.append(
+            unwrap(model).base_model.multi_modal_projector.register_forward_hook(self._image)
+        )
 
     def _image(self, *_) -> None:
         self.saw_image = True
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         if self.waiting:
-            self.waiting -= {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+            self.waiting -= {
+                name for name, parameter in model.named_parameters() if parameter.grad is not None
+            }
 
     def on_step_end(self, args, state, control, **kwargs):
         if not self._hooks:
             return
-        missing = sorted(name for name in self.waiting if self.saw_image or part_of(name) == "language_model")
+        missing = sorted(
+            name for name in self.waiting if self.saw_image or part_of(name) == "language_model"
+        )
         if missing:
-            shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
-            raise ValueError(f"after step {state.global_step} {len(missing)} trainable parameters have had no gradient: {shown}")
+            shown = ", ".join(missing[:8]) + (
+                f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+            )
+            raise ValueError(
+                f"after step {state.global_step} {len(missing)} trainable parameters have had no gradient: {shown}"
+            )
         if not self.waiting:
             for hook in self._hooks:
                 hook.remove()

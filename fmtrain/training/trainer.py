@@ -1,32 +1,26 @@
 """TRL's trainer as fmtrain runs it: what learns, what is audited before step 0, what every checkpoint carries."""
 
-import os
+import copy
 import signal
 
 import torch
-from rich.console import Console
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_peft_config
 
-from fmtrain import audit
+from fmtrain import consistency
 from fmtrain.checkpoint import is_adapter
-from fmtrain.data import files as data
+from fmtrain.data import noise
 from fmtrain.data.collator import Collator, encode_row
-from fmtrain.layout import Layout
+from fmtrain.data.encode import Encoded
+from fmtrain.data.files import Rows
 from fmtrain.patch import attached, unwrap
-from fmtrain.training import trainable as parts
+from fmtrain.training import trainable
 from fmtrain.training.recipe import Recipe
-
-console = Console(stderr=True, highlight=False)
-
-
-def say(message) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
-        console.print(message, soft_wrap=True)  # one message, one line, however narrow a log is
+from fmtrain.training.tracking import say
 
 
 class MaskedSFTTrainer(SFTTrainer):
-    """TRL's trainer; every checkpoint of it, adapters included, carries the policy in a `config.json`."""
+    """TRL's trainer; every checkpoint of it, adapters included, carries the mask in a `config.json`."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """transformers looks for the module's own parameter names, but a LLaVA is saved under the hub's: it would load
@@ -51,18 +45,22 @@ class AuditFirstBatch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         model, handle = self.trainer.model_wrapped, attached(self.trainer.model)
-        batch = self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
-        layout = Layout.from_model_inputs(batch)
-        labels = batch.pop("labels")
+        batch = Encoded.from_batch(
+            self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
+        )
+        inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
         training = model.training
         model.eval()
-        leak = audit.leaks(model, batch, layout)
+        leak = consistency.leaks(model, Encoded(inputs, batch.layout))
         with torch.no_grad():
-            loss = model(**batch, labels=labels, **layout.model_inputs()).loss.item()
+            loss = model(**batch.kwargs()).loss.item()
             with handle.under("causal"):
-                causal = model(**batch, labels=labels, **layout.model_inputs()).loss.item()
+                causal = model(**batch.kwargs()).loss.item()
         model.train(training)
-        say(f"audit of the first {len(self.rows)} rows: {leak.figure}; loss {loss:.4f} under the policy, {causal:.4f} causal")
+        say(
+            f"audit of the first {len(self.rows)} rows: {leak.figure}; loss {loss:.4f} under the policy, "
+            f"{causal:.4f} causal"
+        )
         if not leak.passed:
             raise ValueError(f"the first batch leaks: {leak.figure}")
 
@@ -92,29 +90,39 @@ class SaveOnTerm(TrainerCallback):
         signal.signal(signal.SIGTERM, self._before)
 
 
-def build_trainer(recipe: Recipe, model, processor, rows: data.Rows, eval_rows: data.Rows | None) -> MaskedSFTTrainer:
+def build_trainer(
+    recipe: Recipe, model, processor, rows: Rows, eval_rows: Rows | None, stop: SaveOnTerm
+) -> MaskedSFTTrainer:
     """The model's parts frozen or adapted as the recipe says, in TRL's trainer."""
-    training = recipe.training
-    training.max_length = None  # rows are dropped whole, in `data`; TRL would cut them
+    training = copy.copy(recipe.training)
+    training.max_length = None  # rows are dropped whole, before training; TRL would cut them
     training.dataset_kwargs = {"skip_prepare_dataset": True}
-    blank, _ = encode_row(processor, audit.sample_rows()[1])  # a row with one image, of noise
-    pixels = {name: value for name, value in blank.items() if name not in ("input_ids", "attention_mask")}
+    blank = encode_row(processor, noise.rows()[1]).inputs  # a row with one image
+    pixels = {
+        name: value for name, value in blank.items() if name not in ("input_ids", "attention_mask")
+    }
     lora = get_peft_config(recipe.model)
-    unreached = parts.choose(model, lora, recipe.data.train_parts, pixels)
+    unreached = trainable.choose(model, lora, recipe.data.train_parts, pixels)
     if unreached:
         say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
+    several = training.world_size > 1
     trainer = MaskedSFTTrainer(
         model=model,
         args=training,
-        data_collator=Collator(processor, rows.image_root, recipe.data.max_pixels, blank if training.world_size > 1 else None),
+        data_collator=Collator(
+            processor, rows.image_root, recipe.data.max_pixels, blank if several else None
+        ),
         train_dataset=rows.rows,
         eval_dataset=eval_rows.rows if eval_rows else None,
         processing_class=processor,
         peft_config=lora,
     )
-    parts.without_graph(trainer.model)
-    trainer.add_callback(AuditFirstBatch(trainer, rows.first(max(2, min(4, training.per_device_train_batch_size)))))
-    trainer.add_callback(parts.EveryParameterLearns(trainer.model))
-    trainer.add_callback(trainer_stop := SaveOnTerm())
-    trainer.stopped = lambda: trainer_stop.asked
+    trainable.without_graph(trainer.model)
+    first = rows.first(max(2, min(4, training.per_device_train_batch_size)))
+    for callback in (
+        AuditFirstBatch(trainer, first),
+        trainable.EveryParameterLearns(trainer.model),
+        stop,
+    ):
+        trainer.add_callback(callback)
     return trainer

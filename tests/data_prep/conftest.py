@@ -46,7 +46,9 @@ def command() -> Callable[..., subprocess.CompletedProcess]:
 
     def run(name: str, *arguments: object) -> subprocess.CompletedProcess:
         words = [sys.executable, "-m", f"data_prep.{name}", *map(str, arguments)]
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(
+            words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        )
 
     return run
 
@@ -55,7 +57,9 @@ def command() -> Callable[..., subprocess.CompletedProcess]:
 def picture() -> Callable[..., Path]:
     """Write a picture with smooth random structure: picture(path, seed, size) -> path."""
 
-    def write(path: Path, seed: int = 0, size: tuple[int, int] = (64, 48), **options: object) -> Path:
+    def write(
+        path: Path, seed: int = 0, size: tuple[int, int] = (64, 48), **options: object
+    ) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(path, **options)

@@ -26,7 +26,11 @@ def prepared(tmp_path, picture):
     with (folder / "rows.jsonl").open("wb") as file:
         for k in range(10):
             picture(tmp_path / f"images/{k}.png", seed=k)
-            row = {"id": str(k), "source": "s", "messages": [user(image_part(), f"q{k}"), assistant("a")]}
+            row = {
+                "id": str(k),
+                "source": "s",
+                "messages": [user(image_part(), f"q{k}"), assistant("a")],
+            }
             file.write(orjson.dumps({**row, "images": [f"{k}.png"]}) + b"\n")
     return folder
 
@@ -37,7 +41,9 @@ def findings_of(*arguments: object, json_file: Path) -> tuple[int, dict]:
 
 
 def test_good_rows_pass(prepared, tmp_path, capsys):
-    code, found = findings_of(prepared, "--image-root", tmp_path / "images", json_file=tmp_path / "f.json")
+    code, found = findings_of(
+        prepared, "--image-root", tmp_path / "images", json_file=tmp_path / "f.json"
+    )
     assert code == 0 and found["bad"] == 0 and found["rows"] == found["images"] == 10
     assert "10 rows, 10 images opened, 0 bad rows" in capsys.readouterr().out
 
@@ -67,16 +73,22 @@ def spoil(images: Path, name: str) -> str:
     return "unreadable image"
 
 
-@pytest.mark.parametrize("name", ["missing", "link out", "empty", "truncated", "pickle", "zip", "text", "bomb"])
+@pytest.mark.parametrize(
+    "name", ["missing", "link out", "empty", "truncated", "pickle", "zip", "text", "bomb"]
+)
 def test_a_spoiled_image_is_found(name, prepared, tmp_path):
     kind = spoil(tmp_path / "images", name)
-    code, found = findings_of(prepared, "--image-root", tmp_path / "images", json_file=tmp_path / "f.json")
+    code, found = findings_of(
+        prepared, "--image-root", tmp_path / "images", json_file=tmp_path / "f.json"
+    )
     assert code == 1 and found["problems"] == {kind: 1}
     assert [row["id"] for row in found["bad_rows"]] == ["3"]
     assert "\n" not in found["bad_rows"][0]["problems"][0]["detail"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), st.data())
 def test_random_bytes_in_images_never_crash_the_check(tmp_path, picture, layout, data):
     good = picture(tmp_path / "x", seed=1, format=layout).read_bytes()
@@ -110,25 +122,39 @@ def test_contamination_by_content_and_by_look(prepared, tmp_path, picture):
     (evaluation / "broken.jpg").write_bytes(b"no image")
     Image.new("RGB", (64, 48), "white").save(evaluation / "plain.png")
     Image.new("RGB", (64, 48), "gray").save(images / "7.png")  # plain as well, yet another image
-    code, found = findings_of(prepared, "--image-root", images, "--against", evaluation, json_file=tmp_path / "f.json")
+    code, found = findings_of(
+        prepared, "--image-root", images, "--against", evaluation, json_file=tmp_path / "f.json"
+    )
     assert code == 1 and found["problems"] == {"contamination": 3}
     details = {row["id"]: row["problems"][0]["detail"] for row in found["bad_rows"]}
     assert details["1"] == "same file as deep/same.png"
-    assert details["2"].startswith("looks like scaled.jpg") and details["5"].startswith("looks like gray.webp")
+    assert details["2"].startswith("looks like scaled.jpg") and details["5"].startswith(
+        "looks like gray.webp"
+    )
     assert found["unreadable_evaluation_images"] == ["broken.jpg"]
 
 
 def test_unrelated_pictures_look_different(picture, tmp_path):
     looks = [look_hash(Image.open(picture(tmp_path / f"{k}.png", seed=k))) for k in range(40)]
-    distances = [(a[0] ^ b[0]).bit_count() + (a[1] ^ b[1]).bit_count() for k, a in enumerate(looks) for b in looks[:k]]
+    distances = [
+        (a[0] ^ b[0]).bit_count() + (a[1] ^ b[1]).bit_count()
+        for k, a in enumerate(looks)
+        for b in looks[:k]
+    ]
     assert min(distances) > 2 * SIMILAR
     assert look_hash(Image.new("RGB", (50, 50), "red")) is None
 
 
-def test_reject_adds_to_the_file_and_the_converter_does_not_bring_rows_back(mix, convert, tmp_path, capsys):
+def test_reject_adds_to_the_file_and_the_converter_does_not_bring_rows_back(
+    mix, convert, tmp_path, capsys
+):
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]
     good = {"id": "g", "conversations": [turns[0], {"from": "gpt", "value": "a"}]}
-    source, out, reject = mix([good, {"id": "b", "conversations": turns}]), tmp_path / "out", tmp_path / "r.jsonl"
+    source, out, reject = (
+        mix([good, {"id": "b", "conversations": turns}]),
+        tmp_path / "out",
+        tmp_path / "r.jsonl",
+    )
     reject.write_text('{"earlier": true}\n')
     convert("llava_mix665k", source, out)
     assert main([str(out), "--skip-images"]) == 1
@@ -153,12 +179,17 @@ def test_reject_of_parquet(options, fixtures, convert, tmp_path):
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), out / "rows-00000.parquet")
     assert main([str(out), "--image-root", str(fixtures / "refcoco"), "--reject", str(reject)]) == 0
     assert list(read_rows(out)) == expected
-    assert pq.read_schema(out / "rows-00000.parquet").metadata == schema("--embed-images" in options).metadata
+    assert (
+        pq.read_schema(out / "rows-00000.parquet").metadata
+        == schema("--embed-images" in options).metadata
+    )
     pq.write_table(pa.concat_tables([table, table.slice(1, 1)]), out / "rows-00000.parquet")
     assert main([str(out), "--image-root", str(fixtures / "refcoco"), "--reject", str(reject)]) == 0
     moved = pq.read_table(reject).to_pylist()
     assert [row["id"] for row in moved] == [expected[0]["id"], expected[1]["id"]]
-    assert moved[0]["row"] == 4 and moved[0]["reasons"][0].startswith("duplicate id: as in rows-00000.parquet row 1")
+    assert moved[0]["row"] == 4 and moved[0]["reasons"][0].startswith(
+        "duplicate id: as in rows-00000.parquet row 1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -171,7 +202,10 @@ def test_reject_of_parquet(options, fixtures, convert, tmp_path):
         (["nowhere"], "nowhere: no rows here"),
         (["SET", "--image-root", ".", "--against", "SET"], "holds no images to check against"),
         (["SET", "--image-root", ".", "--reject", "x.parquet"], "x.parquet must end in .jsonl"),
-        (["SET", "--image-root", ".", "--reject", "SET/rows2.jsonl"], "lies among the rows themselves"),
+        (
+            ["SET", "--image-root", ".", "--reject", "SET/rows2.jsonl"],
+            "lies among the rows themselves",
+        ),
         (["SET", "--skip-images", "--processor", "nowhere"], "nowhere holds no processor"),
     ],
 )
@@ -191,7 +225,9 @@ def test_evaluation_rows_are_refused_unless_allowed(fixtures, convert, tmp_path)
 
 def test_the_placeholder_quirk_of_the_mix_is_reported(fixtures, convert, tmp_path):
     convert("llava_mix665k", fixtures / "llava_mix665k", tmp_path / "out")
-    code, found = findings_of(tmp_path / "out", "--image-root", fixtures / "llava_mix665k", json_file=tmp_path / "f.json")
+    code, found = findings_of(
+        tmp_path / "out", "--image-root", fixtures / "llava_mix665k", json_file=tmp_path / "f.json"
+    )
     assert code == 1 and found["problems"] == {"missing image": 1, "placeholder in text": 1}
 
 
@@ -203,11 +239,16 @@ def test_token_lengths(prepared):
 
     with ThreadPoolExecutor(1) as pool:
         found = check(prepared, Checks(pool, images=False, tokens=tokens, max_length=1500))
-    kinds = {number: problems[0].kind for number, problems in found.bad[prepared / "rows.jsonl"].items()}
+    kinds = {
+        number: problems[0].kind for number, problems in found.bad[prepared / "rows.jsonl"].items()
+    }
     assert kinds == {5: "not encodable", 9: "too long", 10: "too long"}
     told = summary(found.lengths, 1500)
     assert (told["rows"], told["max"], told["over_limit"]) == (9, 1800, 2)
-    assert list(told["histogram"].values())[:4] == [2, 1, 2, 4] and sum(told["histogram"].values()) == 9
+    assert (
+        list(told["histogram"].values())[:4] == [2, 1, 2, 4]
+        and sum(told["histogram"].values()) == 9
+    )
     assert summary([], None)["max"] == 0
 
 
@@ -241,6 +282,10 @@ def test_token_lengths_are_those_of_encode(prepared, tmp_path):
 def test_the_command(prepared, command, tmp_path):
     (tmp_path / "images" / "3.png").unlink()
     done = command("check", prepared, "--image-root", tmp_path / "images")
-    assert done.returncode == 1 and "missing image" in done.stdout and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1 and "missing image" in done.stdout and "Traceback" not in done.stderr
+    )
     done = command("check", tmp_path / "nowhere")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )

@@ -13,7 +13,9 @@ from data_prep.check import Checks, check, main
 from data_prep.checking.row_checks import Duplicates, row_problems
 from data_prep.converting.rows import assistant, image_part, user
 
-TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(lambda t: t.strip() and "<image>" not in t)
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
+    lambda t: t.strip() and "<image>" not in t
+)
 
 
 @st.composite
@@ -43,7 +45,13 @@ def damage_type(row, draw):
 
 def damage_part(row, draw):
     part = draw(st.sampled_from([p for m in row["messages"] for p in m["content"]]))
-    part.update(draw(st.sampled_from([{"type": "video"}, {"text": 3}, {"type": None}, {"url": "x"}, {"type": ["text"]}])))
+    part.update(
+        draw(
+            st.sampled_from(
+                [{"type": "video"}, {"text": 3}, {"type": None}, {"url": "x"}, {"type": ["text"]}]
+            )
+        )
+    )
     return "format"
 
 
@@ -67,7 +75,9 @@ def damage_order(row, draw):
 
 def damage_answer(row, draw):
     answers = [m for m in row["messages"] if m["role"] == "assistant"]
-    draw(st.sampled_from(answers))["content"] = [{"type": "text", "text": draw(st.sampled_from(["", " ", "\n\t", "\u2003"]))}]
+    draw(st.sampled_from(answers))["content"] = [
+        {"type": "text", "text": draw(st.sampled_from(["", " ", "\n\t", "\u2003"]))}
+    ]
     return "empty answer"
 
 
@@ -146,7 +156,12 @@ def test_damage_is_always_found(damage, row, data):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.recursive(st.none() | st.integers() | st.text(max_size=5), lambda s: st.lists(s) | st.dictionaries(st.text(), s)))
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=5),
+        lambda s: st.lists(s) | st.dictionaries(st.text(), s),
+    )
+)
 def test_anything_else_is_not_a_row_and_never_crashes(value):
     assert row_problems(value)[0].kind == "format"
     for key in ("id", "source", "messages", "images"):
@@ -156,7 +171,9 @@ def test_anything_else_is_not_a_row_and_never_crashes(value):
             assert key in ("id", "source") or value == []
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(rows(), min_size=1, max_size=5, unique_by=lambda r: r["id"]), st.data())
 def test_damaged_bytes_of_jsonl_are_found_and_moved_whole(tmp_path, originals, data):
     """Cut a line, put a byte into it, or double it: the line is reported, every other line stays as it was."""
@@ -183,7 +200,11 @@ def test_damaged_bytes_of_jsonl_are_found_and_moved_whole(tmp_path, originals, d
     kept = [line for n, line in enumerate(bad, start=1) if n != number]
     assert path.read_bytes() == b"".join(kept)
     (entry,) = map(json.loads, reject.read_bytes().splitlines())
-    assert entry["row"] == number and entry["reasons"] and ("text" in entry or entry["record"] is not None)
+    assert (
+        entry["row"] == number
+        and entry["reasons"]
+        and ("text" in entry or entry["record"] is not None)
+    )
 
 
 def test_duplicates():
@@ -191,6 +212,7 @@ def test_duplicates():
     row = {"id": "a", "source": "s", "messages": [user("q"), assistant("a")], "images": []}
     assert duplicates.problems(row, "x row 1") == []
     assert [p.kind for p in duplicates.problems({**row, "id": "b"}, "x row 2")] == ["duplicate row"]
-    assert [str(p) for p in duplicates.problems({**row, "messages": [user("r"), assistant("a")]}, "x row 3")] == [
-        "duplicate id: as in x row 1"
-    ]
+    assert [
+        str(p)
+        for p in duplicates.problems({**row, "messages": [user("r"), assistant("a")]}, "x row 3")
+    ] == ["duplicate id: as in x row 1"]

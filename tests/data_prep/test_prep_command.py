@@ -56,7 +56,9 @@ def test_a_run_after_a_change_converts_again(change, mix, convert, tmp_path, cap
     assert len(list(read_rows(out))) == {"source": 2, "option": 6}.get(change, 3)
 
 
-def test_embedded_images_are_part_of_what_must_not_have_changed(mix, convert, picture, tmp_path, capsys):
+def test_embedded_images_are_part_of_what_must_not_have_changed(
+    mix, convert, picture, tmp_path, capsys
+):
     source, out = mix(RECORDS), tmp_path / "out"
     for k in range(3):
         picture(source / f"coco/{k}.jpg", seed=k)
@@ -75,19 +77,37 @@ def test_embedded_images_are_part_of_what_must_not_have_changed(mix, convert, pi
         ('[{"conversations": [', [], "row 1: not JSON"),
         ("[1]", [], "row 1: expected an object with 'conversations', found 1"),
         ('{"a": 1}', [], "row: expected '[', found '{'"),
-        (RECORDS, ["--question-twice", "--order", "dual"], "--question-twice puts the question on both sides"),
+        (
+            RECORDS,
+            ["--question-twice", "--order", "dual"],
+            "--question-twice puts the question on both sides",
+        ),
         (RECORDS, ["--embed-images"], "row 1: image 'coco/0.jpg' does not exist"),
         ([{**RECORDS[0], "image": "https://host/x.jpg"}], [], "is in none of the folders"),
-        ([{**RECORDS[0], "image": "coco/../../x.jpg"}], [], "row 1: image 'coco/../../x.jpg' leaves the image root"),
-        ([{**RECORDS[0], "image": "coco/x.zip"}], [], "row 1: image 'coco/x.zip' is an archive or a pickle"),
-        ([{**RECORDS[0], "image": "coco/x.pkl"}], [], "row 1: image 'coco/x.pkl' is an archive or a pickle"),
+        (
+            [{**RECORDS[0], "image": "coco/../../x.jpg"}],
+            [],
+            "row 1: image 'coco/../../x.jpg' leaves the image root",
+        ),
+        (
+            [{**RECORDS[0], "image": "coco/x.zip"}],
+            [],
+            "row 1: image 'coco/x.zip' is an archive or a pickle",
+        ),
+        (
+            [{**RECORDS[0], "image": "coco/x.pkl"}],
+            [],
+            "row 1: image 'coco/x.pkl' is an archive or a pickle",
+        ),
     ],
 )
 def test_refusals_are_one_line_and_leave_nothing(records, options, reason, mix, command, tmp_path):
     source = mix(records)
     done = command("llava_mix665k", "--source", source, "--out", tmp_path / "out", *options)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and reason in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: ") and reason in done.stderr and done.stderr.count("\n") == 1
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -130,7 +150,9 @@ def test_symbolic_links_out_of_the_root_are_not_embedded(mix, convert, picture, 
     assert "lies outside the image folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [["notes.txt"], ["rows.jsonl"], ["rows.jsonl", "_manifest", "notes.txt"]])
+@pytest.mark.parametrize(
+    "content", [["notes.txt"], ["rows.jsonl"], ["rows.jsonl", "_manifest", "notes.txt"]]
+)
 def test_a_folder_with_other_things_is_not_replaced(content, mix, convert, tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
@@ -163,7 +185,15 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(earlier, convert, t
         convert("llava_mix665k", source, out)
     before = {file.name: file.read_bytes() for file in out.iterdir()} if earlier else None
     write_mix(path, 6_000)
-    command = [sys.executable, "-m", "data_prep.llava_mix665k", "--source", str(source), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "data_prep.llava_mix665k",
+        "--source",
+        str(source),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(command, cwd=ROOT)
     partial = tmp_path / ".out.partial" / "rows.jsonl"
     while not (partial.is_file() and partial.stat().st_size > 1_000_000):
@@ -172,7 +202,11 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(earlier, convert, t
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert partial.is_file()
-    assert (out.is_dir() and {file.name: file.read_bytes() for file in out.iterdir()} == before) if earlier else not out.exists()
+    assert (
+        (out.is_dir() and {file.name: file.read_bytes() for file in out.iterdir()} == before)
+        if earlier
+        else not out.exists()
+    )
     assert convert("llava_mix665k", source, out) == 0
     assert sum(1 for _ in read_rows(out)) == 6_000
     assert listing(tmp_path) == CONVERTED
@@ -188,13 +222,19 @@ def test_memory_does_not_grow_with_the_source(tmp_path, monkeypatch):
         source.mkdir()
         write_mix(source / "llava_v1_5_mix665k.json", rows)
         peaks.append(measure(source, tmp_path / f"out{rows}", [])["peak_mb"])
-    assert peaks[1] < peaks[0] + 25  # MB; the larger source alone has 13 and would need several times that as objects
+    assert (
+        peaks[1] < peaks[0] + 25
+    )  # MB; the larger source alone has 13 and would need several times that as objects
 
 
 def test_dual_order_writes_what_has_no_order_once(mix, convert, tmp_path):
     text = {"id": "t", "conversations": [{"from": "human", "value": "q"}, TURNS[1]]}
     convert("llava_mix665k", mix([RECORDS[0], text]), tmp_path / "out", "--order", "dual")
-    assert [row["id"] for row in read_rows(tmp_path / "out")] == ["0#1/image_first", "t#2", "0#1/text_first"]
+    assert [row["id"] for row in read_rows(tmp_path / "out")] == [
+        "0#1/image_first",
+        "t#2",
+        "0#1/text_first",
+    ]
 
 
 def test_reject_must_not_lie_in_the_folder_that_is_replaced(mix, convert, tmp_path, capsys):

@@ -14,14 +14,23 @@ from data_prep.converting.rows import format_problems, image_part, read_rows, te
 from fmtrain.data.images import open_image
 from fmtrain.data.row_format import features
 
-NAMES = ("aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa visual_genome vqav2 vsr").split()
+NAMES = (
+    "aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa visual_genome vqav2 vsr"
+).split()
 GOLDEN = Path(__file__).parent / "golden"
-CASES = [(name, k) for name in NAMES for k in range(len(json.loads((GOLDEN / f"{name}.json").read_text())))]
+CASES = [
+    (name, k)
+    for name in NAMES
+    for k in range(len(json.loads((GOLDEN / f"{name}.json").read_text())))
+]
 
 
 def expand(row: dict) -> dict:
     """A golden row writes a message as [role, part, ...], and an image as "<image>"."""
-    messages = [{"role": role, "content": [_part(text, role) for text in parts]} for role, *parts in row["messages"]]
+    messages = [
+        {"role": role, "content": [_part(text, role) for text in parts]}
+        for role, *parts in row["messages"]
+    ]
     return {**row, "messages": messages}
 
 
@@ -30,8 +39,13 @@ def _part(text: str, role: str) -> dict:
 
 
 def test_every_converter_has_golden_rows():
-    modules = [importlib.import_module(f"data_prep.{m.name}") for m in pkgutil.iter_modules(data_prep.__path__)]
-    converters = {m.CONVERTER.name for m in modules if isinstance(getattr(m, "CONVERTER", None), Converter)}
+    modules = [
+        importlib.import_module(f"data_prep.{m.name}")
+        for m in pkgutil.iter_modules(data_prep.__path__)
+    ]
+    converters = {
+        m.CONVERTER.name for m in modules if isinstance(getattr(m, "CONVERTER", None), Converter)
+    }
     assert converters - {"digits"} == set(NAMES)
     assert len(CASES) >= 2 * len(NAMES) - 3
 
@@ -57,7 +71,9 @@ def test_parquet_holds_the_same_rows(name, fixtures, convert, tmp_path):
 def test_embedded_images_are_the_files(name, fixtures, convert, tmp_path):
     convert(name, fixtures / name, tmp_path / "names")
     assert convert(name, fixtures / name, tmp_path / "bytes", "--embed-images") == 0
-    for plain, embedded in zip(read_rows(tmp_path / "names"), read_rows(tmp_path / "bytes"), strict=True):
+    for plain, embedded in zip(
+        read_rows(tmp_path / "names"), read_rows(tmp_path / "bytes"), strict=True
+    ):
         assert [image["path"] for image in embedded["images"]] == plain["images"]
         for image in embedded["images"]:
             assert image["bytes"] == (fixtures / name / image["path"]).read_bytes()
@@ -74,8 +90,14 @@ def test_datasets_loads_all_three_forms(fixtures, convert, tmp_path):
         convert("refcoco", fixtures / "refcoco", tmp_path / form, *chosen)
         (file,) = (tmp_path / form).glob("rows*")
         kind = "json" if form == "lines" else "parquet"
-        loaded[form] = datasets.load_dataset(kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache" / form))
-    assert loaded["lines"].features == loaded["columns"].features == datasets.Features.from_dict(features())
+        loaded[form] = datasets.load_dataset(
+            kind, data_files=str(file), split="train", cache_dir=str(tmp_path / "cache" / form)
+        )
+    assert (
+        loaded["lines"].features
+        == loaded["columns"].features
+        == datasets.Features.from_dict(features())
+    )
     assert loaded["bytes"].features == datasets.Features.from_dict(features(embed_images=True))
     assert loaded["lines"][0] == loaded["columns"][0] == next(read_rows(tmp_path / "lines"))
     assert loaded["bytes"][0]["images"][0]["path"] == loaded["lines"][0]["images"][0]
@@ -86,15 +108,22 @@ def test_datasets_loads_a_prepared_folder_by_its_name(layout, fixtures, convert,
     import datasets
 
     convert("vsr", fixtures / "vsr", tmp_path / "out", "--format", layout)
-    loaded = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    loaded = datasets.load_dataset(
+        str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache")
+    )
     assert loaded.to_list() == list(read_rows(tmp_path / "out"))
 
 
-def test_jsonl_that_begins_with_ten_megabytes_of_text_loads_with_the_features(mix, convert, tmp_path):
+def test_jsonl_that_begins_with_ten_megabytes_of_text_loads_with_the_features(
+    mix, convert, tmp_path
+):
     import datasets
 
     turns = [{"from": "human", "value": "q" * 4000}, {"from": "gpt", "value": "a"}]
-    image = {"image": "coco/1.jpg", "conversations": [{"from": "human", "value": "<image>\nq"}, turns[1]]}
+    image = {
+        "image": "coco/1.jpg",
+        "conversations": [{"from": "human", "value": "<image>\nq"}, turns[1]],
+    }
     convert("llava_mix665k", mix([{"conversations": turns}] * 3000 + [image]), tmp_path / "out")
     rows = datasets.load_dataset(
         "json",
@@ -135,7 +164,12 @@ def test_shards(mix, convert, tmp_path, monkeypatch):
 
 
 BROKEN = {
-    "aokvqa": ("aokvqa_v1p0_train.json", '"correct_choice_idx": 3', '"correct_choice_idx": 4', "row 1: choice 4 of 4"),
+    "aokvqa": (
+        "aokvqa_v1p0_train.json",
+        '"correct_choice_idx": 3',
+        '"correct_choice_idx": 4',
+        "row 1: choice 4 of 4",
+    ),
     "gqa": (
         "train_balanced_questions.json",
         '"imageId": "n161313"',
@@ -148,21 +182,36 @@ BROKEN = {
         '"pairs/a.jpg"\n',
         "row 1: 2 image parts and 1 images",
     ),
-    "llava_instruct": ("llava_instruct_150k.json", '"from": "gpt"', '"from": "robot"', 'row 1: turn 2: from "robot"'),
+    "llava_instruct": (
+        "llava_instruct_150k.json",
+        '"from": "gpt"',
+        '"from": "robot"',
+        'row 1: turn 2: from "robot"',
+    ),
     "llava_mix665k": (
         "llava_v1_5_mix665k.json",
         "gqa/images/n161313.jpg",
         "../../etc/n.jpg",
         "row 2: image '../../etc/n.jpg'",
     ),
-    "milebench": ("ALFRED/ALFRED.json", "{image#2}", "{image#3}", "row 1: 2 images, but the context"),
+    "milebench": (
+        "ALFRED/ALFRED.json",
+        "{image#2}",
+        "{image#3}",
+        "row 1: 2 images, but the context",
+    ),
     "ocr_vqa": (
         "dataset.json",
         '"Is this a sociopolitical book?"',
         '"Is it?", "More?"',
         "row 000721930X: 4 questions and 3 answers",
     ),
-    "refcoco": ("refcoco/refs(unc).json", '"ann_id": 1719310', '"ann_id": 5', "row 1: annotation 5"),
+    "refcoco": (
+        "refcoco/refs(unc).json",
+        '"ann_id": 1719310',
+        '"ann_id": 5',
+        "row 1: annotation 5",
+    ),
     "scienceqa": (
         "problems.json",
         '"answer": 0',
@@ -175,7 +224,12 @@ BROKEN = {
         '"width": "wide"',
         "row 1: expected a number as width",
     ),
-    "vqav2": ("v2_OpenEnded_mscoco_train2014_questions.json", "458752001", "1", "row 2: question 1 has no annotation"),
+    "vqav2": (
+        "v2_OpenEnded_mscoco_train2014_questions.json",
+        "458752001",
+        "1",
+        "row 2: question 1 has no annotation",
+    ),
     "vsr": ("train.jsonl", '"label": 1', '"label": 2', "row 1: label 2 is neither 0 nor 1"),
 }
 
@@ -200,8 +254,12 @@ def test_a_broken_record_is_named_and_nothing_is_written(name, fixtures, convert
     reject = tmp_path / "reject.jsonl"
     assert convert(name, source, tmp_path / "out", "--reject", str(reject)) == 0
     (entry,) = map(json.loads, reject.read_text(encoding="utf-8").splitlines())
-    assert reason.split(": ", 1)[1] in entry["reasons"][0] and str(entry["row"]) == reason.split()[1].rstrip(":")
-    assert len(reject.read_text(encoding="utf-8")) < 3000  # the record, not the tables that it was joined with
+    assert reason.split(": ", 1)[1] in entry["reasons"][0] and str(entry["row"]) == reason.split()[
+        1
+    ].rstrip(":")
+    assert (
+        len(reject.read_text(encoding="utf-8")) < 3000
+    )  # the record, not the tables that it was joined with
 
 
 def test_a_pickle_is_refused(fixtures, convert, tmp_path, capsys):

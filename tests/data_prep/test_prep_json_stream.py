@@ -11,10 +11,14 @@ from data_prep.converting import json_stream
 
 ELEMENTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=5,
 )
-BORROW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+BORROW = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +35,12 @@ def write(folder: Path, text: str) -> Path:
 @BORROW
 @given(st.lists(ELEMENTS, max_size=6), st.sampled_from([None, 1]), st.booleans())
 def test_arrays(tmp_path, values, indent, ascii_only):
-    path = write(tmp_path, json.dumps(values, indent=indent, ensure_ascii=ascii_only, default=str).replace("\\ud", "\\ue"))
+    path = write(
+        tmp_path,
+        json.dumps(values, indent=indent, ensure_ascii=ascii_only, default=str).replace(
+            "\\ud", "\\ue"
+        ),
+    )
     expected = json.loads(path.read_text(encoding="utf-8"))
     assert list(json_stream.array(path)) == list(enumerate(expected, start=1))
 
@@ -75,7 +84,9 @@ def test_errors_say_where(tmp_path, text, reason):
         list(json_stream.array(write(tmp_path, text)))
 
 
-@pytest.mark.parametrize("number", ["-1.5e+10", "2.1836082649854936e+16", "1E-7", "12345678901", "0.25"])
+@pytest.mark.parametrize(
+    "number", ["-1.5e+10", "2.1836082649854936e+16", "1E-7", "12345678901", "0.25"]
+)
 def test_numbers_cut_anywhere_by_the_window(tmp_path, monkeypatch, number):
     for chunk in range(1, 12):
         monkeypatch.setattr(json_stream, "_CHUNK", chunk)

@@ -20,8 +20,15 @@ COLLAPSED = {
 def decoded(processor, family: str, ids: list[int]) -> str:
     """The text of the ids, each image one placeholder. llava-1.5's template has no end token, `encode` adds one; the
     template ends with a space instead."""
-    special = (processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id) if family == "llava" else ()
-    return re.sub(*COLLAPSED[family], processor.tokenizer.decode([token for token in ids if token not in special])).rstrip()
+    special = (
+        (processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id)
+        if family == "llava"
+        else ()
+    )
+    return re.sub(
+        *COLLAPSED[family],
+        processor.tokenizer.decode([token for token in ids if token not in special]),
+    ).rstrip()
 
 
 def rendered(processor, family: str, row: Row) -> str:
@@ -29,10 +36,18 @@ def rendered(processor, family: str, row: Row) -> str:
     as text, a line for each part, the way LLaVA's own files have it."""
     messages = []
     for message in row["messages"]:
-        parts = [{key: value for key, value in part.items() if value is not None} for part in message["content"]]
+        parts = [
+            {key: value for key, value in part.items() if value is not None}
+            for part in message["content"]
+        ]
         kinds = [part["type"] for part in parts]
-        if family == "llava" and "image" in kinds[kinds.index("text") if "text" in kinds else len(kinds) :]:
-            parts = [{"type": "text", "text": "\n".join(part.get("text", PLACEHOLDER) for part in parts)}]
+        if (
+            family == "llava"
+            and "image" in kinds[kinds.index("text") if "text" in kinds else len(kinds) :]
+        ):
+            parts = [
+                {"type": "text", "text": "\n".join(part.get("text", PLACEHOLDER) for part in parts)}
+            ]
         if message["role"] == "assistant":
             parts = [{"type": "text", "text": parts[0]["text"].strip()}]
         messages.append({"role": message["role"], "content": parts})
@@ -45,7 +60,9 @@ def converted(name: str, fixtures: Path, convert, out: Path, *options: str) -> l
     rows = []
     for row in read_rows(out):
         texts = [part["text"] or "" for message in row["messages"] for part in message["content"]]
-        if all((fixtures / name / image).is_file() for image in row["images"]) and PLACEHOLDER not in "".join(texts):
+        if all(
+            (fixtures / name / image).is_file() for image in row["images"]
+        ) and PLACEHOLDER not in "".join(texts):
             rows.append(row)
     return rows
 
@@ -59,7 +76,9 @@ def test_rows_decode_to_the_rendering_of_the_template(name, family, fixtures, co
         assert rows
         for row in rows:
             inputs, layout = encode_row(processor, row, fixtures / name)
-            assert decoded(processor, family, inputs["input_ids"][0].tolist()) == rendered(processor, family, row), row["id"]
+            assert decoded(processor, family, inputs["input_ids"][0].tolist()) == rendered(
+                processor, family, row
+            ), row["id"]
             assert layout.image.max() + 1 == len(row["images"])
 
 
@@ -71,7 +90,9 @@ def test_the_orders_are_different_for_the_model(family, fixtures, convert, tmp_p
         for row in converted("vsr", fixtures, convert, tmp_path / order, "--order", order):
             inputs, layout = encode_row(processor, row, fixtures / "vsr")
             role = layout.role[0].tolist()
-            prompt = decoded(processor, family, inputs["input_ids"][0, : role.index(Role.ANSWER)].tolist())
+            prompt = decoded(
+                processor, family, inputs["input_ids"][0, : role.index(Role.ANSWER)].tolist()
+            )
             statement = row["messages"][0]["content"][1 if order == "image_first" else 0]["text"]
             asked.setdefault(order, []).append((prompt, statement, role.index(Role.VISUAL)))
     placeholder = COLLAPSED[family][1]
@@ -79,5 +100,10 @@ def test_the_orders_are_different_for_the_model(family, fixtures, convert, tmp_p
         assert prompt.index(placeholder) < prompt.index(statement)
     for prompt, statement, _ in asked["text_first"]:
         assert prompt.index(statement) < prompt.index(placeholder)
-    assert all(first[2] < later[2] for first, later in zip(asked["image_first"], asked["text_first"], strict=True))
-    assert [prompt for prompt, *_ in asked["dual"]] == [prompt for order in ("image_first", "text_first") for prompt, *_ in asked[order]]
+    assert all(
+        first[2] < later[2]
+        for first, later in zip(asked["image_first"], asked["text_first"], strict=True)
+    )
+    assert [prompt for prompt, *_ in asked["dual"]] == [
+        prompt for order in ("image_first", "text_first") for prompt, *_ in asked[order]
+    ]

@@ -33,7 +33,13 @@ def prompt(family):
 @torch.no_grad()
 def decode(model, ids: torch.Tensor, cache) -> torch.Tensor:
     """Logits [1, n, V] of decoding ids [1, n] one by one; the cache grows."""
-    return torch.cat([model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits for t in range(ids.shape[1])], 1)
+    return torch.cat(
+        [
+            model(input_ids=ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+            for t in range(ids.shape[1])
+        ],
+        1,
+    )
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -45,18 +51,33 @@ def test_the_cache_of_a_merged_prefill_is_one_of_ordinary_decoding(family, name,
         plain = model(**copy.deepcopy(inputs), use_cache=True)
         with attach(model, name, "sdpa", Merge()):
             light = model(**copy.deepcopy(inputs), **layout.model_inputs(), use_cache=True)
-            on_plain, on_light = copy.deepcopy(plain.past_key_values), copy.deepcopy(light.past_key_values)
-            served, served_on_plain = decode(model, answer, on_light), decode(model, answer, on_plain)
+            on_plain, on_light = (
+                copy.deepcopy(plain.past_key_values),
+                copy.deepcopy(light.past_key_values),
+            )
+            served, served_on_plain = (
+                decode(model, answer, on_light),
+                decode(model, answer, on_plain),
+            )
     assert type(light.past_key_values) is type(plain.past_key_values) is DynamicCache
-    layers = [(ours, theirs) for ours, theirs in zip(light.past_key_values.layers, plain.past_key_values.layers, strict=True)]
+    layers = [
+        (ours, theirs)
+        for ours, theirs in zip(
+            light.past_key_values.layers, plain.past_key_values.layers, strict=True
+        )
+    ]
     assert all(ours.keys.shape == theirs.keys.shape for ours, theirs in layers)
-    assert torch.equal(layers[0][0].keys, layers[0][1].keys) and torch.equal(layers[0][0].values, layers[0][1].values)
+    assert torch.equal(layers[0][0].keys, layers[0][1].keys) and torch.equal(
+        layers[0][0].values, layers[0][1].values
+    )
     assert not torch.equal(layers[-1][0].keys, layers[-1][1].keys)  # the prefill did merge
 
     assert answer.shape[1] > 2
     ordinary = decode(model, answer, light.past_key_values)
     assert torch.allclose(served, ordinary, rtol=0, atol=1e-5)
-    assert torch.allclose(served_on_plain, decode(model, answer, plain.past_key_values), rtol=0, atol=1e-5)
+    assert torch.allclose(
+        served_on_plain, decode(model, answer, plain.past_key_values), rtol=0, atol=1e-5
+    )
     assert not torch.allclose(ordinary, served_on_plain, rtol=0, atol=1e-3)
     grown = zip(on_light.layers, light.past_key_values.layers)
     assert all(torch.allclose(ours.keys, theirs.keys, rtol=0, atol=1e-5) for ours, theirs in grown)
@@ -68,13 +89,18 @@ def test_the_cache_of_a_merged_prefill_is_one_of_ordinary_decoding(family, name,
 def test_a_ratio_is_paired_so_that_a_slow_round_slows_both():
     ratio = interleaved.paired_ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0])
     assert (ratio.median, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
-    steps = interleaved.paired_ratio([[1.0, 2.0], [3.0, 8.0]], [[1.0, 1.0], [1.0, 2.0]])  # ratios 1 2 | 3 4
+    steps = interleaved.paired_ratio(
+        [[1.0, 2.0], [3.0, 8.0]], [[1.0, 1.0], [1.0, 2.0]]
+    )  # ratios 1 2 | 3 4
     assert (steps.median, steps.low, steps.high) == (2.5, 1.5, 3.5)  # a round is drawn whole
 
 
 def test_every_round_holds_every_variant_once():
     orders = list(interleaved.shuffled(["a", "b", "c"], 20))
-    assert all(sorted(order) == ["a", "b", "c"] for order in orders) and len({order[0] for order in orders}) == 3
+    assert (
+        all(sorted(order) == ["a", "b", "c"] for order in orders)
+        and len({order[0] for order in orders}) == 3
+    )
 
 
 def test_the_processor_clock_wants_one_thread(monkeypatch):
@@ -97,16 +123,37 @@ def test_latency_of_the_seven_variants(tmp_path, capsys):
     assert latency.main(["--model", "random", *SHORT, "--new_tokens", "3", "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     (model,) = found["models"]
-    assert found["paper"] == "arXiv 2505.18605, Table 6" and found["machine"]["versions"]["torch"] == torch.__version__
-    assert (model["visual_tokens"], model["new_tokens"], model["rounds"], model["class"]) == (4, 3, 2, "LlavaForConditionalGeneration")
+    assert (
+        found["paper"] == "arXiv 2505.18605, Table 6"
+        and found["machine"]["versions"]["torch"] == torch.__version__
+    )
+    assert (model["visual_tokens"], model["new_tokens"], model["rounds"], model["class"]) == (
+        4,
+        3,
+        2,
+        "LlavaForConditionalGeneration",
+    )
     names = [each["variant"] for each in model["variants"]]
-    assert names == ["nothing attached", "causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge"]
+    assert names == [
+        "nothing attached",
+        "causal",
+        "future",
+        "v2v",
+        "v2t",
+        "future+merge",
+        "v2v+merge",
+        "v2t+merge",
+    ]
     for each in model["variants"]:
         assert each["decode_ms"] > 0 and each["prefill_ms"] > 0
         for ratio in (each["decode_ratio"], each["prefill_ratio"]):
             assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
     assert model["variants"][0]["decode_ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
-    assert [round(each["paper_ratio_to_merge"], 1) for each in model["variants"][2:5]] == [3.1, 2.4, 1.6]
+    assert [round(each["paper_ratio_to_merge"], 1) for each in model["variants"][2:5]] == [
+        3.1,
+        2.4,
+        1.6,
+    ]
     written, printed = out.with_suffix(".md").read_text(), capsys.readouterr().out
     assert "| v2v+merge |" in written and torch.__version__ in written and "v2v+merge" in printed
 
@@ -115,11 +162,31 @@ def test_latency_of_a_checkpoint_leaves_the_model_as_it_was(tmp_path, monkeypatc
     families.model("llava_next").save_pretrained(tmp_path / "model")
     families.processor("llava_next").save_pretrained(tmp_path / "model")
     seen, made = [], bench_models.subject
-    monkeypatch.setattr(bench_models, "subject", lambda *arguments: seen.append(made(*arguments)) or seen[-1])
+    monkeypatch.setattr(
+        bench_models, "subject", lambda *arguments: seen.append(made(*arguments)) or seen[-1]
+    )
     model = str(tmp_path / "model")
-    assert latency.main(["--model", model, *SHORT, "--new_tokens", "2", "--variants", "v2v", "--out", str(tmp_path / "l.json")]) == 0
+    assert (
+        latency.main(
+            [
+                "--model",
+                model,
+                *SHORT,
+                "--new_tokens",
+                "2",
+                "--variants",
+                "v2v",
+                "--out",
+                str(tmp_path / "l.json"),
+            ]
+        )
+        == 0
+    )
     assert attached(seen[0].model) is None and "fmtrain" not in seen[0].model.config.to_dict()
-    assert json.loads((tmp_path / "l.json").read_text())["models"][0]["class"] == "LlavaNextForConditionalGeneration"
+    assert (
+        json.loads((tmp_path / "l.json").read_text())["models"][0]["class"]
+        == "LlavaNextForConditionalGeneration"
+    )
 
 
 def test_variants_are_attached_while_they_are_timed(monkeypatch):
@@ -127,10 +194,17 @@ def test_variants_are_attached_while_they_are_timed(monkeypatch):
     subject, seen = bench_models.random_llava("mini"), []
     stopwatch = interleaved.Stopwatch(torch.device("cpu"))
     prompt = latency.make_prompt(subject, 1, 4, stopwatch)
-    subject.model.register_forward_pre_hook(lambda module, args: seen.append(attached(module) and attached(module).record()["policy"]))
-    times = latency.measure(subject.model, prompt, latency.variants(["causal", "v2t", "v2t+merge"]), 2, 3, stopwatch)
+    subject.model.register_forward_pre_hook(
+        lambda module, args: seen.append(attached(module) and attached(module).record()["policy"])
+    )
+    times = latency.measure(
+        subject.model, prompt, latency.variants(["causal", "v2t", "v2t+merge"]), 2, 3, stopwatch
+    )
     assert set(seen) == {None, "causal", "v2t"} and seen.count("v2t") == 2 * seen.count(None)
-    assert all(len(each.prefill) == 2 and [len(steps) for steps in each.decode] == [3, 3] for each in times.values())
+    assert all(
+        len(each.prefill) == 2 and [len(steps) for steps in each.decode] == [3, 3]
+        for each in times.values()
+    )
 
 
 def test_throughput_of_lora_and_full(tmp_path, monkeypatch):
@@ -144,28 +218,55 @@ def test_throughput_of_lora_and_full(tmp_path, monkeypatch):
     policies = ["--policies", "causal", "v2v+merge", "v2t", "--backends", "sdpa", "reference"]
     assert throughput.main([*SHORT, *policies, "--answer", "3", "--out", str(out)]) == 0
     lora, full = json.loads(out.read_text())["studies"]
-    assert (lora["train"], full["train"]) == ("lora", "full") and 0 < lora["trainable"] < full["trainable"] < full["parameters"]
-    assert lora["visual_tokens"] == 8 and lora["batch"][0] == 2 and lora["tokens"] < lora["batch"][0] * lora["batch"][1]
+    assert (lora["train"], full["train"]) == ("lora", "full") and 0 < lora["trainable"] < full[
+        "trainable"
+    ] < full["parameters"]
+    assert (
+        lora["visual_tokens"] == 8
+        and lora["batch"][0] == 2
+        and lora["tokens"] < lora["batch"][0] * lora["batch"][1]
+    )
     for study in (lora, full):
         refused = [each for each in study["variants"] if "refused" in each]
-        assert [(each["policy"], each["backend"], each["refused"]) for each in refused] == [("v2t", "sdpa", "sdpa cannot serve v2t")]
+        assert [(each["policy"], each["backend"], each["refused"]) for each in refused] == [
+            ("v2t", "sdpa", "sdpa cannot serve v2t")
+        ]
         served = [each for each in study["variants"] if "refused" not in each]
-        assert [each["backend"] for each in served] == ["transformers", "sdpa", "sdpa", "reference", "reference", "reference"]
+        assert [each["backend"] for each in served] == [
+            "transformers",
+            "sdpa",
+            "sdpa",
+            "reference",
+            "reference",
+            "reference",
+        ]
         assert served[0]["speed_ratio"]["median"] == 1.0
-        assert all(each["tokens_per_s"] == pytest.approx(1e3 * study["tokens"] / each["step_ms"]) for each in served)
+        assert all(
+            each["tokens_per_s"] == pytest.approx(1e3 * study["tokens"] / each["step_ms"])
+            for each in served
+        )
     assert "sdpa cannot serve v2t" in out.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_a_step_of_throughput_is_a_training_step(train):
-    subject, stopwatch = bench_models.random_llava("mini"), interleaved.Stopwatch(torch.device("cpu"))
+    subject, stopwatch = (
+        bench_models.random_llava("mini"),
+        interleaved.Stopwatch(torch.device("cpu")),
+    )
     batch = throughput.make_batch(subject, 2, 1, 6, 3)
     model, optimizer = throughput.learner(subject, train, batch, checkpointing=train == "lora")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for variant in latency.variants(["v2v+merge"], "sdpa"):
         throughput.step(model, optimizer, batch, variant, stopwatch)
-    moved = {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
-    assert moved and moved <= {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    moved = {
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(before[name], parameter)
+    }
+    assert moved and moved <= {
+        name for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     assert all(("lora_" in name) == (train == "lora") for name in moved)
 
 

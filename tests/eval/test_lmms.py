@@ -90,13 +90,23 @@ def place(tmp_path_factory) -> Path:
     for number in range(5):
         paths = [str(tasks / f"{number}_{k}.png") for k in range(number % 3)]
         for k, path in enumerate(paths):
-            noise = torch.randint(0, 256, (20 + number, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(10 * number + k))
+            noise = torch.randint(
+                0,
+                256,
+                (20 + number, 30, 3),
+                dtype=torch.uint8,
+                generator=torch.Generator().manual_seed(10 * number + k),
+            )
             Image.fromarray(noise.numpy()).save(path)
         right = {"answer": CHOICES[number % 3], "answer_index": number % 3}
         rows.append({"question": f"what is it? {'more ' * number}", "paths": paths} | right)
     (tasks / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tasks / "code.py").write_text(CODE)
-    for name, yaml in (("answer", ANSWER), ("placed", PLACED), ("choose", CHOOSE.format(choices=CHOICES))):
+    for name, yaml in (
+        ("answer", ANSWER),
+        ("placed", PLACED),
+        ("choose", CHOOSE.format(choices=CHOICES)),
+    ):
         (tasks / f"{name}.yaml").write_text(COMMON.format(folder=tasks) + yaml)
     return folder
 
@@ -109,17 +119,29 @@ def rows(place) -> list[dict]:
 @pytest.fixture(scope="module")
 def manager(place) -> TaskManager:
     lmms.register()
-    return TaskManager(include_path=str(place / "tasks"), include_defaults=False, model_name="fmtrain")
+    return TaskManager(
+        include_path=str(place / "tasks"), include_defaults=False, model_name="fmtrain"
+    )
 
 
 def harness(place, manager, task: str, **more) -> dict:
     """Run lmms-eval; its results."""
-    arguments = {"model": "fmtrain", "model_args": f"pretrained={place / 'ckpt'}", "batch_size": 2, "log_samples": True} | more
-    return evaluator.simple_evaluate(tasks=[task], task_manager=manager, bootstrap_iters=0, **arguments)
+    arguments = {
+        "model": "fmtrain",
+        "model_args": f"pretrained={place / 'ckpt'}",
+        "batch_size": 2,
+        "log_samples": True,
+    } | more
+    return evaluator.simple_evaluate(
+        tasks=[task], task_manager=manager, bootstrap_iters=0, **arguments
+    )
 
 
 def answers(results: dict, task: str) -> list[str]:
-    return [sample["filtered_resps"][0] for sample in sorted(results["samples"][task], key=lambda sample: sample["doc_id"])]
+    return [
+        sample["filtered_resps"][0]
+        for sample in sorted(results["samples"][task], key=lambda sample: sample["doc_id"])
+    ]
 
 
 def expected(rows: list[dict], policy: str, before: str = "") -> list[str]:
@@ -129,15 +151,27 @@ def expected(rows: list[dict], policy: str, before: str = "") -> list[str]:
     with attach(model, policy, "sdpa"):
         for row in rows:
             images = [Image.open(path) for path in row["paths"]]
-            parts = [{"type": "text", "text": before}] * bool(before) + [{"type": "image"}] * len(images)
+            parts = [{"type": "text", "text": before}] * bool(before) + [{"type": "image"}] * len(
+                images
+            )
             parts.append({"type": "text", "text": row["question"]})
             if before and not images:
                 parts = [{"type": "text", "text": before + row["question"]}]
-            inputs, layout = encode(processor, [{"role": "user", "content": parts}], images, add_generation_prompt=True)
-            out = model.generate(
-                **inputs, **layout.model_inputs(), max_new_tokens=8, min_new_tokens=1, suppress_tokens=[model.config.image_token_id]
+            inputs, layout = encode(
+                processor, [{"role": "user", "content": parts}], images, add_generation_prompt=True
             )
-            found.append(processor.tokenizer.decode(out[0, layout.shape[1] :], skip_special_tokens=True).strip())
+            out = model.generate(
+                **inputs,
+                **layout.model_inputs(),
+                max_new_tokens=8,
+                min_new_tokens=1,
+                suppress_tokens=[model.config.image_token_id],
+            )
+            found.append(
+                processor.tokenizer.decode(
+                    out[0, layout.shape[1] :], skip_special_tokens=True
+                ).strip()
+            )
     return found
 
 
@@ -158,7 +192,9 @@ def test_images_stay_where_the_task_puts_them(place, manager, rows):
 
 def test_another_policy(place, manager, rows):
     model_args = f"pretrained={place / 'bare'},policy=text_future,dtype=float32"
-    assert answers(harness(place, manager, "tiny_answer", model_args=model_args), "tiny_answer") == expected(rows, "text_future")
+    assert answers(
+        harness(place, manager, "tiny_answer", model_args=model_args), "tiny_answer"
+    ) == expected(rows, "text_future")
 
 
 def test_likelihoods(place, manager, rows):
@@ -167,30 +203,56 @@ def test_likelihoods(place, manager, rows):
     model, processor = families.model("llava"), families.processor("llava")
     right = 0
     with attach(model, "prefix_lm", "reference"), torch.no_grad():
-        for row, sample in zip(rows, sorted(results["samples"]["tiny_choose"], key=lambda sample: sample["doc_id"])):
+        for row, sample in zip(
+            rows, sorted(results["samples"]["tiny_choose"], key=lambda sample: sample["doc_id"])
+        ):
             images, losses = [Image.open(path) for path in row["paths"]], []
             for choice in CHOICES:
-                content = [{"type": "image"}] * len(images) + [{"type": "text", "text": row["question"]}]
-                turns = [{"role": "user", "content": content}, {"role": "assistant", "content": choice}]
+                content = [{"type": "image"}] * len(images) + [
+                    {"type": "text", "text": row["question"]}
+                ]
+                turns = [
+                    {"role": "user", "content": content},
+                    {"role": "assistant", "content": choice},
+                ]
                 inputs, layout = encode(processor, turns, images)
                 start = encode(processor, turns[:1], images, add_generation_prompt=True)[1].shape[1]
-                logits, ids = model(**inputs, **layout.model_inputs()).logits[0], inputs["input_ids"][0]
-                losses.append(torch.nn.functional.cross_entropy(logits[start - 1 : -2], ids[start:-1]).item())
+                logits, ids = (
+                    model(**inputs, **layout.model_inputs()).logits[0],
+                    inputs["input_ids"][0],
+                )
+                losses.append(
+                    torch.nn.functional.cross_entropy(logits[start - 1 : -2], ids[start:-1]).item()
+                )
             assert [loss for loss, _ in sample["filtered_resps"]] == pytest.approx(losses, rel=1e-4)
             right += min(range(3), key=losses.__getitem__) == row["answer_index"]
     assert results["results"]["tiny_choose"]["acc,none"] == right / 5
 
 
 def test_settings_and_stop_strings(place, manager):
-    assert lmms.generation({"max_new_tokens": 9, "temperature": 0.2, "do_sample": False, "top_p": 0.9, "until": "x"}, 50) == {
+    assert lmms.generation(
+        {"max_new_tokens": 9, "temperature": 0.2, "do_sample": False, "top_p": 0.9, "until": "x"},
+        50,
+    ) == {
         "max_new_tokens": 9,
         "do_sample": False,
         "min_new_tokens": 1,
     }
-    sampled = lmms.generation({"temperature": 0.2, "top_p": 0.9, "image_aspect_ratio": "pad", "num_beams": 1}, 50)
-    assert sampled == {"max_new_tokens": 50, "do_sample": True, "temperature": 0.2, "top_p": 0.9, "num_beams": 1, "min_new_tokens": 1}
+    sampled = lmms.generation(
+        {"temperature": 0.2, "top_p": 0.9, "image_aspect_ratio": "pad", "num_beams": 1}, 50
+    )
+    assert sampled == {
+        "max_new_tokens": 50,
+        "do_sample": True,
+        "temperature": 0.2,
+        "top_p": 0.9,
+        "num_beams": 1,
+        "min_new_tokens": 1,
+    }
     adapter = lmms.Fmtrain(str(place / "ckpt"))
-    prompt = adapter.encoded(([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], []), "here")
+    prompt = adapter.encoded(
+        ([{"role": "user", "content": [{"type": "text", "text": "hi"}]}], []), "here"
+    )
     (whole,) = adapter._answer([prompt], {"max_new_tokens": 6})
     assert len(whole.text) > 2 and whole.token_counts.output_tokens == 6
     (cut,) = adapter._answer([prompt], {"max_new_tokens": 6, "until": [whole.text[2:4], "never"]})
@@ -198,7 +260,10 @@ def test_settings_and_stop_strings(place, manager):
 
 
 def test_policies_by_name(place):
-    policy, decoder = get_policy("v2v"), lmms.Fmtrain(str(place / "ckpt"), policy="v2v+merge", merge_kernel_size=5).decoder
+    policy, decoder = (
+        get_policy("v2v"),
+        lmms.Fmtrain(str(place / "ckpt"), policy="v2v+merge", merge_kernel_size=5).decoder,
+    )
     handle = decoder.inner._fmtrain_handle
     assert isinstance(decoder, Decoder) and (handle.policy, handle.merge.kernel_size) == (policy, 5)
 
@@ -207,7 +272,10 @@ def test_policies_by_name(place):
     ("model_args", "message"),
     [
         ("pretrained={place}/nowhere", "{place}/nowhere: no such checkpoint folder"),
-        ("pretrained={place}/bare", "{place}/bare: its config.json records no policy; name one in --model_args, e.g. policy=causal"),
+        (
+            "pretrained={place}/bare",
+            "{place}/bare: its config.json records no policy; name one in --model_args, e.g. policy=causal",
+        ),
         ("pretrained={place}/bare,policy=v3v", "unknown policy 'v3v'; the nearest is 'v2v'"),
         ("pretrained={place}/bare,polcy=v2v", "unexpected keyword argument 'polcy'"),
     ],
@@ -224,26 +292,66 @@ def test_places_that_do_not_fit_the_images(place):
     adapter.task_dict = {"t": {"test": [{}]}}
     image = Image.new("RGB", (20, 20))
     messages, _ = adapter.dialogue("a<image>b<image>", lambda doc: [image, image], "t", "test", 0)
-    assert [part.get("text", "image") for part in messages[0]["content"]] == ["a", "image", "b", "image"]
+    assert [part.get("text", "image") for part in messages[0]["content"]] == [
+        "a",
+        "image",
+        "b",
+        "image",
+    ]
     with pytest.raises(ValueError, match="task t, document 0: 1 places <image> for 2 images"):
         adapter.dialogue("a<image>b", lambda doc: [image, image], "t", "test", 0)
-    with pytest.raises(ValueError, match=r"here: \['str'\] among its visuals; fmtrain takes images only"):
+    with pytest.raises(
+        ValueError, match=r"here: \['str'\] among its visuals; fmtrain takes images only"
+    ):
         adapter.encoded(([{"role": "user", "content": [{"type": "image"}]}], ["film.mp4"]), "here")
 
 
 @pytest.mark.slow
 def test_from_the_shell_in_two_processes(place, rows, tmp_path):
     """The harness's own command line. (On a CPU `--multi_gpu` means several processes over gloo.)"""
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    call = [sys.executable, "-m", *launcher, "-m", "eval.lmms", "--model", "fmtrain", "--model_args", f"pretrained={place / 'ckpt'}"]
+    launcher = [
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    call = [
+        sys.executable,
+        "-m",
+        *launcher,
+        "-m",
+        "eval.lmms",
+        "--model",
+        "fmtrain",
+        "--model_args",
+        f"pretrained={place / 'ckpt'}",
+    ]
     call += ["--batch_size", "2", "--tasks", "tiny_answer", "--include_path", str(place / "tasks")]
     call += ["--output_path", str(tmp_path), "--log_samples"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(call, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(
+        call,
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0 and "exact_match" in done.stdout, done.stdout + done.stderr
     assert "Running on rank 1" in done.stdout
     (samples,) = tmp_path.rglob("*samples_tiny_answer.jsonl")
-    logged = sorted((json.loads(line) for line in samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    logged = sorted(
+        (json.loads(line) for line in samples.read_text().splitlines()),
+        key=lambda sample: sample["doc_id"],
+    )
     assert [sample["filtered_resps"] for sample in logged] == expected(rows, "prefix_lm")
 
 

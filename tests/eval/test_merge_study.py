@@ -22,10 +22,15 @@ SCALE = 0.7
 OPTIONS = [(1, 3, True), (2, 1, True), (0.5, 5, True), (1, 3, False)]
 
 
-def qkv(layout: Layout, heads: int = 4, key_heads: int = 2, size: int = 4, seed: int = 0) -> list[torch.Tensor]:
+def qkv(
+    layout: Layout, heads: int = 4, key_heads: int = 2, size: int = 4, seed: int = 0
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows, length = layout.shape
-    return [torch.randn(rows, count, length, size, generator=generator, dtype=torch.float64) for count in (heads, key_heads, key_heads)]
+    return [
+        torch.randn(rows, count, length, size, generator=generator, dtype=torch.float64)
+        for count in (heads, key_heads, key_heads)
+    ]
 
 
 def pieces(name: str, layout: Layout, merge: tuple, seed: int = 0) -> Pieces:
@@ -46,7 +51,9 @@ def explicit_future(name: str, layout: Layout, q: torch.Tensor, k: torch.Tensor)
             revealed = [j for j in range(q.shape[2]) if is_revealed(name, row, i, j)]
             keys = [j for j in range(q.shape[2]) if is_past(row, i, j)] + revealed
             for h in range(q.shape[1]):
-                weights = torch.softmax(SCALE * (k[b, h // group, keys].double() @ q[b, h, i].double()), 0)
+                weights = torch.softmax(
+                    SCALE * (k[b, h // group, keys].double() @ q[b, h, i].double()), 0
+                )
                 found[b, h, i] = weights[len(keys) - len(revealed) :].sum()
     return found
 
@@ -61,7 +68,11 @@ def test_the_pieces_are_those_of_the_definition(name, merge):
     near = dict(rtol=0, atol=8 * 2**-25)
     assert torch.allclose(found.direct, oracle.attend(name, layout, q, k, v, SCALE), **near)
     assert torch.allclose(found.causal, oracle.attend("causal", layout, q, k, v, SCALE), **near)
-    assert torch.allclose(found.mixed(found.keep, found.add), oracle.attend(name, layout, q, k, v, SCALE, merge), **near)
+    assert torch.allclose(
+        found.mixed(found.keep, found.add),
+        oracle.attend(name, layout, q, k, v, SCALE, merge),
+        **near,
+    )
     assert torch.allclose(found.future, explicit_future(name, layout, q, k), **near)
     assert torch.allclose(found.pooled, found.future) == (merge[1] == 1)
     sums = found.keep + found.add
@@ -90,7 +101,9 @@ def test_tally_against_explicit_sums(merge):
 
     assert tally.queries.tolist() == [0, len(gathered(lambda each: each.future))]
     for name in ("future", "pooled", "keep", "add"):
-        assert torch.allclose(tally.mean(name)[1], gathered(lambda each, name=name: getattr(each, name)).mean(0))
+        assert torch.allclose(
+            tally.mean(name)[1], gathered(lambda each, name=name: getattr(each, name)).mean(0)
+        )
 
     keep, add = (tally.mean(name)[1][:, None] for name in ("keep", "add"))
     outputs = {
@@ -100,17 +113,24 @@ def test_tally_against_explicit_sums(merge):
     }
     direct, found = gathered(lambda each: each.direct), tally.distances()
     for form, output in outputs.items():
-        expected = (gathered(output) - direct).square().sum((0, 2)).sqrt() / direct.square().sum((0, 2)).sqrt()
+        expected = (gathered(output) - direct).square().sum((0, 2)).sqrt() / direct.square().sum(
+            (0, 2)
+        ).sqrt()
         assert torch.allclose(found[form][1], expected, rtol=0, atol=1e-7)
     moved = gathered(lambda each: each.add)
-    assert torch.allclose(moved.sum(0), len(moved) * add[:, 0])  # the control moves the same mass in all
+    assert torch.allclose(
+        moved.sum(0), len(moved) * add[:, 0]
+    )  # the control moves the same mass in all
     assert moved.std(0).min() > 0.01  # which the merge spreads by what it sees
 
 
 @pytest.fixture(scope="module")
 def encoded():
     model, processor = families.model("llava"), families.processor("llava")
-    rows = [{"id": name, "messages": messages, "images": images} for name, (messages, images) in families.dialogues().items()]
+    rows = [
+        {"id": name, "messages": messages, "images": images}
+        for name, (messages, images) in families.dialogues().items()
+    ]
     return model, merge_study.encode_rows(model, processor, rows, ".")
 
 
@@ -126,11 +146,17 @@ def test_a_study_of_a_model(encoded):
     found = study(model, rows, get_policy("v2v"), merge)
     assert ALL_ATTENTION_FUNCTIONS[NAME] is before and attached(model) is None
     for k, row in enumerate(rows):
-        assert found.losses["direct"][k] == pytest.approx(loss(model, *row, "v2v", "sdpa"), abs=1e-5)
-        assert found.losses["merge"][k] == pytest.approx(loss(model, *row, "v2v", "sdpa", merge), abs=1e-5)
+        assert found.losses["direct"][k] == pytest.approx(
+            loss(model, *row, "v2v", "sdpa"), abs=1e-5
+        )
+        assert found.losses["merge"][k] == pytest.approx(
+            loss(model, *row, "v2v", "sdpa", merge), abs=1e-5
+        )
         assert found.losses["causal"][k] == pytest.approx(loss(model, *row, "causal"), abs=1e-5)
     losses = torch.tensor(list(found.losses.values()))
-    assert (losses[:, 0] - losses[0, 0]).abs().max() < 1e-5  # the row of text, which has nothing to merge
+    assert (
+        losses[:, 0] - losses[0, 0]
+    ).abs().max() < 1e-5  # the row of text, which has nothing to merge
     assert all(len({round(x, 4) for x in row}) == 4 for row in losses[:, 1:].T.tolist())
 
     total, count = torch.zeros(4, 4, dtype=torch.float64), 0
@@ -138,7 +164,11 @@ def test_a_study_of_a_model(encoded):
         with attach(model, "v2v", "reference"), recorded_attention(model) as calls, torch.no_grad():
             model(**inputs, **layout.model_inputs())
         (row,) = oracle.rows(layout)
-        revealing = [i for i in range(layout.shape[1]) if any(is_revealed("v2v", row, i, j) for j in range(layout.shape[1]))]
+        revealing = [
+            i
+            for i in range(layout.shape[1])
+            if any(is_revealed("v2v", row, i, j) for j in range(layout.shape[1]))
+        ]
         count += len(revealing)
         for layer, (_, query, key, _, scale, _) in enumerate(calls):
             mass = explicit_future("v2v", layout, query.double() * scale / SCALE, key)
@@ -159,7 +189,9 @@ def test_the_control_is_blind_to_the_future_and_adds_what_merge_adds(encoded, mo
     monkeypatch.setattr(Pieces, "mixed", spied)
     study(model, rows, get_policy("future"), Merge(kernel_size=1))
     passes = 4 * len(rows)  # layers x rows
-    assert len(calls) == 4 * passes  # direct (counted), merge (counted, computed), control (computed)
+    assert (
+        len(calls) == 4 * passes
+    )  # direct (counted), merge (counted, computed), control (computed)
     merged, controlled = calls[passes : 3 * passes : 2], calls[3 * passes :]
     for layer in range(4):
         shares = torch.cat([add[:, reveals] for reveals, add in controlled[layer::4]], 1)
@@ -190,24 +222,53 @@ def checkpoint(tmp_path_factory):
 
 
 def test_the_command(checkpoint, tmp_path, capsys):
-    assert merge_study.main([str(checkpoint), "digits", "--rows", "8", "--out", str(tmp_path / "made")]) == 0
+    assert (
+        merge_study.main(
+            [str(checkpoint), "digits", "--rows", "8", "--out", str(tmp_path / "made")]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "made" / "merge_study.json").read_text())
-    assert found["mask"] == "v2t+merge" and found["merge"] == {"prefix": 2, "kernel_size": 5, "normalize": True}  # as recorded
-    assert found["rows"] == 8 and all(torch.tensor(values).shape == (4, 4) for values in found["per_head"].values())
-    assert set(found["per_head"]) == {"future", "pooled", "moved", "merge_distance", "control_distance", "causal_distance"}
-    assert all(len(found["loss"][form]["rows"]) == 8 for form in ("direct", "merge", "control", "causal"))
+    assert found["mask"] == "v2t+merge" and found["merge"] == {
+        "prefix": 2,
+        "kernel_size": 5,
+        "normalize": True,
+    }  # as recorded
+    assert found["rows"] == 8 and all(
+        torch.tensor(values).shape == (4, 4) for values in found["per_head"].values()
+    )
+    assert set(found["per_head"]) == {
+        "future",
+        "pooled",
+        "moved",
+        "merge_distance",
+        "control_distance",
+        "causal_distance",
+    }
+    assert all(
+        len(found["loss"][form]["rows"]) == 8 for form in ("direct", "merge", "control", "causal")
+    )
     part = found["loss"]["merge"]["minus_direct"]
     assert part["low"] <= part["mean"] <= part["high"]
-    assert part["mean"] == pytest.approx(found["loss"]["merge"]["mean"] - found["loss"]["direct"]["mean"])
+    assert part["mean"] == pytest.approx(
+        found["loss"]["merge"]["mean"] - found["loss"]["direct"]["mean"]
+    )
     assert (tmp_path / "made" / "merge_study.png").read_bytes()[:4] == b"\x89PNG"
     assert "merge - control" in capsys.readouterr().out
 
 
 def test_options_replace_what_is_recorded(checkpoint, tmp_path):
     asked = ["--policy", "v2v", "--merge_kernel_size", "1", "--merge_prefix", "0.1", "--merge_raw"]
-    assert merge_study.main([str(checkpoint), "digits", "--rows", "2", *asked, "--out", str(tmp_path)]) == 0
+    assert (
+        merge_study.main([str(checkpoint), "digits", "--rows", "2", *asked, "--out", str(tmp_path)])
+        == 0
+    )
     found = json.loads((tmp_path / "merge_study.json").read_text())
-    assert found["mask"] == "v2v+merge" and found["merge"] == {"prefix": 0.1, "kernel_size": 1, "normalize": False}
+    assert found["mask"] == "v2v+merge" and found["merge"] == {
+        "prefix": 0.1,
+        "kernel_size": 1,
+        "normalize": False,
+    }
     assert torch.allclose(*(torch.tensor(found["per_head"][name]) for name in ("future", "pooled")))
 
 

@@ -51,7 +51,9 @@ def test_several_runs_of_a_question_are_flipped_together(sizes):
 
 def test_fractions_agree_with_the_permutation_test_of_scipy():
     d = np.random.default_rng(3).normal(0.05, 0.3, size=12)
-    exact = stats.permutation_test((d,), np.sum, permutation_type="samples", n_resamples=np.inf).pvalue
+    exact = stats.permutation_test(
+        (d,), np.sum, permutation_type="samples", n_resamples=np.inf
+    ).pvalue
     assert paired.sign_flip_p(d) == pytest.approx(exact, abs=0.02)
 
 
@@ -72,7 +74,9 @@ def test_holm_by_hand():
 def test_interval_of_one_run_is_that_of_scipy():
     d = coins(1, 1, 150, p=0.6) - coins(2, 1, 150, p=0.5)
     found = paired.interval(paired.replicates([task(150)], [{"t": d}])["t"][0])
-    expected = stats.bootstrap((d[0],), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)).confidence_interval
+    expected = stats.bootstrap(
+        (d[0],), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
     assert found == pytest.approx((expected.low, expected.high), abs=0.012)
 
 
@@ -83,16 +87,25 @@ def test_interval_of_several_runs_against_a_slow_loop():
     rng, slow = np.random.default_rng(9), []
     for _ in range(4000):
         runs, chosen = rng.integers(0, 3, 3), rng.integers(0, units, units)
-        slow.append(np.mean([d[run, 2 * unit + k] for run in runs for unit in chosen for k in (0, 1)]))
+        slow.append(
+            np.mean([d[run, 2 * unit + k] for run in runs for unit in chosen for k in (0, 1)])
+        )
     assert drawn.mean() == pytest.approx(d.mean(), abs=0.005)
     assert drawn.std() == pytest.approx(np.std(slow), rel=0.06)
-    assert paired.interval(drawn) == pytest.approx(tuple(np.quantile(slow, [0.025, 0.975])), abs=0.02)
+    assert paired.interval(drawn) == pytest.approx(
+        tuple(np.quantile(slow, [0.025, 0.975])), abs=0.02
+    )
 
 
 def test_runs_that_differ_make_the_interval_wider():
     same = np.repeat(coins(1, 1, 200), 3, axis=0)
-    differing = np.concatenate([coins(1, 1, 200, p=0.2), coins(2, 1, 200, p=0.5), coins(3, 1, 200, p=0.8)])
-    low, high = (paired.interval(paired.replicates([task(200)], [{"t": one}])["t"][0]) for one in (same, differing))
+    differing = np.concatenate(
+        [coins(1, 1, 200, p=0.2), coins(2, 1, 200, p=0.5), coins(3, 1, 200, p=0.8)]
+    )
+    low, high = (
+        paired.interval(paired.replicates([task(200)], [{"t": one}])["t"][0])
+        for one in (same, differing)
+    )
     assert high[1] - high[0] > 2 * (low[1] - low[0])
 
 
@@ -109,7 +122,10 @@ def test_overall_is_the_mean_of_the_tasks_however_many_questions_they_have():
     scores = {"few": np.ones((2, 40)), "many": coins(1, 2, 400, p=0.25)}
     drawn = paired.replicates(tasks, [scores])
     found = paired.estimates(tasks, scores, {name: one[0] for name, one in drawn.items()})
-    assert found[OVERALL].score == pytest.approx((1 + scores["many"].mean()) / 2) and found[OVERALL].n == 440
+    assert (
+        found[OVERALL].score == pytest.approx((1 + scores["many"].mean()) / 2)
+        and found[OVERALL].n == 440
+    )
     assert found[OVERALL].low < found[OVERALL].score < found[OVERALL].high
     assert drawn[OVERALL] == pytest.approx((drawn["few"] + drawn["many"]) / 2)
 
@@ -118,23 +134,38 @@ def test_overall_is_the_mean_of_the_tasks_however_many_questions_they_have():
 
 
 def test_one_run_has_the_wilson_interval_and_overall_that_of_the_parts():
-    tasks, scores = [task(50, name="a"), task(50, name="b")], {"a": coins(1, 1, 50), "b": coins(2, 1, 50, p=0.9)}
+    tasks, scores = (
+        [task(50, name="a"), task(50, name="b")],
+        {"a": coins(1, 1, 50), "b": coins(2, 1, 50, p=0.9)},
+    )
     drawn = {name: one[0] for name, one in paired.replicates(tasks, [scores]).items()}
     found = paired.estimates(tasks, scores, drawn)
-    assert found["a"] == accuracy(scores["a"][0]) and found[OVERALL] == average([accuracy(scores[name][0]) for name in "ab"])
+    assert found["a"] == accuracy(scores["a"][0]) and found[OVERALL] == average(
+        [accuracy(scores[name][0]) for name in "ab"]
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_an_extreme_score_of_several_runs_has_an_interval_of_some_width(value):
     scores = {"t": np.full((3, 40), value)}
-    found = paired.estimates([task(40)], scores, {name: one[0] for name, one in paired.replicates([task(40)], [scores]).items()})
-    assert found["t"].high - found["t"].low == pytest.approx(accuracy([value] * 40).high - accuracy([value] * 40).low)
+    found = paired.estimates(
+        [task(40)],
+        scores,
+        {name: one[0] for name, one in paired.replicates([task(40)], [scores]).items()},
+    )
+    assert found["t"].high - found["t"].low == pytest.approx(
+        accuracy([value] * 40).high - accuracy([value] * 40).low
+    )
     assert found[OVERALL].high > found[OVERALL].low
 
 
 # --- which comparisons -------------------------------------------------------------------------------------------------
 
-ROWS = [Row("base", "causal", ("base",)), Row("causal", "causal", ("c0", "c1")), Row("v2v", "v2v", ("v0", "v1"))]
+ROWS = [
+    Row("base", "causal", ("base",)),
+    Row("causal", "causal", ("c0", "c1")),
+    Row("v2v", "v2v", ("v0", "v1")),
+]
 
 
 def test_every_comparison_once():
@@ -151,8 +182,13 @@ def test_every_comparison_once():
         (("base", "v2v"), ("base", "causal")),
         (("v2v", "causal"), own),
     ]
-    assert [one for one in found if one[0] == "inference-only"] == [("inference-only", own, ("causal", "v2v"))]
-    assert tabulate.reference(ROWS[:1], ["causal"]) == ("base", "causal") and tabulate.reference(ROWS[2:], ["causal"]) is None
+    assert [one for one in found if one[0] == "inference-only"] == [
+        ("inference-only", own, ("causal", "v2v"))
+    ]
+    assert (
+        tabulate.reference(ROWS[:1], ["causal"]) == ("base", "causal")
+        and tabulate.reference(ROWS[2:], ["causal"]) is None
+    )
 
 
 def test_results_of_a_small_matrix_by_hand():
@@ -160,24 +196,55 @@ def test_results_of_a_small_matrix_by_hand():
     items = [Item("t", f"row{k}", "?", "!") for k in range(40)]
     half = [1.0] * 20 + [0.0] * 20
     scores = {(run, mask): half for run in ("base", "c0", "c1") for mask in ("causal", "v2v")}
-    scores |= {(run, "v2v"): [1.0] * 40 for run in ("v0", "v1")} | {(run, "causal"): [0.0] * 40 for run in ("v0", "v1")}
+    scores |= {(run, "v2v"): [1.0] * 40 for run in ("v0", "v1")} | {
+        (run, "causal"): [0.0] * 40 for run in ("v0", "v1")
+    }
     results = tabulate.results(ROWS, ["causal", "v2v"], items, scores)
-    cell = next(one for one in results["cells"] if one["row"] == "v2v" and one["mask"] == "v2v" and one["task"] == "t")
+    cell = next(
+        one
+        for one in results["cells"]
+        if one["row"] == "v2v" and one["mask"] == "v2v" and one["task"] == "t"
+    )
     assert cell["score"] == 1.0 and cell["n"] == 40 and cell["runs"] == 2
-    found = {(one["kind"], one["row"], one["mask"]): one for one in results["comparisons"] if one["task"] == "t"}
+    found = {
+        (one["kind"], one["row"], one["mask"]): one
+        for one in results["comparisons"]
+        if one["task"] == "t"
+    }
     brought = found["inference-only", "v2v", "v2v"]
-    assert (brought["difference"], brought["better"], brought["worse"]) == (0.5, 40, 0)  # 20 questions, two runs
+    assert (brought["difference"], brought["better"], brought["worse"]) == (
+        0.5,
+        40,
+        0,
+    )  # 20 questions, two runs
     assert brought["p"] == pytest.approx(2 * 0.5**20) and brought["carried"]
     assert found["diagonal", "v2v", "causal"]["difference"] == -1.0
     same = found["causal-causal", "base", "v2v"]
-    assert (same["difference"], same["low"], same["high"], same["p"], same["carried"]) == (0, 0, 0, 1.0, False)
+    assert (same["difference"], same["low"], same["high"], same["p"], same["carried"]) == (
+        0,
+        0,
+        0,
+        1.0,
+        False,
+    )
     ps = [one["p"] for one in results["comparisons"] if one["task"] == "t"]
-    assert [one["p_holm"] for one in results["comparisons"] if one["task"] == "t"] == pytest.approx(paired.holm(ps))
+    assert [one["p_holm"] for one in results["comparisons"] if one["task"] == "t"] == pytest.approx(
+        paired.holm(ps)
+    )
 
 
 def test_turns_of_a_row_are_one_unit():
-    items = [Item("a", "r0", "", ""), Item("b", "r9", "", ""), Item("a", "r0", "", ""), Item("a", "r1", "", "")]
+    items = [
+        Item("a", "r0", "", ""),
+        Item("b", "r9", "", ""),
+        Item("a", "r0", "", ""),
+        Item("a", "r1", "", ""),
+    ]
     tasks = tabulate.tasks_of(items)
-    assert [one.name for one in tasks] == ["a", "b"] and tasks[0].unit.tolist() == [0, 0, 1] and tasks[0].counts_U.tolist() == [2, 1]
+    assert (
+        [one.name for one in tasks] == ["a", "b"]
+        and tasks[0].unit.tolist() == [0, 0, 1]
+        and tasks[0].counts_U.tolist() == [2, 1]
+    )
     scores = tabulate.by_task(items, [[1, 0, 0, 1]])
     assert scores["a"].tolist() == [[1, 0, 1]] and scores["b"].tolist() == [[0]]

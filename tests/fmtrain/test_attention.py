@@ -19,13 +19,21 @@ LAYOUTS = {
     "two turns": ["TIIT AA / IJT A", "TIT A / TJJT AA"],
     "packed": ["TIT A | IJT A / T A", "TIIT | TIT A..."],
 }
-LIGHT = [None, Merge(), Merge(prefix=2, kernel_size=1), Merge(prefix=8, kernel_size=5, normalize=False), Merge(prefix=0.1)]
+LIGHT = [
+    None,
+    Merge(),
+    Merge(prefix=2, kernel_size=1),
+    Merge(prefix=8, kernel_size=5, normalize=False),
+    Merge(prefix=0.1),
+]
 GROUPS = [(4, 4), (4, 2), (3, 1)]
 
 
 def cases(names, merges) -> list:
     """All pairs but `causal` with a merge, which is refused."""
-    return [(name, merge) for name in names for merge in merges if merge is None or name != "causal"]
+    return [
+        (name, merge) for name in names for merge in merges if merge is None or name != "causal"
+    ]
 
 
 CASES = cases(POLICIES, LIGHT)
@@ -43,13 +51,24 @@ def layout_of(name: str) -> Layout:
     return Layout.cat([row.pad(right=longest - row.shape[1]) for row in rows])
 
 
-def inputs(layout: Layout, heads=(4, 2), size: int = 8, dtype=torch.float32, queries: int | None = None, seed: int = 0):
+def inputs(
+    layout: Layout,
+    heads=(4, 2),
+    size: int = 8,
+    dtype=torch.float32,
+    queries: int | None = None,
+    seed: int = 0,
+):
     """Seeded queries [B, H, Q, D], keys and values [B, G, T, D], which require gradients; scores reach about +-5."""
     generator = torch.Generator().manual_seed(seed)
     rows, length = layout.shape
 
     def normal(heads, length):
-        return torch.randn(rows, heads, length, size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        return (
+            torch.randn(rows, heads, length, size, generator=generator, dtype=torch.float64)
+            .to(dtype)
+            .requires_grad_()
+        )
 
     return normal(heads[0], queries or length), normal(heads[1], length), normal(heads[1], length)
 
@@ -65,7 +84,9 @@ def test_reference_is_the_definition(name, merge, layout):
     layout = layout_of(layout)
     q, k, v = inputs(layout)
     expected = oracle.attend(name, layout, q, k, v, SCALE, as_tuple(merge))
-    assert (attend(q, k, v, layout, name, "reference", merge, SCALE).double() - expected).abs().max() < 50 * 2**-23
+    assert (
+        attend(q, k, v, layout, name, "reference", merge, SCALE).double() - expected
+    ).abs().max() < 50 * 2**-23
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -81,7 +102,9 @@ def test_sdpa_is_reference_in_values_and_gradients(name, merge, heads, layout):
         assert out.shape == q.shape and out.dtype == q.dtype
         generator = torch.Generator().manual_seed(5)
         real = (layout.role != Role.PAD)[:, None, :, None]
-        out.backward(torch.randn(out.shape, generator=generator) * real)  # padded queries reach no loss
+        out.backward(
+            torch.randn(out.shape, generator=generator) * real
+        )  # padded queries reach no loss
         results.append((out, q.grad, k.grad, v.grad))
     for exact, found in zip(*results):
         assert exact.abs().max() > 0.1
@@ -96,7 +119,9 @@ def test_random_layouts(name, seed, backend):
     layout = oracle.random_layout(rng, rows=2, samples=2, turns=2)
     q, k, v = inputs(layout, heads=(2, 1), size=4, seed=seed)
     expected = oracle.attend(name, layout, q, k, v, SCALE)
-    assert (attend(q, k, v, layout, name, backend, scale=SCALE).double() - expected).abs().max() < 50 * 2**-23
+    assert (
+        attend(q, k, v, layout, name, backend, scale=SCALE).double() - expected
+    ).abs().max() < 50 * 2**-23
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -113,10 +138,15 @@ def test_the_default_scale_is_one_over_the_root_of_the_head_size():
     layout = layout_of("two turns")
     q, k, v = inputs(layout, size=16)
     for backend in ("reference", "sdpa"):
-        assert torch.equal(attend(q, k, v, layout, "v2v", backend), attend(q, k, v, layout, "v2v", backend, scale=0.25))
+        assert torch.equal(
+            attend(q, k, v, layout, "v2v", backend),
+            attend(q, k, v, layout, "v2v", backend, scale=0.25),
+        )
 
 
-@pytest.mark.parametrize("name, merge", cases(POLICIES, [None, Merge(), Merge(kernel_size=1)]), ids=label)
+@pytest.mark.parametrize(
+    "name, merge", cases(POLICIES, [None, Merge(), Merge(kernel_size=1)]), ids=label
+)
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_fewer_queries_than_keys(name, backend, merge):
     """The queries are the last tokens: one answer token on a cache, and a whole next turn on a cache."""
@@ -131,7 +161,10 @@ def test_fewer_queries_than_keys(name, backend, merge):
 
 @pytest.mark.parametrize(
     "name, merge",
-    cases(["causal", "v2v", "future", "prefix_lm"], [None, Merge(), Merge(0.1, kernel_size=1), Merge(2, kernel_size=5, normalize=False)]),
+    cases(
+        ["causal", "v2v", "future", "prefix_lm"],
+        [None, Merge(), Merge(0.1, kernel_size=1), Merge(2, kernel_size=5, normalize=False)],
+    ),
     ids=label,
 )
 @pytest.mark.parametrize("length", [127, 128, 129, 300])
@@ -146,29 +179,41 @@ def test_rows_longer_than_a_chunk_of_queries(length, name, merge):
         out = attend(q, k, v, layout, name, backend, merge, SCALE)
         out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(5)))
         results.append((out, q.grad, k.grad, v.grad))
-    for exact, found in zip(*results):  # sums of up to 300 terms: sqrt(300) roundings of the largest
+    for exact, found in zip(
+        *results
+    ):  # sums of up to 300 terms: sqrt(300) roundings of the largest
         assert (exact - found).abs().max() < 20 * 2**-23 * max(1.0, exact.abs().max().item())
 
 
 @pytest.mark.parametrize(
     "name, merge",
-    cases(["causal", "future", "v2v", "mma_interleaved", "prefix_lm"], [None, Merge(), Merge(2, 1), Merge(normalize=False)]),
+    cases(
+        ["causal", "future", "v2v", "mma_interleaved", "prefix_lm"],
+        [None, Merge(), Merge(2, 1), Merge(normalize=False)],
+    ),
     ids=label,
 )
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_gradcheck_in_float64(name, merge, backend):
     layout = Layout.cat([Layout.parse("TIJT A / IT"), Layout.parse(".TIIJ A.")])
     q, k, v = inputs(layout, heads=(2, 1), size=3, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda *qkv: attend(*qkv, layout, name, backend, merge, SCALE), (q, k, v))
+    assert torch.autograd.gradcheck(
+        lambda *qkv: attend(*qkv, layout, name, backend, merge, SCALE), (q, k, v)
+    )
 
 
-@pytest.mark.parametrize("name, merge", cases(POLICIES, [None, Merge(), Merge(kernel_size=1)]), ids=label)
+@pytest.mark.parametrize(
+    "name, merge", cases(POLICIES, [None, Merge(), Merge(kernel_size=1)]), ids=label
+)
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_bfloat16(name, backend, merge):
     """Weights, their sums and the output are each rounded to 8 bits (2**-9 relative), scores are summed in float32: four
     roundings of the largest value for the output; twice as many, of the norm, through the backward."""
     layout = layout_of("two turns")
-    low, high = inputs(layout, dtype=torch.bfloat16), [x.detach().float().requires_grad_() for x in inputs(layout, dtype=torch.bfloat16)]
+    low, high = (
+        inputs(layout, dtype=torch.bfloat16),
+        [x.detach().float().requires_grad_() for x in inputs(layout, dtype=torch.bfloat16)],
+    )
     out = attend(*low, layout, name, backend, merge, SCALE)
     exact = oracle.attend(name, layout, *high, SCALE, as_tuple(merge))
     assert out.dtype == torch.bfloat16
@@ -176,11 +221,15 @@ def test_bfloat16(name, backend, merge):
     assert (out.double() - exact).abs().max() < 4 * 2**-9 * largest
     attend(*high, layout, name, "reference", merge, SCALE).sum().backward()
     out.sum().backward()
-    for low_, high_ in zip(low[:2], high[:2]):  # (the sum of all outputs has a gradient in v of whole numbers; q and k are the test)
+    for low_, high_ in zip(
+        low[:2], high[:2]
+    ):  # (the sum of all outputs has a gradient in v of whole numbers; q and k are the test)
         assert (low_.grad.float() - high_.grad).norm() < 8 * 2**-9 * high_.grad.norm() + 8 * 2**-9
 
 
-@pytest.mark.parametrize("name, merge", cases(POLICIES, [None, Merge(), Merge(kernel_size=1)]), ids=label)
+@pytest.mark.parametrize(
+    "name, merge", cases(POLICIES, [None, Merge(), Merge(kernel_size=1)]), ids=label
+)
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_what_is_closed_is_not_read_at_all(name, backend, merge):
     """Outputs stay bit-identical where a closed key or value changes, and do move where an open one does. Under merge a
@@ -194,9 +243,19 @@ def test_what_is_closed_is_not_read_at_all(name, backend, merge):
         changed_k, changed_v = k.clone(), v.clone()
         changed_k[:, :, t] += 1
         changed_v[:, :, t] += 1000
-        key = (attend(q, changed_k, v, layout, name, backend, merge, SCALE) != before).any(-1)[0].any(0)
-        value = (attend(q, k, changed_v, layout, name, backend, merge, SCALE) != before).any(-1)[0].any(0)
-        alone = (mask if merge is None else causal).sum(1) == 1  # only one value to give, whatever the scores
+        key = (
+            (attend(q, changed_k, v, layout, name, backend, merge, SCALE) != before)
+            .any(-1)[0]
+            .any(0)
+        )
+        value = (
+            (attend(q, k, changed_v, layout, name, backend, merge, SCALE) != before)
+            .any(-1)[0]
+            .any(0)
+        )
+        alone = (mask if merge is None else causal).sum(
+            1
+        ) == 1  # only one value to give, whatever the scores
         assert not (key & ~mask[:, t]).any()
         moves = (causal if merge == Merge() else mask)[:, t] & ~alone
         assert torch.equal(key & moves, moves)
@@ -215,13 +274,17 @@ def test_no_score_of_a_padded_token_reaches_anyone_even_as_infinity():
             q, k, v = (x.detach() for x in inputs(layout))
             before = attend(q, k, v, layout, "v2t", backend, merge)[:, :, ~padded]
             k[:, :, padded], v[:, :, padded] = 1e4, 1e4
-            assert torch.equal(attend(q, k, v, layout, "v2t", backend, merge)[:, :, ~padded], before)
+            assert torch.equal(
+                attend(q, k, v, layout, "v2t", backend, merge)[:, :, ~padded], before
+            )
 
 
 def test_auto_is_a_backend_too():
     layout = layout_of("two turns")
     q, k, v = inputs(layout)
-    assert (attend(q, k, v, layout, "future", "auto") - attend(q, k, v, layout, "future", "reference")).abs().max() < 50 * 2**-23
+    assert (
+        attend(q, k, v, layout, "future", "auto") - attend(q, k, v, layout, "future", "reference")
+    ).abs().max() < 50 * 2**-23
 
 
 def test_reference_does_not_lower_the_precision_of_float64():
@@ -229,7 +292,9 @@ def test_reference_does_not_lower_the_precision_of_float64():
     q, k, v = inputs(layout, dtype=torch.float64)
     for merge in (None, Merge(), Merge(prefix=3)):
         expected = oracle.attend("v2t", layout, q, k, v, SCALE, as_tuple(merge))
-        assert (attend(q, k, v, layout, "v2t", "reference", merge, SCALE) - expected).abs().max() < 1e-13
+        assert (
+            attend(q, k, v, layout, "v2t", "reference", merge, SCALE) - expected
+        ).abs().max() < 1e-13
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
@@ -254,7 +319,11 @@ def test_unknown_names_are_errors_that_say_what_is_known():
     q, k, v = inputs(layout)
     with pytest.raises(ValueError) as error:
         attend(q, k, v, layout, "v2v", "sdpaa")
-    assert "'sdpaa'" in one_line(error) and "reference" in one_line(error) and "sdpa" in one_line(error)
+    assert (
+        "'sdpaa'" in one_line(error)
+        and "reference" in one_line(error)
+        and "sdpa" in one_line(error)
+    )
     with pytest.raises(ValueError) as error:
         attend(q, k, v, layout, "v3v", "sdpa")
     assert "'v3v'" in one_line(error) and "v2v" in one_line(error)
@@ -267,7 +336,14 @@ def test_shapes_that_do_not_fit_the_layout_are_errors():
         with pytest.raises(ValueError):
             attend(q, k[:, :, 1:], v[:, :, 1:], layout, "v2v", backend)
         with pytest.raises(ValueError):
-            attend(q.repeat(2, 1, 1, 1), k.repeat(2, 1, 1, 1), v.repeat(2, 1, 1, 1), Layout.cat([layout] * 3), "v2v", backend)
+            attend(
+                q.repeat(2, 1, 1, 1),
+                k.repeat(2, 1, 1, 1),
+                v.repeat(2, 1, 1, 1),
+                Layout.cat([layout] * 3),
+                "v2v",
+                backend,
+            )
 
 
 def test_attend_takes_the_mask_from_allowed_and_nowhere_else(monkeypatch):
@@ -279,4 +355,6 @@ def test_attend_takes_the_mask_from_allowed_and_nowhere_else(monkeypatch):
     for backend in ("reference", "sdpa"):
         for name in POLICIES:
             found = attend(q / 10, k / 10, v, layout, name, backend)[0, 0] > 0
-            assert torch.equal(found, fmtrain.allowed(name, layout)[0]) and torch.equal(found, allowed(name, layout)[0])
+            assert torch.equal(found, fmtrain.allowed(name, layout)[0]) and torch.equal(
+                found, allowed(name, layout)[0]
+            )

@@ -19,7 +19,9 @@ from fmtrain.layout import Layout
 def results(family, policy, merge=None):
     model, processor = families.model(family), families.processor(family)
     with fmtrain.attach(model, policy, merge=merge):
-        return {result.check: result for result in audit.audit(model, processor, audit.sample_rows())}
+        return {
+            result.check: result for result in audit.audit(model, processor, audit.sample_rows())
+        }
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -58,7 +60,11 @@ def test_a_lost_mask_is_found_in_each_mode(monkeypatch):
     from fmtrain.policies import POLICIES
 
     prepare = sdpa.prepare
-    monkeypatch.setattr(sdpa, "prepare", lambda layout, policy, merge, start: prepare(layout, POLICIES["causal"], None, start))
+    monkeypatch.setattr(
+        sdpa,
+        "prepare",
+        lambda layout, policy, merge, start: prepare(layout, POLICIES["causal"], None, start),
+    )
     found = results("llava", "v2v")
     assert [name for name, result in found.items() if not result.passed] == [
         f"mask in each layer: {mode}" for mode in ("training mode", "evaluation", "generate")
@@ -68,10 +74,16 @@ def test_a_lost_mask_is_found_in_each_mode(monkeypatch):
 def test_a_mask_lost_in_generate_alone_is_found(monkeypatch):
     """Generation that ignores padding and the layout: what registering only in AttentionInterface did."""
     monkeypatch.setattr(
-        patch.Handle, "_infer", lambda self, kwargs, rows, length, seen: Layout(*torch.zeros(4, rows, seen + length).long())
+        patch.Handle,
+        "_infer",
+        lambda self, kwargs, rows, length, seen: Layout(
+            *torch.zeros(4, rows, seen + length).long()
+        ),
     )
     found = results("llava", "v2v")
-    assert "mask in each layer: generate" in {name for name, result in found.items() if not result.passed}
+    assert "mask in each layer: generate" in {
+        name for name, result in found.items() if not result.passed
+    }
     assert found["mask in each layer: evaluation"].passed
 
 
@@ -84,7 +96,12 @@ def test_prompts_that_differ_are_found(monkeypatch):
         segments = render(processor, messages, add_generation_prompt)
         if add_generation_prompt:
             return segments
-        return [encode.Segment(s.text.replace("ASSISTANT:", "ASSISTANT :"), s.prefill) if s.prefill >= 0 else s for s in segments]
+        return [
+            encode.Segment(s.text.replace("ASSISTANT:", "ASSISTANT :"), s.prefill)
+            if s.prefill >= 0
+            else s
+            for s in segments
+        ]
 
     monkeypatch.setattr(encode, "render", training_only)
     assert "prompt ids" in failed(results("llava", "v2v"))
@@ -114,9 +131,14 @@ def test_the_command_line_on_checkpoint_and_recipe(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["passed"] and found["policy"] == "v2v" and len(found["checks"]) == 6
     run = subprocess.run([*path, str(tmp_path / "base")], **options)
-    assert run.returncode == 2 and "records no policy" in run.stderr and "Traceback" not in run.stderr
+    assert (
+        run.returncode == 2 and "records no policy" in run.stderr and "Traceback" not in run.stderr
+    )
     model, processor = load(str(tmp_path / "base"), policy="v2v")
     model.save_pretrained(tmp_path / "carrying")
     processor.save_pretrained(tmp_path / "carrying")
     run = subprocess.run([*path, str(tmp_path / "carrying")], **options)
-    assert run.returncode == 0 and json.loads((tmp_path / "carrying" / "audit.json").read_text())["passed"]
+    assert (
+        run.returncode == 0
+        and json.loads((tmp_path / "carrying" / "audit.json").read_text())["passed"]
+    )

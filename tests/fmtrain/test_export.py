@@ -23,7 +23,20 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
     training.workplace(folder, rows=8)
     assert sft.main([str(folder / "recipe.yaml")]) == 0
-    assert sft.main([str(folder / "recipe.yaml"), "--use_peft", "false", "--output_dir", str(folder / "full"), "--mask", "future"]) == 0
+    assert (
+        sft.main(
+            [
+                str(folder / "recipe.yaml"),
+                "--use_peft",
+                "false",
+                "--output_dir",
+                str(folder / "full"),
+                "--mask",
+                "future",
+            ]
+        )
+        == 0
+    )
     return folder
 
 
@@ -50,17 +63,30 @@ def test_folded_equals_adapter_and_loads_everywhere(trained, tmp_path):
         assert torch.equal(logits(plain, again, trained), loaded)
     base = load_file(trained / "base" / "model.safetensors")
     mine = load_file(out / "model.safetensors")
-    assert base.keys() == mine.keys() and {t.dtype for t in base.values()} == {t.dtype for t in mine.values()}
+    assert base.keys() == mine.keys() and {t.dtype for t in base.values()} == {
+        t.dtype for t in mine.values()
+    }
     changed = {name for name in base if not torch.equal(base[name], mine[name])}
-    assert len(changed) == 4 * 7 and all("language_model" in name and "proj" in name for name in changed)
-    assert json.loads((out / "config.json").read_text())["fmtrain"] == {"policy": "v2v", "merge": None, "version": 1}
+    assert len(changed) == 4 * 7 and all(
+        "language_model" in name and "proj" in name for name in changed
+    )
+    assert json.loads((out / "config.json").read_text())["fmtrain"] == {
+        "policy": "v2v",
+        "merge": None,
+        "version": 1,
+    }
     assert not list(out.glob("*.bin")) and "`v2v`" in (out / "README.md").read_text()
 
 
 def test_a_full_run_is_exported_as_it_is(trained, tmp_path):
     export(trained / "full", tmp_path / "exported")
-    run, exported = load_file(trained / "full" / "model.safetensors"), load_file(tmp_path / "exported" / "model.safetensors")
-    assert run.keys() == exported.keys() and all(torch.equal(run[name], exported[name]) for name in run)
+    run, exported = (
+        load_file(trained / "full" / "model.safetensors"),
+        load_file(tmp_path / "exported" / "model.safetensors"),
+    )
+    assert run.keys() == exported.keys() and all(
+        torch.equal(run[name], exported[name]) for name in run
+    )
     model, _ = fmtrain.load(str(tmp_path / "exported"))
     assert fmtrain.attached(model).policy.name == "future"
 
@@ -73,7 +99,9 @@ def test_merge_options_come_back(trained, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     export(run, tmp_path / "exported")
     model, _ = fmtrain.load(str(tmp_path / "exported"))
-    assert fmtrain.attached(model).merge == fmtrain.Merge(prefix=0.1, kernel_size=5, normalize=False)
+    assert fmtrain.attached(model).merge == fmtrain.Merge(
+        prefix=0.1, kernel_size=5, normalize=False
+    )
 
 
 def refused(run, out, match):
@@ -90,17 +118,27 @@ def test_nothing_is_written_when_something_is_off(trained, tmp_path, monkeypatch
     untouched = tmp_path / "untouched"  # an adapter that changes nothing: B is zero
     shutil.copytree(trained / "out", untouched)
     weights = load_file(untouched / "adapter_model.safetensors")
-    save_file({n: torch.zeros_like(t) if "lora_B" in n else t for n, t in weights.items()}, untouched / "adapter_model.safetensors")
+    save_file(
+        {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in weights.items()},
+        untouched / "adapter_model.safetensors",
+    )
     refused(untouched, tmp_path / "exported", "0 tensors differ from the base, 28 should")
     half = tmp_path / "half"
     shutil.copytree(trained / "out", half)
     save_file(
-        {n: torch.zeros_like(t) if "lora_B" in n and "q_proj" in n else t for n, t in weights.items()}, half / "adapter_model.safetensors"
+        {
+            n: torch.zeros_like(t) if "lora_B" in n and "q_proj" in n else t
+            for n, t in weights.items()
+        },
+        half / "adapter_model.safetensors",
     )
     refused(half, tmp_path / "exported", "24 tensors differ from the base, 28 should")
     broken = tmp_path / "broken"
     shutil.copytree(trained / "out", broken)
-    save_file({n: t * float("nan") if "lora_B" in n else t for n, t in weights.items()}, broken / "adapter_model.safetensors")
+    save_file(
+        {n: t * float("nan") if "lora_B" in n else t for n, t in weights.items()},
+        broken / "adapter_model.safetensors",
+    )
     refused(broken, tmp_path / "exported", "NaN|nan|folding")
     monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
     refused(trained / "out", tmp_path / "exported", "folding moved the logits")
@@ -121,4 +159,8 @@ def test_the_command_line(trained, tmp_path):
     done = subprocess.run([*command, str(tmp_path / "exported")], **options)
     assert done.returncode == 0 and "28 tensors differ" in done.stdout
     again = subprocess.run([*command, str(tmp_path / "exported")], **options)
-    assert again.returncode == 2 and again.stderr.count("error:") == 1 and "Traceback" not in again.stderr
+    assert (
+        again.returncode == 2
+        and again.stderr.count("error:") == 1
+        and "Traceback" not in again.stderr
+    )

@@ -32,7 +32,9 @@ def forward(model, inputs: dict, layout: Layout | None = None, **options) -> tor
 
 
 def pixels(inputs: dict) -> dict:
-    return {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    return {
+        name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")
+    }
 
 
 def served(model, processor, messages: list[dict], images: list) -> torch.Tensor:
@@ -66,10 +68,15 @@ def served(model, processor, messages: list[dict], images: list) -> torch.Tensor
 @pytest.fixture
 def rows(family):
     """Dialogues with 0, 1, 2 and 3 images, of one turn and of two, encoded for training."""
-    return {name: encode(families.processor(family), *dialogue) for name, dialogue in families.dialogues().items()}
+    return {
+        name: encode(families.processor(family), *dialogue)
+        for name, dialogue in families.dialogues().items()
+    }
 
 
-@pytest.mark.parametrize("variant, lora", [*((v, False) for v in VARIANTS), *((v, True) for v in PAPER)])
+@pytest.mark.parametrize(
+    "variant, lora", [*((v, False) for v in VARIANTS), *((v, True) for v in PAPER)]
+)
 def test_teacher_forced_is_prefill_and_decoding(family, variant, lora, model_of, rows):
     model, moved = model_of(family, lora), False
     for name, (messages, images) in families.dialogues().items():
@@ -92,7 +99,9 @@ def test_a_padded_batch_is_its_single_rows(family, variant, side, model_of, rows
         together = forward(model, inputs, layout)
         for row, (single, its) in enumerate(rows.values()):
             real = inputs["attention_mask"][row].bool()
-            torch.testing.assert_close(together[row, real][None], forward(model, single, its), **NEAR)
+            torch.testing.assert_close(
+                together[row, real][None], forward(model, single, its), **NEAR
+            )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -100,21 +109,34 @@ def test_a_left_padded_batch_decodes_as_its_single_rows_were_taught(family, vari
     """Prompts of 0, 1 and 3 images in one batch, prefilled together, each fed its own answer."""
     model, processor = model_of(family), families.processor(family)
     chosen = [families.dialogues()[name] for name in ("text", "single", "three")]
-    prompts = [encode(processor, messages[:1], images, add_generation_prompt=True) for messages, images in chosen]
+    prompts = [
+        encode(processor, messages[:1], images, add_generation_prompt=True)
+        for messages, images in chosen
+    ]
     taught = [encode(processor, messages[:2], images) for messages, images in chosen]
     inputs, layout = batch(processor, prompts, "left")
-    answers = [row[0]["input_ids"][0, prompt[0]["input_ids"].shape[1] :] for row, prompt in zip(taught, prompts)]
+    answers = [
+        row[0]["input_ids"][0, prompt[0]["input_ids"].shape[1] :]
+        for row, prompt in zip(taught, prompts)
+    ]
     with attach(model, **parts(variant)), torch.no_grad():
         out = model(**inputs, **layout.model_inputs(), use_cache=True)
         logits, mask = [out.logits[:, -1]], inputs["attention_mask"]
         for t in range(max(map(len, answers))):
             ids = torch.stack([answer[min(t, len(answer) - 1)] for answer in answers])[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
-            out = model(input_ids=ids, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+            out = model(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=out.past_key_values,
+                use_cache=True,
+            )
             logits.append(out.logits[:, -1])
         for row, (single, answer) in enumerate(zip(taught, answers)):
             expected = forward(model, *single)[0, -len(answer) - 1 :]
-            torch.testing.assert_close(torch.stack(logits)[: len(answer) + 1, row], expected, **NEAR)
+            torch.testing.assert_close(
+                torch.stack(logits)[: len(answer) + 1, row], expected, **NEAR
+            )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -133,7 +155,9 @@ def test_a_dialogue_prefilled_again_is_the_dialogue_continued(family, variant, m
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
 @pytest.mark.parametrize("variant", PAPER)
-def test_training_mode_with_gradient_checkpointing(family, variant, reentrant, lora, model_of, rows):
+def test_training_mode_with_gradient_checkpointing(
+    family, variant, reentrant, lora, model_of, rows
+):
     """Logits in training mode, with checkpointing off and on, are those of evaluation, and the gradients are the same."""
     model = model_of(family, lora)
     inputs, layout = batch(families.processor(family), list(rows.values()), "right")
@@ -144,13 +168,19 @@ def test_training_mode_with_gradient_checkpointing(family, variant, reentrant, l
             with training(model, checkpointing, reentrant):
                 logits = model(**inputs, **layout.model_inputs()).logits
                 logits[inputs["attention_mask"].bool()].square().mean().backward()
-                gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+                gradients = {
+                    name: p.grad.clone()
+                    for name, p in model.named_parameters()
+                    if p.grad is not None
+                }
                 results.append((logits.detach(), gradients))
     real = inputs["attention_mask"].bool()
     for logits, _ in results:
         torch.testing.assert_close(logits[real], evaluated[real], **NEAR)
     (_, plain), (_, checkpointed) = results
-    assert plain.keys() == checkpointed.keys() and any("language_model" in name and "q_proj" in name for name in plain)
+    assert plain.keys() == checkpointed.keys() and any(
+        "language_model" in name and "q_proj" in name for name in plain
+    )
     for name, gradient in plain.items():
         torch.testing.assert_close(checkpointed[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -178,7 +208,10 @@ def test_causal_attached_is_the_unpatched_model_exactly(family, side, backend, m
     inputs, layout = batch(families.processor(family), list(rows.values()), side)
     real = inputs["attention_mask"].bool()
     single, its = rows["two_turns"]
-    prompts = [encode(families.processor(family), messages[:1], images, True) for messages, images in prompts_of("single", "three")]
+    prompts = [
+        encode(families.processor(family), messages[:1], images, True)
+        for messages, images in prompts_of("single", "three")
+    ]
     prompt, prompt_layout = batch(families.processor(family), prompts, "left")
     unpatched = forward(model, inputs), forward(model, single), generate(model, prompt)
     with attach(model, "causal", backend):
@@ -189,7 +222,9 @@ def test_causal_attached_is_the_unpatched_model_exactly(family, side, backend, m
             assert torch.equal(found.sequences, unpatched[2].sequences)
             for ours, theirs in zip(found.logits, unpatched[2].logits, strict=True):
                 # on padded decoding steps transformers repeats the grouped keys and our sdpa backend does not
-                torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if backend == "auto" else 1e-4)
+                torch.testing.assert_close(
+                    ours, theirs, rtol=0, atol=0 if backend == "auto" else 1e-4
+                )
     if backend == "auto":
         with attach(model, "causal"):
             assert torch.equal(forward(model, inputs, layout), unpatched[0])  # padding included
@@ -200,13 +235,24 @@ def prompts_of(*names: str):
 
 
 def generate(model, inputs: dict, **options):
-    return model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True, **options)
+    return model.generate(
+        **inputs,
+        max_new_tokens=6,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reference_backend_in_the_model_is_sdpa_in_the_model(variant, model_of):
     model, processor = model_of("llava"), families.processor("llava")
-    inputs, layout = batch(processor, [encode(processor, *dialogue) for dialogue in families.dialogues().values()], "left")
+    inputs, layout = batch(
+        processor,
+        [encode(processor, *dialogue) for dialogue in families.dialogues().values()],
+        "left",
+    )
     found = []
     for backend in ("reference", "sdpa"):
         with attach(model, **{**parts(variant), "backend": backend}):
@@ -218,9 +264,14 @@ def test_reference_backend_in_the_model_is_sdpa_in_the_model(variant, model_of):
 def test_packed_samples_are_the_samples_alone(family, variant, model_of, rows):
     model = model_of(family)
     chosen = [rows[name] for name in ("single", "text", "two_turns")]
-    layouts = [Layout(its.role, its.image, its.prefill, its.sample + n) for n, (_, its) in enumerate(chosen)]
+    layouts = [
+        Layout(its.role, its.image, its.prefill, its.sample + n)
+        for n, (_, its) in enumerate(chosen)
+    ]
     layout = Layout.cat(layouts, dim=1)
-    stacked, _ = batch(families.processor(family), chosen, "right")  # for its pixels, which are those of all rows in order
+    stacked, _ = batch(
+        families.processor(family), chosen, "right"
+    )  # for its pixels, which are those of all rows in order
     ids = torch.cat([inputs["input_ids"] for inputs, _ in chosen], 1)
     with attach(model, **parts(variant)):
         packed = forward(model, {"input_ids": ids, **pixels(stacked)}, layout)
@@ -235,7 +286,14 @@ def test_packed_samples_are_the_samples_alone(family, variant, model_of, rows):
 
 
 LEAK = (
-    [user(IMAGE, "what?"), assistant("red cube"), user("then", IMAGE, "now?"), assistant("two"), user("so?"), assistant("3")],
+    [
+        user(IMAGE, "what?"),
+        assistant("red cube"),
+        user("then", IMAGE, "now?"),
+        assistant("two"),
+        user("so?"),
+        assistant("3"),
+    ],
     [photo(7), photo(8)],
 )
 
@@ -251,7 +309,9 @@ def changed(inputs: dict, layout: Layout, token: int) -> dict:
     if image >= 0:
         size = len(inputs["pixel_values"]) // 2  # two images of one size: as many tiles each
         values = inputs["pixel_values"].clone()
-        values[image * size : (image + 1) * size] = values[image * size : (image + 1) * size].flip(-1)
+        values[image * size : (image + 1) * size] = values[image * size : (image + 1) * size].flip(
+            -1
+        )
         return {**inputs, "pixel_values": values}
     ids = inputs["input_ids"].clone()
     ids[0, token] = 270 if ids[0, token] != 270 else 271  # an ordinary token of all four tokenizers
@@ -265,7 +325,11 @@ def moved_by(model, inputs: dict, layout: Layout, token: int, before: torch.Tens
 
 @pytest.mark.parametrize(
     "family, variant",
-    [(family, variant) for family in families.FAMILIES for variant in (VARIANTS if family == "llava" else PAPER)],
+    [
+        (family, variant)
+        for family in families.FAMILIES
+        for variant in (VARIANTS if family == "llava" else PAPER)
+    ],
     indirect=["family"],
 )
 def test_no_logit_moves_but_those_that_the_policy_lets_move(family, variant, model_of, leak):
@@ -279,16 +343,27 @@ def test_no_logit_moves_but_those_that_the_policy_lets_move(family, variant, mod
     with attach(model, **parts(variant)):
         before = forward(model, inputs, layout)
         for token in range(size):
-            same = (layout.image[0] == layout.image[0, token]) if layout.image[0, token] >= 0 else torch.arange(size) == token
+            same = (
+                (layout.image[0] == layout.image[0, token])
+                if layout.image[0, token] >= 0
+                else torch.arange(size) == token
+            )
             if token > 0 and same[token - 1]:
                 continue  # the image was changed at its first token
             moved = moved_by(model, inputs, layout, token, before)
-            assert not (moved & ~reach[:, same].any(1)).any(), f"a change at {token} moved {moved.nonzero().flatten().tolist()}"
+            assert not (moved & ~reach[:, same].any(1)).any(), (
+                f"a change at {token} moved {moved.nonzero().flatten().tolist()}"
+            )
             assert moved[same].any()
             ahead = direct[:, same].any(1) & (torch.arange(size) < token)
             letters = oracle.rows(layout)[0][0]
-            seen_ahead |= {letters[q] + letters[token] for q in range(size) if moved[q] and ahead[q]}
-    pairs = {"".join(letters[t] for t in pair) for pair in (direct & ~torch.tril(torch.ones_like(direct))).nonzero().tolist()}
+            seen_ahead |= {
+                letters[q] + letters[token] for q in range(size) if moved[q] and ahead[q]
+            }
+    pairs = {
+        "".join(letters[t] for t in pair)
+        for pair in (direct & ~torch.tril(torch.ones_like(direct))).nonzero().tolist()
+    }
     pairs -= {"VV"}  # one image in each turn here; two in one turn are the next test
     assert seen_ahead == pairs
 
@@ -296,10 +371,18 @@ def test_no_logit_moves_but_those_that_the_policy_lets_move(family, variant, mod
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_images_of_one_prefill_see_each_other_as_the_policy_says(family, variant, model_of):
     model, processor = model_of(family), families.processor(family)
-    inputs, layout = encode(processor, [user(IMAGE, "a", IMAGE, "which?"), assistant("red")], [photo(1), photo(2)])
+    inputs, layout = encode(
+        processor, [user(IMAGE, "a", IMAGE, "which?"), assistant("red")], [photo(1), photo(2)]
+    )
     first = layout.image[0] == 0
     with attach(model, **parts(variant)):
-        moved = moved_by(model, inputs, layout, int((layout.image[0] == 1).nonzero()[0]), forward(model, inputs, layout))
+        moved = moved_by(
+            model,
+            inputs,
+            layout,
+            int((layout.image[0] == 1).nonzero()[0]),
+            forward(model, inputs, layout),
+        )
     name = variant.removesuffix("+merge")
     reach = oracle.reach(name, layout, 4)[0][:, layout.image[0] == 1].any(1)
     assert moved[first].any() == reach[first].any()
@@ -317,18 +400,28 @@ def test_later_turns_and_answers_move_no_earlier_logit(family, variant, model_of
         for cut in answers:
             other = inputs
             for token in range(cut, layout.shape[1]):
-                other = changed(other, layout, token) if layout.image[0, token] != layout.image[0, token - 1] or token == cut else other
+                other = (
+                    changed(other, layout, token)
+                    if layout.image[0, token] != layout.image[0, token - 1] or token == cut
+                    else other
+                )
             moved = (forward(model, other, layout) != before).any(-1)[0]
             assert not moved[:cut].any() and moved[cut:].any()
 
 
 def unbounded(layout: Layout, name: str) -> Layout:
     """What the law forbids: the whole row as one prefill; for policies that open text, its answers as text."""
-    role = layout.role if name == "v2v" else torch.where(layout.role == Role.ANSWER, int(Role.TEXT), layout.role)
+    role = (
+        layout.role
+        if name == "v2v"
+        else torch.where(layout.role == Role.ANSWER, int(Role.TEXT), layout.role)
+    )
     return Layout(role, layout.image, torch.where(role == Role.ANSWER, -1, 0), layout.sample)
 
 
-@pytest.mark.parametrize("variant", ["v2v", "future", "v2t", "prefix_lm", "v2v+merge", "future+merge", "v2t+merge"])
+@pytest.mark.parametrize(
+    "variant", ["v2v", "future", "v2t", "prefix_lm", "v2v+merge", "future+merge", "v2t+merge"]
+)
 def test_the_unbounded_form_does_leak_so_the_tests_can_see(family, variant, model_of, leak):
     """Changing the last token of answer 1 moves the logits that predict answer 1: through image 1 that has seen image 2
     (v2v), or the answer itself (the others)."""
@@ -340,4 +433,6 @@ def test_the_unbounded_form_does_leak_so_the_tests_can_see(family, variant, mode
     with attach(model, **parts(variant)):
         before = forward(model, inputs, free)
         assert moved_by(model, inputs, free, last, before)[predicting].any()
-        assert not moved_by(model, inputs, layout, last, forward(model, inputs, layout))[predicting].any()
+        assert not moved_by(model, inputs, layout, last, forward(model, inputs, layout))[
+            predicting
+        ].any()

@@ -40,7 +40,9 @@ def test_the_same_letter_in_one_turn_is_the_same_image_wherever_it_stands():
 
 
 def test_blanks_mean_nothing():
-    assert fields(Layout.parse("TIIT A/T A|T..")) == fields(Layout.parse("  T I IT\nA / T A | T . ."))
+    assert fields(Layout.parse("TIIT A/T A|T..")) == fields(
+        Layout.parse("  T I IT\nA / T A | T . .")
+    )
 
 
 def test_four_letters_are_four_images():
@@ -51,12 +53,22 @@ def test_integer_tensors_of_one_shape():
     parsed = Layout.parse("TIT A")
     assert parsed.shape == (1, 4)
     for tensor in parsed.model_inputs().values():
-        assert tensor.shape == (1, 4) and not tensor.is_floating_point() and tensor.dtype != torch.bool
+        assert (
+            tensor.shape == (1, 4) and not tensor.is_floating_point() and tensor.dtype != torch.bool
+        )
 
 
 @pytest.mark.parametrize(
     "picture, named",
-    [("TIX A", "'X'"), ("tia", "'t'"), ("", "no token"), (" / | ", "no token"), ("TI A T", "/"), ("T A I A", "/"), ("T1", "'1'")],
+    [
+        ("TIX A", "'X'"),
+        ("tia", "'t'"),
+        ("", "no token"),
+        (" / | ", "no token"),
+        ("TI A T", "/"),
+        ("T A I A", "/"),
+        ("T1", "'1'"),
+    ],
 )
 def test_a_bad_picture_is_an_error_in_one_line_that_names_what_is_wrong(picture, named):
     with pytest.raises(ValueError) as error:

@@ -18,14 +18,21 @@ BACKENDS = ["reference", "sdpa"]
 def inputs(layout: Layout, size: int = 4, heads: int = 2, seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     rows, length = layout.shape
-    return [torch.randn(rows, h, length, size, generator=generator, dtype=torch.float64) for h in (heads, 1, 1)]
+    return [
+        torch.randn(rows, h, length, size, generator=generator, dtype=torch.float64)
+        for h in (heads, 1, 1)
+    ]
 
 
-def weights(layout: Layout, name: str, backend: str, merge: Merge | None, seed: int = 0) -> torch.Tensor:
+def weights(
+    layout: Layout, name: str, backend: str, merge: Merge | None, seed: int = 0
+) -> torch.Tensor:
     """The weights themselves [T, T], of one row and head: attention over one-hot values."""
     size = layout.shape[1]
     q, k, _ = inputs(layout, size, heads=1, seed=seed)
-    return attend(q, k, torch.eye(size, dtype=torch.float64)[None, None], layout, name, backend, merge, 0.3)[0, 0]
+    return attend(
+        q, k, torch.eye(size, dtype=torch.float64)[None, None], layout, name, backend, merge, 0.3
+    )[0, 0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -41,7 +48,9 @@ def test_double_loop_on_random_layouts(name, prefix, kernel_size, normalize, bac
     q, k, v = inputs(layout)
     merge = Merge(prefix=prefix, kernel_size=kernel_size, normalize=normalize)
     expected = oracle.attend(name, layout, q, k, v, SCALE, (prefix, kernel_size, normalize))
-    assert (attend(q, k, v, layout, name, backend, merge, SCALE) - expected).abs().max() < 8 * 2**-25
+    assert (
+        attend(q, k, v, layout, name, backend, merge, SCALE) - expected
+    ).abs().max() < 8 * 2**-25
 
 
 def test_the_random_layouts_hold_the_hard_cases():
@@ -65,7 +74,10 @@ def test_by_hand(backend):
     """Equal scores, T I I I T, v2t: image 1 gives 1/3 to each of T, itself and the last T, which kernel 3 counts once in the
     only window that holds it (F = 0 0 1/3, one window); two positions of prefix share it."""
     layout = Layout.parse("TIIIT A")
-    zero, one_hot = torch.zeros(1, 1, 6, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)[None, None]
+    zero, one_hot = (
+        torch.zeros(1, 1, 6, 6, dtype=torch.float64),
+        torch.eye(6, dtype=torch.float64)[None, None],
+    )
 
     def found(**options):
         return attend(zero, zero, one_hot, layout, "v2t", backend, Merge(**options))[0, 0]
@@ -79,23 +91,36 @@ def test_by_hand(backend):
         4: [fifth] * 5 + [0],
         5: [1 / 6] * 6,
     }
-    assert torch.allclose(found(kernel_size=3), torch.tensor(list(expected.values()), dtype=torch.float64))
+    assert torch.allclose(
+        found(kernel_size=3), torch.tensor(list(expected.values()), dtype=torch.float64)
+    )
     shared = found(kernel_size=1, prefix=2)
     assert torch.allclose(shared[1, :2], torch.tensor([third + third / 2] * 2, dtype=torch.float64))
-    assert torch.allclose(shared[3, :4], torch.tensor([fifth * 1.5, fifth * 1.5, fifth, fifth], dtype=torch.float64))
+    assert torch.allclose(
+        shared[3, :4], torch.tensor([fifth * 1.5, fifth * 1.5, fifth, fifth], dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pooling_by_hand_counts_a_peak_in_every_window_that_holds_it(backend):
     """T I T T T T, v2t, equal scores: F = 1/6 four times; kernel 3 has two windows, so C = 2/6, not 4/6."""
     layout = Layout.parse("TITTTT")
-    zero, one_hot = torch.zeros(1, 1, 6, 6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)[None, None]
-    raw = attend(zero, zero, one_hot, layout, "v2t", backend, Merge(kernel_size=3, normalize=False))[0, 0, 1]
+    zero, one_hot = (
+        torch.zeros(1, 1, 6, 6, dtype=torch.float64),
+        torch.eye(6, dtype=torch.float64)[None, None],
+    )
+    raw = attend(
+        zero, zero, one_hot, layout, "v2t", backend, Merge(kernel_size=3, normalize=False)
+    )[0, 0, 1]
     assert torch.allclose(raw, torch.tensor([3 / 6, 1 / 6, 0, 0, 0, 0], dtype=torch.float64))
     normal = attend(zero, zero, one_hot, layout, "v2t", backend, Merge(kernel_size=3))[0, 0, 1]
     assert torch.allclose(normal, torch.tensor([3 / 4, 1 / 4, 0, 0, 0, 0], dtype=torch.float64))
-    whole = attend(zero, zero, one_hot, layout, "v2t", backend, Merge(kernel_size=5, normalize=False))[0, 0, 1]
-    assert torch.allclose(whole, torch.tensor([2 / 6, 1 / 6, 0, 0, 0, 0], dtype=torch.float64))  # fewer keys than the kernel
+    whole = attend(
+        zero, zero, one_hot, layout, "v2t", backend, Merge(kernel_size=5, normalize=False)
+    )[0, 0, 1]
+    assert torch.allclose(
+        whole, torch.tensor([2 / 6, 1 / 6, 0, 0, 0, 0], dtype=torch.float64)
+    )  # fewer keys than the kernel
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -103,9 +128,16 @@ def test_pooling_by_hand_counts_a_peak_in_every_window_that_holds_it(backend):
 def test_weights_are_causal_and_add_up_to_1(name, backend):
     layout = Layout.parse(".TIIIJTT A / TJTJTT A | IIIT A")
     causal = oracle.allowed("causal", layout)[0]
-    for merge in (Merge(), Merge(prefix=0.1, kernel_size=5), Merge(kernel_size=1, normalize=False), Merge(prefix=8, kernel_size=1)):
+    for merge in (
+        Merge(),
+        Merge(prefix=0.1, kernel_size=5),
+        Merge(kernel_size=1, normalize=False),
+        Merge(prefix=8, kernel_size=1),
+    ):
         found = weights(layout, name, backend, merge)
-        assert (found[~causal] == 0).all() and torch.allclose(found.sum(1), torch.ones(len(found), dtype=torch.float64))
+        assert (found[~causal] == 0).all() and torch.allclose(
+            found.sum(1), torch.ones(len(found), dtype=torch.float64)
+        )
     raw = weights(layout, name, backend, Merge(kernel_size=3, normalize=False)).sum(1)
     assert (raw - 1).abs().max() > 0.01  # `normalize` is what makes it 1
 
@@ -115,14 +147,21 @@ def test_weights_are_causal_and_add_up_to_1(name, backend):
 def test_a_query_with_nothing_revealed_is_exactly_causal(name, backend):
     layout = Layout.cat([Layout.parse("TIIJTT AA / TIT A"), Layout.parse(".TTT AAA / TIJT A")])
     size = range(layout.shape[1])
-    none = torch.tensor([[not any(is_revealed(name, row, q, k) for k in size) for q in size] for row in oracle.rows(layout)])
+    none = torch.tensor(
+        [
+            [not any(is_revealed(name, row, q, k) for k in size) for q in size]
+            for row in oracle.rows(layout)
+        ]
+    )
     q, k, v = (x.float() for x in inputs(layout))
     causal = attend(q, k, v, layout, "causal", "reference", scale=SCALE).transpose(1, 2)[none]
     for merge in (Merge(), Merge(prefix=2, kernel_size=1), Merge(normalize=False)):
         light = attend(q, k, v, layout, name, backend, merge, SCALE).transpose(1, 2)
         if backend == "reference":
             assert torch.equal(light[none], causal)
-        assert torch.allclose(light[none], causal, rtol=0, atol=8 * 2**-23)  # another kernel sums in another order
+        assert torch.allclose(
+            light[none], causal, rtol=0, atol=8 * 2**-23
+        )  # another kernel sums in another order
     assert none.any() and not none.all()
 
 
@@ -138,19 +177,37 @@ def test_kernel_1_is_the_closed_form(backend):
     e, e_ahead = (scores.exp() * past).sum(1), (scores.exp() * ahead).sum(1)
     mean = torch.stack([v[0, 0, : min(2, i + 1)].mean(0) for i in range(layout.shape[1])])
     expected = (e[:, None] * o + e_ahead[:, None] * mean) / (e + e_ahead)[:, None]
-    assert torch.allclose(attend(q, k, v, layout, "future", backend, Merge(prefix=2, kernel_size=1), SCALE)[0, 0], expected)
+    assert torch.allclose(
+        attend(q, k, v, layout, "future", backend, Merge(prefix=2, kernel_size=1), SCALE)[0, 0],
+        expected,
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "size, fraction, count",
-    [(9, 0.1, 1), (10, 0.1, 1), (20, 0.1, 2), (29, 0.1, 2), (30, 0.1, 3), (10, 0.3, 3), (10, 0.7, 7), (7, 1.0, 7)],
+    [
+        (9, 0.1, 1),
+        (10, 0.1, 1),
+        (20, 0.1, 2),
+        (29, 0.1, 2),
+        (30, 0.1, 3),
+        (10, 0.3, 3),
+        (10, 0.7, 7),
+        (7, 1.0, 7),
+    ],
 )
-def test_a_fraction_of_the_prefill_is_a_count_of_positions_rounded_down(size, fraction, count, backend):
+def test_a_fraction_of_the_prefill_is_a_count_of_positions_rounded_down(
+    size, fraction, count, backend
+):
     layout = Layout.parse("T" * (size - 2) + "IT" + "AAA")
     found = weights(layout, "v2t", backend, Merge(prefix=fraction, kernel_size=1))
-    assert torch.allclose(found, weights(layout, "v2t", backend, Merge(prefix=count, kernel_size=1)))
-    assert size < 20 or not torch.allclose(found, weights(layout, "v2t", backend, Merge(prefix=count + 1, kernel_size=1)))
+    assert torch.allclose(
+        found, weights(layout, "v2t", backend, Merge(prefix=count, kernel_size=1))
+    )
+    assert size < 20 or not torch.allclose(
+        found, weights(layout, "v2t", backend, Merge(prefix=count + 1, kernel_size=1))
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -207,4 +264,8 @@ def test_merge_with_causal_is_an_error_that_names_both(backend):
     layout = Layout.parse("TIT A")
     with pytest.raises(ValueError) as error:
         attend(*inputs(layout), layout, "causal", backend, Merge())
-    assert "causal" in str(error.value) and "merge" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "causal" in str(error.value)
+        and "merge" in str(error.value)
+        and "\n" not in str(error.value)
+    )

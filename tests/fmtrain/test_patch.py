@@ -16,7 +16,13 @@ NEAR = dict(rtol=0, atol=1e-4)  # float32, logits of about 1: see test_law
 SINGLE = ([user(IMAGE, IMAGE, "which digit?")], [photo(1), photo(2, 32, 16)])
 OTHER = ([user(IMAGE, "what is it?")], [photo(3)])
 AHEAD = [(name, merge) for name in POLICIES if name != "causal" for merge in (None, Merge())]
-VARIANTS = [("causal", None), ("v2v", None), ("prefix_lm", None), ("v2t", Merge()), ("future", Merge(prefix=0.5, kernel_size=1))]
+VARIANTS = [
+    ("causal", None),
+    ("v2v", None),
+    ("prefix_lm", None),
+    ("v2t", Merge()),
+    ("future", Merge(prefix=0.5, kernel_size=1)),
+]
 
 
 def label(value) -> str:
@@ -30,7 +36,13 @@ def prompt(family: str, dialogue=SINGLE):
 def greedy(model, inputs: dict, **options):
     """Eight tokens; a random model would also write image placeholders, which have a test of their own."""
     placeholder = {"suppress_tokens": [model.config.image_token_id]}
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, **placeholder, **options}
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "eos_token_id": None,
+        **placeholder,
+        **options,
+    }
     return model.generate(**inputs, return_dict_in_generate=True, output_logits=True, **options)
 
 
@@ -59,9 +71,15 @@ def snapshot(model) -> dict:
         "grads": [(name, parameter.requires_grad) for name, parameter in model.named_parameters()],
         "config": copy.deepcopy(inner.config.to_dict()),
         "config attributes": {name: sorted(vars(part)) for name, part in configs(inner).items()},
-        "implementations": {name: part._attn_implementation for name, part in configs(inner).items()},
+        "implementations": {
+            name: part._attn_implementation for name, part in configs(inner).items()
+        },
         "modules": {
-            name: (type(module), sorted(vars(module)), {key: len(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")})
+            name: (
+                type(module),
+                sorted(vars(module)),
+                {key: len(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")},
+            )
             for name, module in model.named_modules()
         },
         "generate": (model.generate.__func__, inner.generate.__func__),
@@ -72,7 +90,10 @@ def snapshot(model) -> dict:
 
 
 def configs(model) -> dict:
-    return {"": model.config, **{name: getattr(model.config, name) for name in model.config.sub_configs}}
+    return {
+        "": model.config,
+        **{name: getattr(model.config, name) for name in model.config.sub_configs},
+    }
 
 
 def assert_same_model(model, before: dict) -> None:
@@ -88,7 +109,10 @@ def assert_same_model(model, before: dict) -> None:
 @pytest.mark.parametrize("name, merge", VARIANTS, ids=label)
 def test_detached_the_model_is_as_before_bit_for_bit(name, merge, backend, lora, model_of):
     model, (inputs, layout) = model_of("llava", lora), prompt("llava")
-    expected, before = greedy(model, inputs), snapshot(model)  # (transformers completes its books at the first call)
+    expected, before = (
+        greedy(model, inputs),
+        snapshot(model),
+    )  # (transformers completes its books at the first call)
     handle = attach(model, name, backend, merge)
     greedy(model, {**inputs, **layout.model_inputs()})
     with torch.no_grad():
@@ -242,17 +266,30 @@ def test_generate_is_what_teacher_forcing_says(family, name, merge, lora, model_
     with attach(model, name, "sdpa", merge), torch.no_grad():
         out = greedy(model, {**inputs, **layout.model_inputs()})
         answer = Layout.parse("A" * 8)
-        ids = {**inputs, "input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
+        ids = {
+            **inputs,
+            "input_ids": out.sequences,
+            "attention_mask": torch.ones_like(out.sequences),
+        }
         taught = model(**ids, **Layout.cat([layout, answer], dim=1).model_inputs()).logits
-        torch.testing.assert_close(torch.stack(out.logits, 1), taught[:, layout.shape[1] - 1 : -1], **NEAR)
-        if name != "causal":  # read as one prefill, the dialogue has another mask: the layout did reach the forward
+        torch.testing.assert_close(
+            torch.stack(out.logits, 1), taught[:, layout.shape[1] - 1 : -1], **NEAR
+        )
+        if (
+            name != "causal"
+        ):  # read as one prefill, the dialogue has another mask: the layout did reach the forward
             assert not torch.allclose(greedy(model, inputs).logits[0], out.logits[0], **NEAR)
 
 
 @pytest.mark.parametrize("with_layout", [True, False])
 @pytest.mark.parametrize("name, merge", VARIANTS, ids=label)
-def test_generate_of_a_left_padded_batch_is_its_single_rows(family, name, merge, with_layout, model_of):
-    model, prompts = model_of(family), [prompt(family), prompt(family, OTHER), prompt(family, ([user("which digit?")], []))]
+def test_generate_of_a_left_padded_batch_is_its_single_rows(
+    family, name, merge, with_layout, model_of
+):
+    model, prompts = (
+        model_of(family),
+        [prompt(family), prompt(family, OTHER), prompt(family, ([user("which digit?")], []))],
+    )
     inputs, layout = batch(families.processor(family), prompts, "left")
     carried = layout.model_inputs() if with_layout else {}
     with attach(model, name, "sdpa", merge):
@@ -267,18 +304,31 @@ def test_beams(name, merge, model_of):
     model = model_of("llava")
     prompts = [prompt("llava"), prompt("llava", OTHER)]
     inputs, layout = batch(families.processor("llava"), prompts, "left")
-    beams = dict(num_beams=2, max_new_tokens=8, do_sample=False, eos_token_id=None, length_penalty=0.0)
+    beams = dict(
+        num_beams=2, max_new_tokens=8, do_sample=False, eos_token_id=None, length_penalty=0.0
+    )
     beams["suppress_tokens"] = [model.config.image_token_id]
     with attach(model, name, "sdpa", merge), torch.no_grad():
-        given = model.generate(**inputs, **layout.model_inputs(), **beams, return_dict_in_generate=True, output_scores=True)
+        given = model.generate(
+            **inputs,
+            **layout.model_inputs(),
+            **beams,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
         assert torch.equal(given.sequences, model.generate(**inputs, **beams))
         whole = Layout.cat([layout, Layout.cat([Layout.parse("A" * 8)] * 2)], dim=1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 8, dtype=torch.long)], 1)
 
-        logits = model(**{**inputs, "input_ids": given.sequences, "attention_mask": mask}, **whole.model_inputs()).logits
+        logits = model(
+            **{**inputs, "input_ids": given.sequences, "attention_mask": mask},
+            **whole.model_inputs(),
+        ).logits
         new = given.sequences[:, layout.shape[1] :, None]
         found = logits[:, layout.shape[1] - 1 : -1].log_softmax(-1).gather(2, new).sum((1, 2))
-        torch.testing.assert_close(found, given.sequences_scores, rtol=0, atol=8e-4)  # eight tokens of 1e-4
+        torch.testing.assert_close(
+            found, given.sequences_scores, rtol=0, atol=8e-4
+        )  # eight tokens of 1e-4
 
 
 @pytest.mark.parametrize("name, merge", VARIANTS, ids=label)
@@ -287,13 +337,23 @@ def test_several_samples_of_one_prompt(name, merge, model_of):
     with attach(model, name, merge=merge):
         greedy_ = greedy(model, {**inputs, **layout.model_inputs()})
         torch.manual_seed(0)
-        sampled = greedy(model, {**inputs, **layout.model_inputs()}, do_sample=True, top_k=1, num_return_sequences=3)
-    assert torch.equal(sampled.sequences, greedy_.sequences.expand(3, -1))  # top_k=1: each is the greedy one
+        sampled = greedy(
+            model,
+            {**inputs, **layout.model_inputs()},
+            do_sample=True,
+            top_k=1,
+            num_return_sequences=3,
+        )
+    assert torch.equal(
+        sampled.sequences, greedy_.sequences.expand(3, -1)
+    )  # top_k=1: each is the greedy one
 
 
 @pytest.mark.parametrize("name, merge", VARIANTS, ids=label)
 @pytest.mark.parametrize("with_layout", [True, False])
-def test_generate_without_a_cache_is_generate_with_one_or_refused(name, merge, with_layout, model_of):
+def test_generate_without_a_cache_is_generate_with_one_or_refused(
+    name, merge, with_layout, model_of
+):
     """Without a cache the whole row is fed again at every step; read as one prefill, images would look at the answer."""
     model, (inputs, layout) = model_of("llava"), prompt("llava")
     given = {**inputs, **layout.model_inputs()} if with_layout else inputs
@@ -311,7 +371,10 @@ def test_generate_without_a_cache_is_generate_with_one_or_refused(name, merge, w
 def test_generate_continues_a_cache_with_the_layout_of_the_whole_row(name, merge, model_of):
     """A chat server keeps its cache: the next turn is prefilled on it, and the layout covers cached and new tokens."""
     model, processor = model_of("llava"), families.processor("llava")
-    messages, images = [user(IMAGE, "what?"), assistant("red"), user(IMAGE, "and now?")], [photo(1), photo(2)]
+    messages, images = (
+        [user(IMAGE, "what?"), assistant("red"), user(IMAGE, "and now?")],
+        [photo(1), photo(2)],
+    )
     first, its = encode(processor, messages[:2], images[:1])
     inputs, layout = encode(processor, messages, images, add_generation_prompt=True)
     with attach(model, name, "sdpa", merge), torch.no_grad():
@@ -340,7 +403,9 @@ def test_the_layout_of_one_call_does_not_stay_for_the_next(model_of):
 def test_flash_attention_2_is_refused(name, model_of):
     """transformers' flash_attention_mask ignores a mask function: the policy would be causal without a word."""
     model = families.model("llava")
-    model.config.get_text_config()._attn_implementation_internal = "flash_attention_2"  # as a model loaded with it has it
+    model.config.get_text_config()._attn_implementation_internal = (
+        "flash_attention_2"  # as a model loaded with it has it
+    )
     assert model.config.get_text_config()._attn_implementation == "flash_attention_2"
     with pytest.raises(ValueError) as error:
         attach(model, name)
@@ -359,7 +424,9 @@ class TestGenerateRefuses:
             one_line(error, *named)
 
     def test_a_static_cache_by_name(self, name, merge, with_layout, model_of):
-        self.refused(model_of, name, merge, with_layout, "static", name, cache_implementation="static")
+        self.refused(
+            model_of, name, merge, with_layout, "static", name, cache_implementation="static"
+        )
 
     def test_a_static_cache_in_the_generation_config(self, name, merge, with_layout, model_of):
         config = copy.deepcopy(model_of("llava").generation_config)
@@ -371,21 +438,42 @@ class TestGenerateRefuses:
         self.refused(model_of, name, merge, with_layout, "static", name, past_key_values=cache)
 
     def test_chunked_prefill(self, name, merge, with_layout, model_of):
-        self.refused(model_of, name, merge, with_layout, "prefill_chunk_size", "16", name, prefill_chunk_size=16)
+        self.refused(
+            model_of,
+            name,
+            merge,
+            with_layout,
+            "prefill_chunk_size",
+            "16",
+            name,
+            prefill_chunk_size=16,
+        )
 
     @pytest.mark.parametrize("max_new_tokens", [2, 6])
     def test_speculative_decoding(self, name, merge, with_layout, max_new_tokens, model_of):
         """The candidates of an assistant arrive together with the prompt, or several at a time on a cache."""
         assistant_model = families.model("llava", seed=1)
-        self.refused(model_of, name, merge, with_layout, assistant_model=assistant_model, max_new_tokens=max_new_tokens)
+        self.refused(
+            model_of,
+            name,
+            merge,
+            with_layout,
+            assistant_model=assistant_model,
+            max_new_tokens=max_new_tokens,
+        )
 
 
 @pytest.mark.parametrize("with_layout", [True, False])
 @pytest.mark.parametrize("max_new_tokens", [2, 6])
 @pytest.mark.parametrize("name, merge", VARIANTS, ids=label)
-def test_prompt_lookup_is_greedy_search_or_refused(name, merge, max_new_tokens, with_layout, model_of):
+def test_prompt_lookup_is_greedy_search_or_refused(
+    name, merge, max_new_tokens, with_layout, model_of
+):
     """Its candidates, found by the header's earlier place in the prompt, arrive together with the prompt."""
-    model, (inputs, layout) = model_of("llava"), prompt("llava", ([user(IMAGE, "after ASSISTANT: from 3 to 7 comes")], [photo(1)]))
+    model, (inputs, layout) = (
+        model_of("llava"),
+        prompt("llava", ([user(IMAGE, "after ASSISTANT: from 3 to 7 comes")], [photo(1)])),
+    )
     given = {**inputs, **layout.model_inputs()} if with_layout else inputs
     with attach(model, name, merge=merge):
         expected = greedy(model, given, max_new_tokens=max_new_tokens)
@@ -403,9 +491,19 @@ def test_prompt_lookup_is_greedy_search_or_refused(name, merge, max_new_tokens, 
 def test_an_image_placeholder_that_the_model_writes_is_an_answer_token(name, merge, model_of):
     """transformers takes it as any other token; so does an attached model."""
     model, (inputs, layout) = model_of("llava"), prompt("llava")
-    only = [token for token in range(model.config.text_config.vocab_size) if token != model.config.image_token_id]
+    only = [
+        token
+        for token in range(model.config.text_config.vocab_size)
+        if token != model.config.image_token_id
+    ]
     with attach(model, name, "sdpa", merge):
-        out = model.generate(**inputs, **layout.model_inputs(), max_new_tokens=3, do_sample=False, suppress_tokens=only)
+        out = model.generate(
+            **inputs,
+            **layout.model_inputs(),
+            max_new_tokens=3,
+            do_sample=False,
+            suppress_tokens=only,
+        )
     assert (out[0, layout.shape[1] :] == model.config.image_token_id).all()
 
 
@@ -430,9 +528,13 @@ def test_several_tokens_on_a_cache_without_a_layout_are_refused(family, model_of
 def test_a_prefill_cut_in_two_is_refused(model_of):
     model, (inputs, _) = model_of("llava"), prompt("llava", OTHER)
     ids = inputs["input_ids"]
-    text = encode(families.processor("llava"), [user("digit")], [], add_generation_prompt=True)[0]["input_ids"]
+    text = encode(families.processor("llava"), [user("digit")], [], add_generation_prompt=True)[0][
+        "input_ids"
+    ]
     with attach(model, "v2t"), torch.no_grad():
-        cache = model(input_ids=text[:, :3], use_cache=True, past_key_values=DynamicCache()).past_key_values
+        cache = model(
+            input_ids=text[:, :3], use_cache=True, past_key_values=DynamicCache()
+        ).past_key_values
         with pytest.raises(ValueError) as error:
             model(**{**inputs, "attention_mask": None}, past_key_values=cache)
         one_line(error, "layout", str(ids.shape[1]))
@@ -458,10 +560,16 @@ def test_training_without_a_layout_is_refused(family, name, merge, model_of):
 def test_a_layout_of_the_wrong_shape_is_refused(change, generating, model_of):
     model, (inputs, layout) = model_of("llava"), prompt("llava")
     length = layout.shape[1]
-    wrong = {"longer": layout.pad(right=1), "shorter": layout[:, 1:], "more rows": Layout.cat([layout, layout])}[change]
+    wrong = {
+        "longer": layout.pad(right=1),
+        "shorter": layout[:, 1:],
+        "more rows": Layout.cat([layout, layout]),
+    }[change]
     with attach(model, "v2v"), torch.no_grad():
         with pytest.raises(ValueError) as error:
-            (greedy if generating else lambda model, given: model(**given))(model, {**inputs, **wrong.model_inputs()})
+            (greedy if generating else lambda model, given: model(**given))(
+                model, {**inputs, **wrong.model_inputs()}
+            )
         one_line(error, "layout", "2 rows" if change == "more rows" and generating else str(length))
 
 
@@ -470,7 +578,11 @@ def test_on_a_cache_a_layout_of_the_new_tokens_alone_is_refused(model_of):
     with attach(model, "v2v"), torch.no_grad():
         cache = model(**inputs, **layout.model_inputs(), use_cache=True).past_key_values
         with pytest.raises(ValueError) as error:
-            model(input_ids=inputs["input_ids"][:, -1:], past_key_values=cache, **Layout.parse("A").model_inputs())
+            model(
+                input_ids=inputs["input_ids"][:, -1:],
+                past_key_values=cache,
+                **Layout.parse("A").model_inputs(),
+            )
         one_line(error, str(layout.shape[1]))
 
 
@@ -481,7 +593,11 @@ def adjacent(family: str):
         visual = layout.role[0] == Role.VISUAL
         first, last = visual.nonzero()[0], visual.nonzero()[-1]
         keep = visual | (torch.arange(len(visual)) < first) | (torch.arange(len(visual)) > last)
-        inputs = {**inputs, "input_ids": inputs["input_ids"][:, keep], "attention_mask": inputs["attention_mask"][:, keep]}
+        inputs = {
+            **inputs,
+            "input_ids": inputs["input_ids"][:, keep],
+            "attention_mask": inputs["attention_mask"][:, keep],
+        }
         layout = layout[:, keep]
     assert ((layout.image[0, :-1] == 0) & (layout.image[0, 1:] == 1)).any()
     return inputs, layout
@@ -527,7 +643,15 @@ def test_the_language_model_alone_is_refused(model_of):
 def test_a_model_without_images_is_refused():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    text = LlamaForCausalLM(LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=10))
+    text = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            vocab_size=10,
+        )
+    )
     with pytest.raises(ValueError) as error:
         attach(text, "v2v")
     one_line(error, "LlamaForCausalLM")

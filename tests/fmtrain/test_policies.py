@@ -83,7 +83,9 @@ def test_literal_two_turns(name):
 
 @pytest.mark.parametrize("name", PADDED_AND_PACKED)
 def test_literal_padded_and_packed(name):
-    assert torch.equal(allowed(name, Layout.parse(". I T A | J T ."))[0], matrix(PADDED_AND_PACKED[name]))
+    assert torch.equal(
+        allowed(name, Layout.parse(". I T A | J T ."))[0], matrix(PADDED_AND_PACKED[name])
+    )
 
 
 @pytest.mark.parametrize("left, right", [(0, 0), (3, 0), (0, 2), (2, 1)])
@@ -136,12 +138,22 @@ def test_image_is_the_mask_that_transformers_builds_for_gemma3(seed, side):
 
 
 @pytest.mark.parametrize(
-    "unknown, near", [("v2vv", "v2v"), ("prefixlm", "prefix_lm"), ("Causal", "causal"), ("mma_inter", "mma_interleaved")]
+    "unknown, near",
+    [
+        ("v2vv", "v2v"),
+        ("prefixlm", "prefix_lm"),
+        ("Causal", "causal"),
+        ("mma_inter", "mma_interleaved"),
+    ],
 )
 def test_an_unknown_policy_is_an_error_with_the_nearest_name(unknown, near):
     with pytest.raises(ValueError) as error:
         allowed(unknown, Layout.parse("TI A"))
-    assert repr(unknown) in str(error.value) and near in str(error.value) and "\n" not in str(error.value)
+    assert (
+        repr(unknown) in str(error.value)
+        and near in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_pictures_in_the_docstrings_are_true():
@@ -151,7 +163,14 @@ def test_pictures_in_the_docstrings_are_true():
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=120,
+    )
 
 
 def drawn(text: str, tokens: str) -> list[str]:
@@ -183,8 +202,16 @@ def test_command_refuses_in_one_line(arguments, named):
 
 def test_no_module_shadows_another_when_sft_is_launched_by_its_path():
     """`accelerate launch fmtrain/sft.py` puts fmtrain/ first on sys.path."""
-    inside = {path.stem for path in Path(fmtrain.__file__).parent.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    installed = {name for name, owners in importlib.metadata.packages_distributions().items() if set(owners) != {"fmtrain"}}
+    inside = {
+        path.stem
+        for path in Path(fmtrain.__file__).parent.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    installed = {
+        name
+        for name, owners in importlib.metadata.packages_distributions().items()
+        if set(owners) != {"fmtrain"}
+    }
     assert {"policies", "attention"} <= inside and {"torch", "datasets"} <= installed
     assert not (inside - {"__init__"}) & (installed | set(sys.stdlib_module_names))
 
@@ -197,12 +224,18 @@ EVERYTHING = "import fmtrain; [getattr(fmtrain, name) for name in fmtrain.__all_
     "statement, optional",
     [
         ("import fmtrain", "torch transformers wandb deepspeed flash_attn bitsandbytes matplotlib"),
-        ("import fmtrain.data.images", "torch transformers wandb deepspeed flash_attn bitsandbytes matplotlib"),
+        (
+            "import fmtrain.data.images",
+            "torch transformers wandb deepspeed flash_attn bitsandbytes matplotlib",
+        ),
         (EVERYTHING, "trl wandb deepspeed flash_attn bitsandbytes matplotlib"),
     ],
 )
 def test_an_import_loads_no_optional_package(statement, optional):
-    done = run("-c", f"{statement}; import sys; print(*(name for name in {optional.split()} if name in sys.modules))")
+    done = run(
+        "-c",
+        f"{statement}; import sys; print(*(name for name in {optional.split()} if name in sys.modules))",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
 
@@ -210,6 +243,7 @@ def test_an_import_loads_no_optional_package(statement, optional):
 def test_names_of_the_package_do_not_depend_on_what_was_imported_before():
     """`fmtrain.encode` is the function, also where some module has imported the submodule of the same name first."""
     done = run(
-        "-c", "import fmtrain.data.collator, fmtrain; from fmtrain import encode; assert callable(fmtrain.encode) and callable(encode)"
+        "-c",
+        "import fmtrain.data.collator, fmtrain; from fmtrain import encode; assert callable(fmtrain.encode) and callable(encode)",
     )
     assert done.returncode == 0, done.stderr

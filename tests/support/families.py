@@ -90,7 +90,9 @@ def _llama_tokenizer(**special) -> LlamaTokenizer:
     bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
     bytes_ = [f"<0x{i:02X}>" for i in range(256)]
-    trainer = trainers.BpeTrainer(show_progress=False, vocab_size=420, special_tokens=["<unk>", "<s>", "</s>", *bytes_])
+    trainer = trainers.BpeTrainer(
+        show_progress=False, vocab_size=420, special_tokens=["<unk>", "<s>", "</s>", *bytes_]
+    )
     bpe.train_from_iterator(CORPUS, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in learnt["merges"]]
@@ -102,11 +104,18 @@ def _qwen_tokenizer(**special) -> Qwen2Tokenizer:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(show_progress=False, vocab_size=320, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        show_progress=False,
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=alphabet,
+    )
     bpe.train_from_iterator(CORPUS, trainer)
     learnt = json.loads(bpe.to_str())["model"]
     merges = [tuple(merge) for merge in learnt["merges"]]
-    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=merges, eos_token="<|im_end|>", **special)
+    tokenizer = Qwen2Tokenizer(
+        vocab=learnt["vocab"], merges=merges, eos_token="<|im_end|>", **special
+    )
     tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
     return tokenizer
 
@@ -115,7 +124,11 @@ class ImagesOnly:
     """transformers cannot build a video processor without torchvision, which has no CPU build here; images need none."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        return None if argument_name == "video_processor" else super().check_argument_for_proper_class(argument_name, argument)
+        return (
+            None
+            if argument_name == "video_processor"
+            else super().check_argument_for_proper_class(argument_name, argument)
+        )
 
 
 class ImagesOnlyLlavaOnevisionProcessor(ImagesOnly, LlavaOnevisionProcessor):
@@ -126,8 +139,21 @@ class ImagesOnlyInternVLProcessor(ImagesOnly, InternVLProcessor):
     pass
 
 
-TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-CLIP = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8)
+TEXT = dict(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+CLIP = dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=8,
+)
 
 
 @functools.cache
@@ -136,7 +162,9 @@ def processor(family: str):
     size = {"shortest_edge": 16}
     crop = {"height": 16, "width": 16}
     if family == "llava":
-        tokenizer = _llama_tokenizer(extra_special_tokens={"image_token": "<image>"}, pad_token="<pad>", padding_side="left")
+        tokenizer = _llama_tokenizer(
+            extra_special_tokens={"image_token": "<image>"}, pad_token="<pad>", padding_side="left"
+        )
         return LlavaProcessor(
             CLIPImageProcessorPil(size=size, crop_size=crop),
             tokenizer,
@@ -146,9 +174,13 @@ def processor(family: str):
             chat_template=template,
         )
     if family == "llava_next":
-        tokenizer = _llama_tokenizer(extra_special_tokens={"image_token": "<image>"}, pad_token="<pad>", padding_side="left")
+        tokenizer = _llama_tokenizer(
+            extra_special_tokens={"image_token": "<image>"}, pad_token="<pad>", padding_side="left"
+        )
         return LlavaNextProcessor(
-            LlavaNextImageProcessorPil(size=size, crop_size=crop, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]]),
+            LlavaNextImageProcessorPil(
+                size=size, crop_size=crop, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]]
+            ),
             tokenizer,
             patch_size=8,
             vision_feature_select_strategy="default",
@@ -156,9 +188,14 @@ def processor(family: str):
             chat_template=template,
         )
     if family == "llava_onevision":
-        tokenizer = _qwen_tokenizer(extra_special_tokens={"image_token": "<image>", "video_token": "<video>"})
+        tokenizer = _qwen_tokenizer(
+            extra_special_tokens={"image_token": "<image>", "video_token": "<video>"}
+        )
         return ImagesOnlyLlavaOnevisionProcessor(
-            LlavaOnevisionImageProcessorPil(size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]]),
+            LlavaOnevisionImageProcessorPil(
+                size={"height": 16, "width": 16},
+                image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+            ),
             tokenizer,
             None,
             num_image_tokens=4,
@@ -172,7 +209,9 @@ def processor(family: str):
         "video_token": "<video>",
     }
     return ImagesOnlyInternVLProcessor(
-        GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, min_patches=1, max_patches=2, crop_to_patches=True),
+        GotOcr2ImageProcessorPil(
+            size={"height": 16, "width": 16}, min_patches=1, max_patches=2, crop_to_patches=True
+        ),
         _qwen_tokenizer(extra_special_tokens=tokens),
         None,
         image_seq_length=4,
@@ -215,7 +254,12 @@ def config(family: str):
     return InternVLConfig(
         text_config=Qwen2Config(**TEXT, **ids),
         vision_config=InternVLVisionConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=(16, 16), patch_size=(4, 4)
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=(16, 16),
+            patch_size=(4, 4),
         ),
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=4,
@@ -240,12 +284,19 @@ IMAGE = {"type": "image"}
 
 def photo(seed: int, width: int = 16, height: int = 16) -> Image.Image:
     """Noise of one's own: no two seeds share a pixel, so that every image is told from every other."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def user(*parts) -> dict:
     """A user's turn of texts and `IMAGE` parts, in this order."""
-    return {"role": "user", "content": [part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts]}
+    return {
+        "role": "user",
+        "content": [
+            part if isinstance(part, dict) else {"type": "text", "text": part} for part in parts
+        ],
+    }
 
 
 def assistant(text: str) -> dict:
@@ -258,11 +309,21 @@ def dialogues() -> dict[str, tuple[list[dict], list[Image.Image]]]:
         "text": ([user("which digit changed?"), assistant("7")], []),
         "single": ([user(IMAGE, "which digit?"), assistant("from 3 to 7")], [photo(1, 32, 16)]),
         "two_turns": (
-            [user(IMAGE, "what is it?"), assistant("a red cube"), user(IMAGE, "and now?"), assistant("3")],
+            [
+                user(IMAGE, "what is it?"),
+                assistant("a red cube"),
+                user(IMAGE, "and now?"),
+                assistant("3"),
+            ],
             [photo(2), photo(3, 16, 32)],
         ),
         "three": (
-            [user(IMAGE, "first", IMAGE, IMAGE, "which?"), assistant("the 2"), user("sure?"), assistant("no")],
+            [
+                user(IMAGE, "first", IMAGE, IMAGE, "which?"),
+                assistant("the 2"),
+                user("sure?"),
+                assistant("no"),
+            ],
             [photo(4), photo(5, 32, 16), photo(6)],
         ),
     }

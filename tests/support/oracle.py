@@ -26,8 +26,13 @@ LETTER = {Role.PAD: "P", Role.TEXT: "T", Role.VISUAL: "V", Role.ANSWER: "A"}
 
 
 def rows(layout: Layout) -> list[tuple[list, list, list, list]]:
-    fields = zip(layout.role.tolist(), layout.image.tolist(), layout.prefill.tolist(), layout.sample.tolist())
-    return [([LETTER[role] for role in roles], image, prefill, sample) for roles, image, prefill, sample in fields]
+    fields = zip(
+        layout.role.tolist(), layout.image.tolist(), layout.prefill.tolist(), layout.sample.tolist()
+    )
+    return [
+        ([LETTER[role] for role in roles], image, prefill, sample)
+        for roles, image, prefill, sample in fields
+    ]
 
 
 def is_revealed(name: str, row: tuple, q: int, k: int) -> bool:
@@ -51,7 +56,12 @@ def allowed(name: str, layout: Layout) -> torch.Tensor:
     table = []
     for row in rows(layout):
         length = len(row[0])
-        table.append([[is_past(row, q, k) or is_revealed(name, row, q, k) for k in range(length)] for q in range(length)])
+        table.append(
+            [
+                [is_past(row, q, k) or is_revealed(name, row, q, k) for k in range(length)]
+                for q in range(length)
+            ]
+        )
     return torch.tensor(table)
 
 
@@ -132,7 +142,10 @@ def random_picture(rng: random.Random, turns: int = 3) -> str:
 
 def random_layout(rng: random.Random, rows: int = 2, samples: int = 1, turns: int = 3) -> Layout:
     """Rows of several packed samples, padded on a random side (or on both) to one length."""
-    pictures = ["|".join(random_picture(rng, turns) for _ in range(rng.randint(1, samples))) for _ in range(rows)]
+    pictures = [
+        "|".join(random_picture(rng, turns) for _ in range(rng.randint(1, samples)))
+        for _ in range(rows)
+    ]
     size = [sum(character not in "/|" for character in picture) for picture in pictures]
     longest = max(size) + rng.randint(0, 2)
     padded = []

@@ -15,11 +15,16 @@ ROOT = Path(__file__).parents[2]
 
 
 def picture(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    )
 
 
 def user(images: int, text: str) -> dict:
-    return {"role": "user", "content": [{"type": "image", "text": None}] * images + [{"type": "text", "text": text}]}
+    return {
+        "role": "user",
+        "content": [{"type": "image", "text": None}] * images + [{"type": "text", "text": text}],
+    }
 
 
 def assistant(text: str) -> dict:
@@ -41,7 +46,14 @@ def workplace(folder: Path, family: str = "llava", rows: int = 24) -> Path:
         for k, name in enumerate(names):
             picture(10 * number + k).save(folder / "data" / name)
         digit = number % 10
-        written.append(row(number, names, user(len(names), "which digit?"), assistant(f"from {digit} to {9 - digit}")))
+        written.append(
+            row(
+                number,
+                names,
+                user(len(names), "which digit?"),
+                assistant(f"from {digit} to {9 - digit}"),
+            )
+        )
     write_rows(folder, written)
     return write_recipe(folder)
 
@@ -71,7 +83,9 @@ def write_recipe(folder: Path, **changes) -> Path:
     }
     recipe.update(changes)
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in recipe.items() if value is not None}))
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in recipe.items() if value is not None})
+    )
     return path
 
 
@@ -81,13 +95,24 @@ def command(recipe: Path, *overrides: str) -> list[str]:
 
 def environment(**more: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **more}
+    return {
+        **kept,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **more,
+    }
 
 
 def launch(recipe: Path, *overrides: str, **env: str) -> subprocess.CompletedProcess:
     """A whole run in a process of its own."""
     return subprocess.run(
-        command(recipe, *overrides), env=environment(**env), cwd=recipe.parent, capture_output=True, text=True, timeout=300
+        command(recipe, *overrides),
+        env=environment(**env),
+        cwd=recipe.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 

@@ -54,7 +54,9 @@ def write(folder: Path, **changes) -> str:
     }
     values.update(changes)
     path = folder / "matrix.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in values.items() if value is not None})
+    )
     return str(path)
 
 
@@ -68,7 +70,9 @@ def checkpoint(folder: Path, name: str, policy: str) -> str:
 
 
 def times(folder: Path, pattern: str) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob(pattern)}
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob(pattern)
+    }
 
 
 def refused(capsys, *arguments: str) -> str:
@@ -88,18 +92,27 @@ def test_trains_evaluates_reports_and_does_nothing_twice(folder, monkeypatch, ca
     path = write(folder, jobs=2)
     assert matrix.main([path]) == 0
     results = json.loads((folder / "results" / "results.json").read_text())
-    assert [row["name"] for row in results["rows"]] == ["base", "causal", "v2v"] and results["masks"] == ["causal", "v2v"]
+    assert [row["name"] for row in results["rows"]] == ["base", "causal", "v2v"] and results[
+        "masks"
+    ] == ["causal", "v2v"]
     assert results["tasks"] == {"one": 8, "two": 8} and len(results["cells"]) == 3 * 2 * 3
     run = folder / "work" / "runs" / "v2v-seed0"
-    assert recorded_policy(run) == ("v2v", None) and json.loads((run / "trainer_state.json").read_text())["global_step"] == 2
+    assert (
+        recorded_policy(run) == ("v2v", None)
+        and json.loads((run / "trainer_state.json").read_text())["global_step"] == 2
+    )
 
     there = cells.held_out(str(folder / "data" / "rows.jsonl"), (), 8, None)
     model, processor = load(str(run), backend="sdpa")
     asked = list(questions(processor, there.rows, there.image_root))
     with attached(model).under("v2v"):
-        said = [answer(model, processor, [question], max_new_tokens=6)[0] for question in asked]  # one by one
+        said = [
+            answer(model, processor, [question], max_new_tokens=6)[0] for question in asked
+        ]  # one by one
     cell = cells.read_cell(folder / "work" / "cells" / "v2v-seed0" / "v2v.json")
-    assert cell["answers"] == said and cell["scores"] == [cells.right(a, i.reference) for a, i in zip(said, there.items)]
+    assert cell["answers"] == said and cell["scores"] == [
+        cells.right(a, i.reference) for a, i in zip(said, there.items)
+    ]
 
     before = times(folder / "work", "*.json") | times(folder / "work", "*.safetensors")
     assert matrix.main([path]) == 0
@@ -112,14 +125,31 @@ def test_killed_and_resumed_is_the_same_and_no_cell_is_made_twice(folder, monkey
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     paths = [checkpoint(folder, "one", "v2v"), checkpoint(folder, "two", "future")]
     masks = "[causal, v2v, future, prefix_lm]"
-    options = ["--data", str(folder / "data" / "rows.jsonl"), "--rows_per_task", "12", "--eval_masks", masks, "--batch_size", "2"]
+    options = [
+        "--data",
+        str(folder / "data" / "rows.jsonl"),
+        "--rows_per_task",
+        "12",
+        "--eval_masks",
+        masks,
+        "--batch_size",
+        "2",
+    ]
     options += ["--max_new_tokens", "24", "--threads", "1", "--out", str(folder / "results")]
     command = [sys.executable, "-m", "eval.matrix", *paths, *options]
-    process = subprocess.Popen(command, cwd=training.ROOT, env=training.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=training.ROOT,
+        env=training.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
     made = folder / "results" / "cells"
     deadline = time.monotonic() + 120
     while not list(made.glob("*/*.json")):
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()[-2000:]
+        assert process.poll() is None and time.monotonic() < deadline, (
+            process.stderr.read().decode()[-2000:]
+        )
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -130,16 +160,26 @@ def test_killed_and_resumed_is_the_same_and_no_cell_is_made_twice(folder, monkey
     after = times(made, "*.json")
     assert len(after) == 8 and before.items() <= after.items()
     results = json.loads((folder / "results" / "results.json").read_text())
-    assert [(row["name"], row["mask"]) for row in results["rows"]] == [("one", "v2v"), ("two", "future")]
-    assert results["reference"] is None and {one["kind"] for one in results["comparisons"]} == {"diagonal"}
+    assert [(row["name"], row["mask"]) for row in results["rows"]] == [
+        ("one", "v2v"),
+        ("two", "future"),
+    ]
+    assert results["reference"] is None and {one["kind"] for one in results["comparisons"]} == {
+        "diagonal"
+    }
 
     whole, source = folder / "whole", (str(folder / "data" / "rows.jsonl"), (), 12, None)
-    variants = [matrix_recipe.read(None, {"out": "x", "base": "x"}).variant(mask) for mask in yaml.safe_load(masks)]
+    variants = [
+        matrix_recipe.read(None, {"out": "x", "base": "x"}).variant(mask)
+        for mask in yaml.safe_load(masks)
+    ]
     for path in paths:
         assert cells.evaluate(whole, Path(path).name, Path(path), variants, source, 2, 24) == 4
         for variant in variants:
             name = f"{Path(path).name}/{variant.name}.json"
-            assert json.loads((whole / "cells" / name).read_text()) == json.loads((made / name).read_text())
+            assert json.loads((whole / "cells" / name).read_text()) == json.loads(
+                (made / name).read_text()
+            )
 
 
 def test_a_cell_is_made_again_when_what_it_depends_on_changes(folder):
@@ -150,9 +190,14 @@ def test_a_cell_is_made_again_when_what_it_depends_on_changes(folder):
     work, place = folder / "work", folder / "base"
     assert cells.evaluate(work, "base", place, variants, source, 4, 2) == 2
     assert cells.evaluate(work, "base", place, variants, source, 4, 2) == 0
-    assert [one.name for one in cells.missing(work, "base", place, variants, there, 3)] == ["causal", "v2v+merge"]
+    assert [one.name for one in cells.missing(work, "base", place, variants, there, 3)] == [
+        "causal",
+        "v2v+merge",
+    ]
     other = [variants[0], matrix_recipe.read(None, {"out": "x", "base": "x"}).variant("v2v+merge")]
-    assert [one.name for one in cells.missing(work, "base", place, other, there, 2)] == ["v2v+merge"]
+    assert [one.name for one in cells.missing(work, "base", place, other, there, 2)] == [
+        "v2v+merge"
+    ]
     fewer = cells.HeldOut(there.rows[:1], there.image_root, there.items[:1])
     assert len(cells.missing(work, "base", place, variants, fewer, 2)) == 2
     cells.cell_path(work, "base", "causal").write_text('{"key": ')
@@ -192,16 +237,29 @@ def stand_in(folder, monkeypatch):
 
 def test_a_missing_run_is_trained_once(stand_in):
     run, recipe = stand_in("v2v")
-    assert not runs.finished(run) and runs.train(run, recipe, []) and runs.finished(run) and not runs.train(run, recipe, [])
+    assert (
+        not runs.finished(run)
+        and runs.train(run, recipe, [])
+        and runs.finished(run)
+        and not runs.train(run, recipe, [])
+    )
     written = yaml.safe_load(run.recipe.read_text())
-    assert (written["mask"], written["seed"], written["max_steps"], written["model_name_or_path"]) == ("v2v", 0, 2, recipe.base)
+    assert (
+        written["mask"],
+        written["seed"],
+        written["max_steps"],
+        written["model_name_or_path"],
+    ) == ("v2v", 0, 2, recipe.base)
     assert not any(key.startswith("merge_") for key in written)
 
 
 def test_merge_options_reach_training(folder):
     recipe = matrix_recipe.read(write(folder, train_masks=["v2v+merge"], merge_kernel_size=5))
     run = next(run for run in runs.plan(recipe) if run.row == "v2v+merge")
-    assert yaml.safe_load(run.recipe.read_text())["merge_kernel_size"] == 5 and recipe.variant("v2v+merge").merge.kernel_size == 5
+    assert (
+        yaml.safe_load(run.recipe.read_text())["merge_kernel_size"] == 5
+        and recipe.variant("v2v+merge").merge.kernel_size == 5
+    )
 
 
 def test_a_half_done_run_is_resumed_or_restarted(stand_in, folder):
@@ -210,16 +268,26 @@ def test_a_half_done_run_is_resumed_or_restarted(stand_in, folder):
     run.folder.mkdir(parents=True)
     (run.folder / "run.json").write_text("{}")
     (run.folder / "checkpoint-1").mkdir()  # torn: no trainer state
-    assert runs.train(run, recipe, []) and "begin []" in log.read_text() and not (run.folder / "checkpoint-1").exists()
+    assert (
+        runs.train(run, recipe, [])
+        and "begin []" in log.read_text()
+        and not (run.folder / "checkpoint-1").exists()
+    )
     (run.folder / "trainer_state.json").unlink()
     (run.folder / "checkpoint-1").mkdir()
     (run.folder / "checkpoint-1" / "trainer_state.json").write_text("{}")
-    assert runs.train(run, recipe, []) and "begin ['--resume_from_checkpoint', 'true']" in log.read_text()
+    assert (
+        runs.train(run, recipe, [])
+        and "begin ['--resume_from_checkpoint', 'true']" in log.read_text()
+    )
 
 
 def test_a_failed_run_says_why(stand_in):
     run, recipe = stand_in("future")
-    with pytest.raises(ValueError, match=r"training future-seed0 failed \(exit code 1\): error: no such luck; see .*future-seed0.log"):
+    with pytest.raises(
+        ValueError,
+        match=r"training future-seed0 failed \(exit code 1\): error: no such luck; see .*future-seed0.log",
+    ):
         runs.train(run, recipe, [])
 
 
@@ -233,7 +301,9 @@ def test_a_training_run_that_outlives_a_killed_matrix_is_waited_for(stand_in, fo
         time.sleep(0.01)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    assert not runs.finished(run) and not runs.train(run, recipe, [])  # waits, and finds it finished
+    assert not runs.finished(run) and not runs.train(
+        run, recipe, []
+    )  # waits, and finds it finished
     assert (folder / "work" / "logs" / "v2v-seed2.log").read_text().count("begin") == 1
 
 
@@ -243,24 +313,49 @@ def test_a_training_run_that_outlives_a_killed_matrix_is_waited_for(stand_in, fo
 def scored(folder: Path, model: str, task: str, scores: dict[int, float]) -> None:
     place = folder / "scores" / model / task
     place.mkdir(parents=True)
-    (place / "sample_scores.json").write_text(json.dumps([{"sample_id": k, "score": v, "level": None} for k, v in scores.items()]))
+    (place / "sample_scores.json").write_text(
+        json.dumps([{"sample_id": k, "score": v, "level": None} for k, v in scores.items()])
+    )
 
 
 def test_scores_of_milebench_are_a_matrix(folder, capsys):
-    options = [checkpoint(folder, "one", "causal"), checkpoint(folder, "two", "v2v"), "--scores", str(folder / "scores")]
+    options = [
+        checkpoint(folder, "one", "causal"),
+        checkpoint(folder, "two", "v2v"),
+        "--scores",
+        str(folder / "scores"),
+    ]
     options += ["--out", str(folder / "results")]
     assert "one+causal" in refused(capsys, *options)
     fractions = {k: k / 10 for k in range(10)}
-    for model in ("one+causal", "one+v2v", "two+causal", "two"):  # the last one without its own mask in the name
-        scored(folder, model, "TQA", {k: float(k < 5 or model == "two") for k in reversed(range(10))})
+    for model in (
+        "one+causal",
+        "one+v2v",
+        "two+causal",
+        "two",
+    ):  # the last one without its own mask in the name
+        scored(
+            folder, model, "TQA", {k: float(k < 5 or model == "two") for k in reversed(range(10))}
+        )
         scored(folder, model, "CLEVR-Change", fractions)
     assert matrix.main(options) == 0
     results = json.loads((folder / "results" / "results.json").read_text())
-    found = {(one["row"], one["mask"]): one["score"] for one in results["cells"] if one["task"] == "TQA"}
-    assert found == {("one", "causal"): 0.5, ("one", "v2v"): 0.5, ("two", "causal"): 0.5, ("two", "v2v"): 1.0}
+    found = {
+        (one["row"], one["mask"]): one["score"] for one in results["cells"] if one["task"] == "TQA"
+    }
+    assert found == {
+        ("one", "causal"): 0.5,
+        ("one", "v2v"): 0.5,
+        ("two", "causal"): 0.5,
+        ("two", "v2v"): 1.0,
+    }
     page = (folder / "results" / "report.html").read_text()
-    assert "yours" in page and "two / v2v" in page  # beside the paper's table, whose columns the tasks are
-    (folder / "scores" / "two" / "TQA" / "sample_scores.json").write_text('[{"sample_id": 3, "score": 1.0}]')
+    assert (
+        "yours" in page and "two / v2v" in page
+    )  # beside the paper's table, whose columns the tasks are
+    (folder / "scores" / "two" / "TQA" / "sample_scores.json").write_text(
+        '[{"sample_id": 3, "score": 1.0}]'
+    )
     assert "sample 0 is not in every cell" in refused(capsys, *options)
 
 
@@ -270,38 +365,60 @@ def test_scores_of_milebench_are_a_matrix(folder, capsys):
 def test_mistakes_are_one_line(folder, capsys):
     assert "usage" in refused(capsys)
     assert "no such recipe" in refused(capsys, str(folder / "none.yaml"))
-    assert "'train_maks'" in refused(capsys, write(folder, train_maks=["v2v"])) and "'train_masks'" in refused(
-        capsys, write(folder, train_maks=1)
-    )
+    assert "'train_maks'" in refused(
+        capsys, write(folder, train_maks=["v2v"])
+    ) and "'train_masks'" in refused(capsys, write(folder, train_maks=1))
     assert "'v2w'" in refused(capsys, write(folder, train_masks=["v2w"]))
     assert "rows_per_task" in refused(capsys, write(folder, rows_per_task="many"))
     assert "jobs" in refused(capsys, write(folder), "--jobs", "0")
     assert "--KEY VALUE" in refused(capsys, write(folder), "--jobs")
     assert "seeds" in refused(capsys, write(folder, seeds=[0, 0]))
     assert "`base`" in refused(capsys, write(folder, base=None))
-    assert "no such training recipe" in refused(capsys, write(folder, recipe=str(folder / "none.yaml")))
-    assert "'learning_rat'" in refused(capsys, write(folder, overrides={"learning_rat": 1.0}, work=str(folder / "other")))
+    assert "no such training recipe" in refused(
+        capsys, write(folder, recipe=str(folder / "none.yaml"))
+    )
+    assert "'learning_rat'" in refused(
+        capsys, write(folder, overrides={"learning_rat": 1.0}, work=str(folder / "other"))
+    )
     assert "no such checkpoint" in refused(capsys, write(folder, base=str(folder / "none")))
-    assert "records no policy" in refused(capsys, str(folder / "base"), "--out", str(folder / "results"))
-    assert "nowhere.jsonl" in refused(capsys, write(folder), "--data", str(folder / "nowhere.jsonl"))
+    assert "records no policy" in refused(
+        capsys, str(folder / "base"), "--out", str(folder / "results")
+    )
+    assert "nowhere.jsonl" in refused(
+        capsys, write(folder), "--data", str(folder / "nowhere.jsonl")
+    )
     assert "task 'three'" in refused(capsys, write(folder, tasks=["three"]))
     paths = [checkpoint(folder, name, "v2v") for name in ("a", "b", "c", "d", "e")]
     uneven = {"three": paths[:3], "two": paths[3:]}
     assert "2 and 3 runs" in refused(capsys, write(folder, checkpoints=uneven, train_masks=[]))
     checkpoint(folder, "f", "future")
     mixed = {"mixed": [paths[0], str(folder / "f")]}
-    assert "different masks: future, v2v" in refused(capsys, write(folder, checkpoints=mixed, train_masks=[]))
+    assert "different masks: future, v2v" in refused(
+        capsys, write(folder, checkpoints=mixed, train_masks=[])
+    )
 
 
 def test_answers_are_compared_without_case_and_blanks():
-    assert cells.right(" From 2  to 3", "from 2 to 3") == 1 and cells.right("2", "3") == 0 and cells.right("", "3") == 0
+    assert (
+        cells.right(" From 2  to 3", "from 2 to 3") == 1
+        and cells.right("2", "3") == 0
+        and cells.right("", "3") == 0
+    )
 
 
-@pytest.mark.parametrize("path", sorted((training.ROOT / "recipes" / "matrices").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted((training.ROOT / "recipes" / "matrices").glob("*.yaml")),
+    ids=lambda path: path.stem,
+)
 def test_shipped_matrices(path, monkeypatch):
     monkeypatch.chdir(training.ROOT)
     recipe = matrix_recipe.read(str(path))
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ") and f"python -m eval.matrix recipes/{path.name}" in lines[1]
     assert recipe.work.startswith("runs/") and recipe.out.startswith("eval/results/")
-    assert recipe.recipe.startswith("recipes/") and recipe.rows_per_task >= 200 and len(recipe.seeds) >= 3
+    assert (
+        recipe.recipe.startswith("recipes/")
+        and recipe.rows_per_task >= 200
+        and len(recipe.seeds) >= 3
+    )

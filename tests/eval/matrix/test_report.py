@@ -20,12 +20,18 @@ from fmtrain.layout import Layout
 from fmtrain.policies import EXAMPLE, POLICIES, allowed
 
 EVIL = '<script>alert(1)</script><img src=https://example.org/x.png onerror=alert(2)>" onmouseover="alert(3)\' {{ 7*7 }}'
-ROWS = [Row("base", "causal", ("tiny",)), Row("causal", "causal", ("c0", "c1")), Row("mma_interleaved", "mma_interleaved", ("m0", "m1"))]
+ROWS = [
+    Row("base", "causal", ("tiny",)),
+    Row("causal", "causal", ("c0", "c1")),
+    Row("mma_interleaved", "mma_interleaved", ("m0", "m1")),
+]
 MASKS = ["causal", "mma_interleaved", "v2v+merge"]
 
 
 def noise(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (12, 16, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 255, (12, 16, 3), dtype=np.uint8)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +39,41 @@ def results() -> dict:
     rows, items = [], []
     for task in ("TQA", "count"):
         for k in range(12):
-            user = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": f"what {EVIL}?"}]}
+            user = {
+                "role": "user",
+                "content": [
+                    {"type": "image", "text": None},
+                    {"type": "text", "text": f"what {EVIL}?"},
+                ],
+            }
             turns = [user, {"role": "assistant", "content": [{"type": "text", "text": str(k)}]}] * 2
-            rows.append({"id": f"{task}-{k}", "source": task, "messages": turns, "images": [noise(k), noise(k + 50)]})
+            rows.append(
+                {
+                    "id": f"{task}-{k}",
+                    "source": task,
+                    "messages": turns,
+                    "images": [noise(k), noise(k + 50)],
+                }
+            )
             items += [Item(task, f"{task}-{k}", f"what {EVIL}?", str(k))] * 2
     rng = np.random.default_rng(0)
     cells = [(run, mask) for row in ROWS for run in row.runs for mask in MASKS]
     scores = {cell: rng.integers(0, 2, len(items)).tolist() for cell in cells}
-    answers = {cell: [item.reference if right else EVIL for item, right in zip(items, scores[cell])] for cell in cells}
+    answers = {
+        cell: [item.reference if right else EVIL for item, right in zip(items, scores[cell])]
+        for cell in cells
+    }
     shown = showcase.showcase(HeldOut(rows, ".", items), ROWS, MASKS, scores, answers, 2)
-    found = {"title": f"Masks {EVIL}", **tabulate.results(ROWS, MASKS, items, scores), "samples": shown}
+    found = {
+        "title": f"Masks {EVIL}",
+        **tabulate.results(ROWS, MASKS, items, scores),
+        "samples": shown,
+    }
     return found | {
-        "made": provenance.made_with(f"python -m eval.matrix {EVIL}", {"matrix": published.FOLDER / "mma_table1.csv", "training": None})
+        "made": provenance.made_with(
+            f"python -m eval.matrix {EVIL}",
+            {"matrix": published.FOLDER / "mma_table1.csv", "training": None},
+        )
     }
 
 
@@ -67,19 +96,32 @@ class Page(HTMLParser):
 def test_nothing_is_loaded_and_no_script_runs(results):
     html = report.render(results)
     page = Page(html)
-    assert not {"script", "iframe", "object", "embed", "link", "base", "form"} & {tag for tag, _ in page.tags}
+    assert not {"script", "iframe", "object", "embed", "link", "base", "form"} & {
+        tag for tag, _ in page.tags
+    }
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") for name in attributes), (tag, attributes)
         for name in ("src", "href"):
-            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attributes)
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (
+                tag,
+                attributes,
+            )
     assert "@import" not in html and "url(" not in html
-    policy = next(a["content"] for tag, a in page.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"]
+        for tag, a in page.tags
+        if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'") and "script" not in policy
 
 
 def test_what_models_say_is_shown_as_text(results):
     html = report.render(results)
-    assert "<script" not in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html and "{{ 7*7 }}" in html
+    assert (
+        "<script" not in html
+        and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+        and "{{ 7*7 }}" in html
+    )
     assert EVIL in Page(html).texts  # an answer, read back whole
 
 
@@ -90,7 +132,10 @@ def test_every_number_of_the_tables_is_on_the_page(results, tmp_path):
     for name in ("cells.csv", "comparisons.csv"):
         header, *lines = csv.reader(io.StringIO((tmp_path / name).read_text()))
         columns = [
-            k for k, column in enumerate(header) if column in ("n", "score", "low", "high", "difference", "p", "p_holm", "better", "worse")
+            k
+            for k, column in enumerate(header)
+            if column
+            in ("n", "score", "low", "high", "difference", "p", "p_holm", "better", "worse")
         ]
         for line in lines:
             assert {line[k] for k in columns} <= cells_of_page, line
@@ -110,7 +155,9 @@ def test_samples_show_the_pictures_of_their_turn(results):
     assert [sample["task"] for sample in results["samples"]] == ["TQA", "TQA", "count", "count"]
     for sample in results["samples"]:
         assert len(sample["images"]) == sample["turn"] + 1
-        assert set(sample["answers"]) == {row.name for row in ROWS} and set(sample["answers"]["base"]) == set(MASKS)
+        assert set(sample["answers"]) == {row.name for row in ROWS} and set(
+            sample["answers"]["base"]
+        ) == set(MASKS)
     html = report.render(results)
     assert all(image in html for sample in results["samples"] for image in sample["images"])
 
@@ -133,7 +180,9 @@ def test_sections_follow_what_there_is(results):
 def test_masks_are_drawn_as_they_are():
     for name in POLICIES:
         drawn = charts.policy_picture(name)
-        assert drawn.count('class="past"') + drawn.count('class="revealed"') == int(allowed(name, Layout.parse(EXAMPLE)).sum())
+        assert drawn.count('class="past"') + drawn.count('class="revealed"') == int(
+            allowed(name, Layout.parse(EXAMPLE)).sum()
+        )
 
 
 def contrast(a: float, b: float) -> float:
@@ -152,13 +201,19 @@ def test_text_on_every_colour_can_be_read(part):
 def test_heat_maps_are_ordered_by_lightness():
     """What is told apart without colour vision."""
     for theme in (0, 1):
-        lightness = [charts.luminance(charts.mix(charts.LOW[theme], charts.HIGH[theme], k / 20)) for k in range(21)]
+        lightness = [
+            charts.luminance(charts.mix(charts.LOW[theme], charts.HIGH[theme], k / 20))
+            for k in range(21)
+        ]
         assert lightness in (sorted(lightness), sorted(lightness, reverse=True))
 
 
 def test_latex_and_markdown_escape():
     table = tables.Table("a_b", ["x|y", "n"], [["50 % & {c} \\ #_^~$", "1"]], bold={(0, 1)})
-    assert r"50 \% \& \{c\} \textbackslash{} \#\_\textasciicircum{}\textasciitilde{}\$ & \textbf{1} \\" in tables.as_latex(table)
+    assert (
+        r"50 \% \& \{c\} \textbackslash{} \#\_\textasciicircum{}\textasciitilde{}\$ & \textbf{1} \\"
+        in tables.as_latex(table)
+    )
     assert r"x\|y" in tables.as_markdown(table) and "**1**" in tables.as_markdown(table)
 
 
@@ -176,8 +231,14 @@ def test_published_tables_are_complete():
 
 def test_numbers_of_the_user_stand_beside_published_ones(results, tmp_path):
     html = report.render(results)
-    score = next(c["score"] for c in results["cells"] if (c["task"], c["row"], c["mask"]) == ("TQA", "causal", "causal"))
-    assert "causal / causal" in html and f"{score:.3f}" in html  # TQA is a column of the paper's table
+    score = next(
+        c["score"]
+        for c in results["cells"]
+        if (c["task"], c["row"], c["mask"]) == ("TQA", "causal", "causal")
+    )
+    assert (
+        "causal / causal" in html and f"{score:.3f}" in html
+    )  # TQA is a column of the paper's table
     (tmp_path / "mine.csv").write_text("configuration,MMB,POPE\nours,12.5,99.25\n")
     html = report.render(results, {"mma_table1": str(tmp_path / "mine.csv")})
     assert "yours: ours" in html and "99.25" in html
@@ -200,14 +261,25 @@ def test_the_command_renders_again(results, tmp_path, capsys):
         "results.tex",
     ]
     capsys.readouterr()
-    assert report.main([str(tmp_path / "none.json")]) == 2 and capsys.readouterr().err.startswith("error: ")
+    assert report.main([str(tmp_path / "none.json")]) == 2 and capsys.readouterr().err.startswith(
+        "error: "
+    )
 
 
 @pytest.mark.slow
 def _media(records) -> dict[str, str]:
     """Path of each logged file by its key."""
-    items = (item for record in records if record.WhichOneof("record_type") == "history" for item in record.history.item)
-    return {item.nested_key[0]: json.loads(item.value_json) for item in items if item.nested_key[-1] == "path"}
+    items = (
+        item
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+        for item in record.history.item
+    )
+    return {
+        item.nested_key[0]: json.loads(item.value_json)
+        for item in items
+        if item.nested_key[-1] == "path"
+    }
 
 
 def test_wandb_offline_without_a_key(results, tmp_path, monkeypatch):
@@ -221,15 +293,23 @@ def test_wandb_offline_without_a_key(results, tmp_path, monkeypatch):
     tracking.log(results, tmp_path / "out")
     [file] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     logged, deadline = {}, time.monotonic() + 30
-    while "report" not in logged or "cells" not in logged:  # W&B's own process may still be writing the end of the file
+    while (
+        "report" not in logged or "cells" not in logged
+    ):  # W&B's own process may still be writing the end of the file
         assert time.monotonic() < deadline, f"logged: {sorted(logged)}"
         logged |= _media(wandb_records(file))
     media = file.parent / "files"
     table = json.loads((media / logged["cells"]).read_text())
-    assert len(table["data"]) == len(results["cells"]) and table["data"][0][6] == pytest.approx(results["cells"][0]["score"], abs=5e-5)
-    assert len(json.loads((media / logged["comparisons"]).read_text())["data"]) == len(results["comparisons"])
+    assert len(table["data"]) == len(results["cells"]) and table["data"][0][6] == pytest.approx(
+        results["cells"][0]["score"], abs=5e-5
+    )
+    assert len(json.loads((media / logged["comparisons"]).read_text())["data"]) == len(
+        results["comparisons"]
+    )
     for task in ("overall", "TQA", "count"):
         assert Image.open(media / logged[f"heat_map/{task}"]).width > 300
     samples = json.loads((media / logged["samples"]).read_text())
-    assert len(samples["data"]) == 4 and EVIL in {cell for row in samples["data"] for cell in row if isinstance(cell, str)}
+    assert len(samples["data"]) == 4 and EVIL in {
+        cell for row in samples["data"] for cell in row if isinstance(cell, str)
+    }
     assert (media / logged["report"]).read_text() == (tmp_path / "out" / "report.html").read_text()

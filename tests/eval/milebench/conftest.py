@@ -16,7 +16,9 @@ class GoldenTokenizer:
         self.inner = tokenizers.Tokenizer.from_file(str(path))
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=self.inner.encode(text, add_special_tokens=add_special_tokens).ids)
+        return SimpleNamespace(
+            input_ids=self.inner.encode(text, add_special_tokens=add_special_tokens).ids
+        )
 
     def decode(self, token_ids: list[int]) -> str:
         return self.inner.decode(list(token_ids), skip_special_tokens=False)
@@ -49,7 +51,10 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def golden_tokenizers(golden: Path) -> dict[str, GoldenTokenizer]:
-    return {path.stem: GoldenTokenizer(path) for path in sorted((golden / "prompt" / "tokenizers").glob("*.json"))}
+    return {
+        path.stem: GoldenTokenizer(path)
+        for path in sorted((golden / "prompt" / "tokenizers").glob("*.json"))
+    }
 
 
 @pytest.fixture
@@ -64,14 +69,25 @@ def make_data(tmp_path: Path) -> Callable[..., Path]:
     def make(name: str, samples: list[tuple], question_type: str) -> Path:
         entries = []
         for i, (response, choices, n_images) in enumerate(samples):
-            instance = {"context": "{image#1} what?", "images_path": [f"{k}.jpg" for k in range(n_images)]}
+            instance = {
+                "context": "{image#1} what?",
+                "images_path": [f"{k}.jpg" for k in range(n_images)],
+            }
             if choices is not None:
                 instance["choice_list"] = choices
             entries.append(
-                {"sample_id": i, "task_instruction_id": 0, "task_instance": instance, "response": response}
+                {
+                    "sample_id": i,
+                    "task_instruction_id": 0,
+                    "task_instance": instance,
+                    "response": response,
+                }
                 | {"image_quantity_level": "Few"}
             )
-        document = {"meta_data": {"task_instruction": ["Look."], "question_type": question_type}, "data": entries}
+        document = {
+            "meta_data": {"task_instruction": ["Look."], "question_type": question_type},
+            "data": entries,
+        }
         path = tmp_path / "data" / name / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document))

@@ -17,7 +17,9 @@ def test_golden_layout(golden):
         assert [(grid.captions, [grid.columns, grid.rows]) for grid in found] == [
             (file["captions"], file["cells"]) for file in case["files"]
         ]
-        assert [f"{{sample_id}}-{i}.jpg" for i in range(len(found))] == [file["name"] for file in case["files"]]
+        assert [f"{{sample_id}}-{i}.jpg" for i in range(len(found))] == [
+            file["name"] for file in case["files"]
+        ]
     assert len(cases) == 18
     assert grids(0, 2) == []
 
@@ -37,8 +39,14 @@ def test_combined_folder(make_data, capsys, limit, sizes):
     for path, (columns, rows) in zip(image_paths(task, task.samples[0], limit), sizes, strict=True):
         with Image.open(path) as image:
             assert image.size == (columns * SIDE, rows * SIDE)
-            found += [image.getpixel((x * SIDE + 9, y * SIDE + 9)) for y in range(rows) for x in range(columns)]
-            assert image.crop((0, SIDE - 60, SIDE, SIDE)).convert("L").getextrema()[1] > 200  # the white caption
+            found += [
+                image.getpixel((x * SIDE + 9, y * SIDE + 9))
+                for y in range(rows)
+                for x in range(columns)
+            ]
+            assert (
+                image.crop((0, SIDE - 60, SIDE, SIDE)).convert("L").getextrema()[1] > 200
+            )  # the white caption
     for colour, pixel in zip(colours, found):
         assert max(abs(a - b) for a, b in zip(colour, pixel)) < 12
 
@@ -52,5 +60,7 @@ def test_errors(make_data, capsys):
     assert main(["--data", str(data), "--tasks", "TQA", "--images", "1"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "error: --images 0: at least 1 combined image a sample"
-    assert lines[1].endswith("sample 0: image file " + str(data / "TQA" / "images" / "0.jpg") + " is missing")
+    assert lines[1].endswith(
+        "sample 0: image file " + str(data / "TQA" / "images" / "0.jpg") + " is missing"
+    )
     assert lines[2].endswith("0.jpg: not an image that can be read") and len(lines) == 3

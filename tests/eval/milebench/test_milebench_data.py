@@ -13,7 +13,8 @@ def test_the_table_is_the_papers():
         codes.setdefault(data.code, []).append(name)
     assert len(DATASETS) == 29
     assert {code: len(names) for code, names in sorted(codes.items())} == (
-        {"I-1": 1, "N-1": 1, "N-2": 1, "S-1": 4, "S-2": 3, "S-3": 3, "S-4": 2, "S-5": 1} | {"T-1": 3, "T-2": 4, "T-3": 2, "T-4": 4}
+        {"I-1": 1, "N-1": 1, "N-2": 1, "S-1": 4, "S-2": 3, "S-3": 3, "S-4": 2, "S-5": 1}
+        | {"T-1": 3, "T-2": 4, "T-3": 2, "T-4": 4}
     )
     groups = [data.group for data in DATASETS.values()]
     assert [groups.count(group) for group in dict.fromkeys(groups)] == [13, 13, 3]
@@ -22,7 +23,9 @@ def test_the_table_is_the_papers():
 @pytest.fixture
 def annotation(make_data):
     """(data folder, annotation file, its document) of a sound task of two samples."""
-    data = make_data("TQA", [("red", ["red", "blue"], 1), ("blue", ["red", "blue"], 2)], "multi-choice")
+    data = make_data(
+        "TQA", [("red", ["red", "blue"], 1), ("blue", ["red", "blue"], 2)], "multi-choice"
+    )
     path = data / "TQA" / "TQA.json"
     return data, path, json.loads(path.read_text())
 
@@ -52,8 +55,14 @@ def put(value, *keys):
         (drop("data"), "TQA.json: key 'data' is missing"),
         (drop("meta_data", "task_instruction"), "meta_data: key 'task_instruction' is missing"),
         (drop("meta_data", "question_type"), "meta_data: key 'question_type' is missing"),
-        (put("x", "meta_data", "task_instruction"), "meta_data: 'task_instruction' is not list or dict but str"),
-        (put([1], "meta_data", "task_instruction"), "meta_data: task_instruction holds an entry that is not a string"),
+        (
+            put("x", "meta_data", "task_instruction"),
+            "meta_data: 'task_instruction' is not list or dict but str",
+        ),
+        (
+            put([1], "meta_data", "task_instruction"),
+            "meta_data: task_instruction holds an entry that is not a string",
+        ),
         (put([], "data"), "TQA.json: no samples in data"),
         (put({}, "data"), "TQA.json: 'data' is not list but dict"),
         (put("x", "data", 1), r"data\[1\]: key 'sample_id' is missing"),
@@ -66,12 +75,18 @@ def put(value, *keys):
         (drop("data", 1, "response"), "sample 1: key 'response' is missing"),
         (drop("data", 1, "task_instance", "context"), "sample 1: key 'context' is missing"),
         (drop("data", 1, "task_instance", "images_path"), "sample 1: key 'images_path' is missing"),
-        (put("a.jpg", "data", 1, "task_instance", "images_path"), "sample 1: 'images_path' is not list but str"),
+        (
+            put("a.jpg", "data", 1, "task_instance", "images_path"),
+            "sample 1: 'images_path' is not list but str",
+        ),
         (
             put([1], "data", 1, "task_instance", "images_path"),
             "sample 1: 'images_path' holds an entry that is not a file",
         ),
-        (put("red", "data", 1, "task_instance", "choice_list"), "sample 1: 'choice_list' is not list but str"),
+        (
+            put("red", "data", 1, "task_instance", "choice_list"),
+            "sample 1: 'choice_list' is not list but str",
+        ),
     ],
 )
 def test_broken_annotations(annotation, change, message):
@@ -98,13 +113,22 @@ def test_unreadable_annotations(annotation):
 
 def test_instructions(annotation):
     data, path, document = annotation
-    for instruction_id, table in ((1, ["a"]), (-2, ["a"]), (0, {"0": "a"}), ("1", {"0": "a"}), ("0", ["a"])):
+    for instruction_id, table in (
+        (1, ["a"]),
+        (-2, ["a"]),
+        (0, {"0": "a"}),
+        ("1", {"0": "a"}),
+        ("0", ["a"]),
+    ):
         put(instruction_id, "data", 0, "task_instruction_id")(document)
         put(table, "meta_data", "task_instruction")(document)
         path.write_text(json.dumps(document))
         task = read_task(data, "TQA")
         for original in (False, True):
-            with pytest.raises(ValueError, match=rf"TQA.json: sample 0: task_instruction_id {instruction_id!r} is not among"):
+            with pytest.raises(
+                ValueError,
+                match=rf"TQA.json: sample 0: task_instruction_id {instruction_id!r} is not among",
+            ):
                 task.instruction(task.samples[0], original)
     put(-1, "data", 0, "task_instruction_id")(document)
     put(["a", "b"], "meta_data", "task_instruction")(document)

@@ -29,11 +29,19 @@ SHORT = ["--max_new_tokens", "6"]
 
 def picture(number: int) -> Image.Image:
     size = (20 + 3 * (number % 5), 30 - 2 * (number % 7))
-    noise = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(number))
+    noise = torch.randint(
+        0,
+        256,
+        (size[1], size[0], 3),
+        dtype=torch.uint8,
+        generator=torch.Generator().manual_seed(number),
+    )
     return Image.fromarray(noise.numpy())
 
 
-def make_task(data: Path, name: str, question_type: str, images: list[int], words: str = "what changed?") -> None:
+def make_task(
+    data: Path, name: str, question_type: str, images: list[int], words: str = "what changed?"
+) -> None:
     """A task whose i-th sample has images[i] images, at places in its text."""
     (data / name / "images").mkdir(parents=True)
     entries, number = [], 0
@@ -43,14 +51,26 @@ def make_task(data: Path, name: str, question_type: str, images: list[int], word
             names.append(f"{number}.png")
             picture(number).save(data / name / "images" / names[-1])
             number += 1
-        context = " ".join(f"picture {k + 1}: {{image#{k + 1}}}" for k in range(count)) + f" {words} {i}"
+        context = (
+            " ".join(f"picture {k + 1}: {{image#{k + 1}}}" for k in range(count)) + f" {words} {i}"
+        )
         instance = {"context": context, "images_path": names}
         if question_type == "multi-choice":
             instance["choice_list"] = ["a red cube", "two blue spheres"]
         response = "a red cube" if question_type == "multi-choice" else "from 3 to 7"
-        entries.append({"sample_id": i, "task_instruction_id": i % 2, "task_instance": instance, "response": response})
+        entries.append(
+            {
+                "sample_id": i,
+                "task_instruction_id": i % 2,
+                "task_instance": instance,
+                "response": response,
+            }
+        )
         entries[-1]["image_quantity_level"] = "Few"  # MileBench's own scorer wants it
-    meta = {"task_instruction": ["Look at the picture.", "The quick brown fox:"], "question_type": question_type}
+    meta = {
+        "task_instruction": ["Look at the picture.", "The quick brown fox:"],
+        "question_type": question_type,
+    }
     (data / name / f"{name}.json").write_text(json.dumps({"meta_data": meta, "data": entries}))
 
 
@@ -58,7 +78,9 @@ def save(folder: Path, family: str = "llava", policy: dict | None = None) -> Pat
     model = families.model(family)
     if policy is not None:
         model.config.fmtrain = {"policy": "v2v", "merge": None, "version": VERSION} | policy
-    model.generation_config = GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=9.0)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=3.0, repetition_penalty=9.0
+    )
     model.save_pretrained(folder)
     families.processor(family).save_pretrained(folder)
     return folder
@@ -89,7 +111,9 @@ def answers(out: Path) -> dict[str, dict[str, str]]:
     found = {}
     for path in sorted(out.glob("*/*/pred.json")):
         records = json.loads(path.read_text())
-        found[str(path.parent.relative_to(out))] = {record["sample_id"]: record["pred_response"] for record in records}
+        found[str(path.parent.relative_to(out))] = {
+            record["sample_id"]: record["pred_response"] for record in records
+        }
         assert len(records) == len(found[str(path.parent.relative_to(out))]), "a sample is doubled"
     return found
 
@@ -106,20 +130,49 @@ def files(out: Path) -> list[str]:
 
 
 def command(place: Path, out: Path, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    call = [sys.executable, *launcher, "-m", "eval.milebench.generate", *arguments(place, out, *more)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(call, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    call = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "eval.milebench.generate",
+        *arguments(place, out, *more),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return subprocess.Popen(
+        call,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 # --- what it writes -------------------------------------------------------------------------------------------------
 
 
 def test_what_is_written_and_that_it_can_be_scored(place, plain, tmp_path):
-    assert files(plain) == sorted(f"ckpt/{task}/{file}" for task in ("TQA", "IEdit") for file in ("pred.json", "run.json"))
+    assert files(plain) == sorted(
+        f"ckpt/{task}/{file}" for task in ("TQA", "IEdit") for file in ("pred.json", "run.json")
+    )
     text = (plain / "ckpt" / "TQA" / "pred.json").read_text()
     records = json.loads(text)
     assert text == json.dumps(records, indent=4, ensure_ascii=False)
-    assert [record["sample_id"] for record in records] == [0, 3, 7, 1, 5, 2, 6, 4]  # MileBench: grouped by number of images
+    assert [record["sample_id"] for record in records] == [
+        0,
+        3,
+        7,
+        1,
+        5,
+        2,
+        6,
+        4,
+    ]  # MileBench: grouped by number of images
     assert records[5] == {
         "sample_id": 2,
         "image": [str(place / "data" / "TQA" / "images" / f"{k}.png") for k in (1, 2)],
@@ -128,15 +181,37 @@ def test_what_is_written_and_that_it_can_be_scored(place, plain, tmp_path):
         "gt_response": "a red cube",
         "gen_model_id": "ckpt",
         "pred_response": records[5]["pred_response"],
-        "gen_kwargs": {"max_new_tokens": 6, "min_new_tokens": 1, "do_sample": False, "num_beams": 1},
+        "gen_kwargs": {
+            "max_new_tokens": 6,
+            "min_new_tokens": 1,
+            "do_sample": False,
+            "num_beams": 1,
+        },
     }
-    assert len({record["pred_response"] for record in records}) > 4, "the tiny model answers everything alike"
+    assert len({record["pred_response"] for record in records}) > 4, (
+        "the tiny model answers everything alike"
+    )
     recorded = json.loads((plain / "ckpt" / "TQA" / "run.json").read_text())
-    assert recorded["settings"]["policy"] == "v2v" and recorded["settings"]["window"] == 2048 and recorded["notes"] == {}
+    assert (
+        recorded["settings"]["policy"] == "v2v"
+        and recorded["settings"]["window"] == 2048
+        and recorded["notes"] == {}
+    )
     for scoring in ("original", "fixed"):
-        call = ["--data", str(place / "data"), "--predictions", str(plain), "--out", str(tmp_path / scoring), "--scoring", scoring]
+        call = [
+            "--data",
+            str(place / "data"),
+            "--predictions",
+            str(plain),
+            "--out",
+            str(tmp_path / scoring),
+            "--scoring",
+            scoring,
+        ]
         assert score.main(call) == 0
-        scored = json.loads((tmp_path / scoring / "scores.json").read_text())["models"]["ckpt"]["tasks"]
+        scored = json.loads((tmp_path / scoring / "scores.json").read_text())["models"]["ckpt"][
+            "tasks"
+        ]
         assert {name: part["n"] for name, part in scored.items()} == {"TQA": 8, "IEdit": 4}
 
 
@@ -147,8 +222,16 @@ def test_answers_are_the_models_own(place, plain):
     with attach(model, "v2v", "reference"), torch.no_grad():
         for record in json.loads((plain / "ckpt" / "TQA" / "pred.json").read_text()):
             pieces = [piece for piece in re.split("(<ImageHere>)", record["question"]) if piece]
-            prompt = "USER: " + "\n".join(piece.replace("<ImageHere>", "<image>") for piece in pieces) + " ASSISTANT:"
-            inputs = processor(text=prompt, images=[Image.open(path) for path in record["image"]] or None, return_tensors="pt")
+            prompt = (
+                "USER: "
+                + "\n".join(piece.replace("<ImageHere>", "<image>") for piece in pieces)
+                + " ASSISTANT:"
+            )
+            inputs = processor(
+                text=prompt,
+                images=[Image.open(path) for path in record["image"]] or None,
+                return_tensors="pt",
+            )
             inputs.pop("token_type_ids", None)
             out = model(**inputs, use_cache=True)
             made: list[int] = []
@@ -157,8 +240,15 @@ def test_answers_are_the_models_own(place, plain):
                 logits[model.config.image_token_id] = -torch.inf
                 logits[end] = logits[end] if made else -torch.inf
                 made.append(int(logits.argmax()))
-                out = model(input_ids=torch.tensor([made[-1:]]), past_key_values=out.past_key_values, use_cache=True)
-            assert record["pred_response"] == processor.tokenizer.decode(made, skip_special_tokens=True).strip()
+                out = model(
+                    input_ids=torch.tensor([made[-1:]]),
+                    past_key_values=out.past_key_values,
+                    use_cache=True,
+                )
+            assert (
+                record["pred_response"]
+                == processor.tokenizer.decode(made, skip_special_tokens=True).strip()
+            )
 
 
 def test_a_second_run_has_nothing_to_do(place, plain, capsys, monkeypatch):
@@ -171,10 +261,16 @@ def test_a_second_run_has_nothing_to_do(place, plain, capsys, monkeypatch):
 
 def test_an_adapter_is_accepted(place, tmp_path):
     model = families.model("llava")
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False))
+    wrapped = get_peft_model(
+        model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    )
     wrapped.peft_config["default"].base_model_name_or_path = str(place / "bare")
     wrapped.save_pretrained(tmp_path / "adapter")
-    model.config.fmtrain = {"policy": "v2t", "merge": {"prefix": 2, "kernel_size": 1, "normalize": True}, "version": VERSION}
+    model.config.fmtrain = {
+        "policy": "v2t",
+        "merge": {"prefix": 2, "kernel_size": 1, "normalize": True},
+        "version": VERSION,
+    }
     model.config.save_pretrained(tmp_path / "adapter")
     wrapped.merge_and_unload().save_pretrained(tmp_path / "folded")
     families.processor("llava").save_pretrained(tmp_path / "adapter")
@@ -184,7 +280,9 @@ def test_an_adapter_is_accepted(place, tmp_path):
         assert generate.main([*call, "--model", str(tmp_path / name)]) == 0
     found = answers(tmp_path / "out")
     assert found["adapter/TQA"] == found["folded/TQA"]
-    settings = json.loads((tmp_path / "out" / "adapter" / "TQA" / "run.json").read_text())["settings"]
+    settings = json.loads((tmp_path / "out" / "adapter" / "TQA" / "run.json").read_text())[
+        "settings"
+    ]
     assert (settings["policy"], settings["merge"]["prefix"]) == ("v2t", 2)
 
 
@@ -196,8 +294,13 @@ def test_combined_images(place, tmp_path):
     run(tmp_path, tmp_path / "out", "--combine", "1")
     records = json.loads((tmp_path / "out" / "ckpt" / "TQA" / "pred.json").read_text())
     folder = tmp_path / "data" / "TQA" / "combined_1_images"
-    assert [record["image"] for record in records] == [[str(folder / "0-0.jpg")], [str(folder / "1-0.jpg")]]
-    assert records[0]["question"].startswith("<ImageHere>\nLook at the picture.\npicture 1: <Image 1>  picture 2: <Image 2> ")
+    assert [record["image"] for record in records] == [
+        [str(folder / "0-0.jpg")],
+        [str(folder / "1-0.jpg")],
+    ]
+    assert records[0]["question"].startswith(
+        "<ImageHere>\nLook at the picture.\npicture 1: <Image 1>  picture 2: <Image 2> "
+    )
 
 
 # --- nothing but the policy decides ---------------------------------------------------------------------------------
@@ -219,10 +322,19 @@ def test_seven_policies_cost_one_pass_of_the_tower(place, plain, tmp_path, monke
 
     monkeypatch.setattr(generate, "load", counting)
     together = run(place, tmp_path / "together", "--policy", *SEVEN, model="bare")
-    with_images = [batch for name in ("TQA", "IEdit") for batch in batches(read_task(place / "data", name).samples, 24) if batch[0].images]
+    with_images = [
+        batch
+        for name in ("TQA", "IEdit")
+        for batch in batches(read_task(place / "data", name).samples, 24)
+        if batch[0].images
+    ]
     assert len(passes) == len(with_images) == 6
-    assert sorted(together) == sorted(f"bare+{name}/{task}" for name in SEVEN for task in ("TQA", "IEdit"))
-    assert len({json.dumps(together[f"bare+{name}/TQA"]) for name in SEVEN}) >= 5, "the policies make no difference"
+    assert sorted(together) == sorted(
+        f"bare+{name}/{task}" for name in SEVEN for task in ("TQA", "IEdit")
+    )
+    assert len({json.dumps(together[f"bare+{name}/TQA"]) for name in SEVEN}) >= 5, (
+        "the policies make no difference"
+    )
     assert together["bare+v2v/TQA"] == answers(plain)["ckpt/TQA"]
     apart = {}
     for name in SEVEN:
@@ -235,7 +347,11 @@ def test_teacher_forcing_rederives_every_answer(place, family):
     """All families, on shared features: each greedy token is the argmax of one forward over prompt and answer."""
     model, processor = families.model(family), families.processor(family)
     attach(model, "v2v", "sdpa")
-    decoder, fitter, task = Decoder(model, processor), Fitter(processor, 2048, 8), read_task(place / "data", "TQA")
+    decoder, fitter, task = (
+        Decoder(model, processor),
+        Fitter(processor, 2048, 8),
+        read_task(place / "data", "TQA"),
+    )
     fitted = [fitter.fit(task, sample) for sample in task.samples]
     prompts = decoder.batch([(one.inputs, one.layout) for one in fitted])
     alone = [decoder.batch([(one.inputs, one.layout)]) for one in fitted]
@@ -244,8 +360,13 @@ def test_teacher_forcing_rederives_every_answer(place, family):
             made = decoder.answers(prompts, max_new_tokens=6, min_new_tokens=1, do_sample=False)
             assert max(max(gaps) for gaps in decoder.shortfalls(prompts, made)) == 0.0
             if name in ("v2v", "v2v+merge", "prefix_lm"):
-                assert [decoder.answers(one, max_new_tokens=6, min_new_tokens=1, do_sample=False)[0] for one in alone] == made
-    with decoder.under(variant("causal")):  # the answers of another policy, and wrong ones, are told apart
+                assert [
+                    decoder.answers(one, max_new_tokens=6, min_new_tokens=1, do_sample=False)[0]
+                    for one in alone
+                ] == made
+    with decoder.under(
+        variant("causal")
+    ):  # the answers of another policy, and wrong ones, are told apart
         assert max(max(gaps) for gaps in decoder.shortfalls(prompts, made)) > 0.01
     wrong = [[(token + 1) % 250 + 3 for token in answer] for answer in made]
     assert min(max(gaps) for gaps in decoder.shortfalls(prompts, wrong)) > 0.01
@@ -253,11 +374,15 @@ def test_teacher_forcing_rederives_every_answer(place, family):
 
 def test_verify(place, plain, tmp_path, monkeypatch, capsys):
     assert run(place, tmp_path / "sound", "--verify") == answers(plain)
-    monkeypatch.setattr(Decoder, "answers", lambda self, prompts, **settings: [[5]] * prompts.layout.shape[0])
+    monkeypatch.setattr(
+        Decoder, "answers", lambda self, prompts, **settings: [[5]] * prompts.layout.shape[0]
+    )
     with pytest.raises(SystemExit) as stop:
         generate.main(arguments(place, tmp_path / "unsound", "--verify"))
     assert stop.value.code == 2
-    assert "under v2v: teacher forcing does not give token 0 of the answer" in capsys.readouterr().err
+    assert (
+        "under v2v: teacher forcing does not give token 0 of the answer" in capsys.readouterr().err
+    )
 
 
 # --- a killed run ---------------------------------------------------------------------------------------------------
@@ -279,11 +404,17 @@ def test_a_killed_run_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
     running.send_signal(signal.SIGKILL)
     running.communicate()
     assert not list(tmp_path.glob("killed/*/*/pred.json"))
-    progress.write_bytes(progress.read_bytes()[:-40])  # as if the kill had come in the middle of a write
+    progress.write_bytes(
+        progress.read_bytes()[:-40]
+    )  # as if the kill had come in the middle of a write
     lost = 18 - progress.read_bytes().count(b'"batch"') + 1
     made = []
     real = generate.answer_batch
-    monkeypatch.setattr(generate, "answer_batch", lambda *args: made.append([one.name for one in args[2]]) or real(*args))
+    monkeypatch.setattr(
+        generate,
+        "answer_batch",
+        lambda *args: made.append([one.name for one in args[2]]) or real(*args),
+    )
     assert generate.main(arguments(tmp_path, tmp_path / "killed", *more)) == 0
     assert 1 < len(made) < 18 and sum("v2v" in names for names in made) == lost
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
@@ -293,7 +424,15 @@ def test_a_killed_run_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_predictions(place, plain, tmp_path):
-    launcher = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0")  # gloo on CPU
+    launcher = (
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    )  # gloo on CPU
     running = command(place, tmp_path / "two", *SHORT, launcher=launcher)
     while running.poll() is None and len(list(tmp_path.glob("two/ckpt/*/progress.1.jsonl"))) < 1:
         time.sleep(0.02)
@@ -315,12 +454,18 @@ def test_predictions_made_otherwise_are_not_mixed(place, plain, tmp_path, capsys
     def refused(*more: str) -> str:
         with pytest.raises(SystemExit) as stop:
             generate.main([*call, *more])
-        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        errors = [
+            line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")
+        ]
         assert stop.value.code == 2 and len(errors) == 1
         return errors[0]
 
-    assert "IEdit: was made with max_new_tokens 6, not 7; use --overwrite" in refused("--max_new_tokens", "7")
-    assert "was made with checkpoint " in refused(*SHORT, "--model", str(save(tmp_path / "ckpt", "llava_next", {})))
+    assert "IEdit: was made with max_new_tokens 6, not 7; use --overwrite" in refused(
+        "--max_new_tokens", "7"
+    )
+    assert "was made with checkpoint " in refused(
+        *SHORT, "--model", str(save(tmp_path / "ckpt", "llava_next", {}))
+    )
     (out / "ckpt" / "IEdit" / "run.json").unlink()
     assert "pred.json: is not from here (there is no run.json)" in refused(*SHORT)
     assert generate.main([*call, *SHORT, "--overwrite"]) == 0
@@ -341,17 +486,26 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
         whole = Fitter(processor, 5000, 10).fit(task, sample)
         length = whole.layout.shape[1] + 10
         assert whole.prompt.notes == () and len(whole.prompt.images) == len(sample.images)
-        slack = 2 * (2 * len(sample.images) + 1)  # text encoded in pieces may take a token more at each seam
+        slack = 2 * (
+            2 * len(sample.images) + 1
+        )  # text encoded in pieces may take a token more at each seam
         exact = Fitter(processor, length + slack, 10).fit(task, sample)
         assert exact.prompt == whole.prompt
-        least = 10 + 25 + len(processor.tokenizer(task.instruction(sample), add_special_tokens=False).input_ids)
+        least = (
+            10
+            + 25
+            + len(processor.tokenizer(task.instruction(sample), add_special_tokens=False).input_ids)
+        )
         for shorter in range(length - 1, least, -9):
             cut = Fitter(processor, shorter, 10).fit(task, sample)
             assert cut.layout.shape[1] + 10 <= shorter
             instruction, _, kept = cut.prompt.text.partition("\n")
             assert instruction == task.instruction(sample) and whole.prompt.text.endswith(kept)
             assert cut.prompt.notes and len(cut.prompt.text) < len(whole.prompt.text)
-    with pytest.raises(ValueError, match=r"TQA.json: sample 2: \d+ tokens that cannot be cut, and 10 for the answer, do not fit"):
+    with pytest.raises(
+        ValueError,
+        match=r"TQA.json: sample 2: \d+ tokens that cannot be cut, and 10 for the answer, do not fit",
+    ):
         Fitter(processor, 25, 10).fit(task, task.samples[2])
 
 
@@ -363,20 +517,44 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
     [
         (["--data", "{place}/nowhere"], "{place}/nowhere: no such data folder"),
         (["--data", "{place}/ckpt"], "{place}/ckpt: holds no <task>/<task>.json"),
-        (["--tasks", "TQQA"], "unknown task 'TQQA'; the nearest in {place}/data is 'TQA', there are IEdit, TQA"),
-        (["--data", "{place}/broken", "--tasks", "IEdit"], "{place}/broken/IEdit/IEdit.json: not JSON (line 1, column 2"),
-        (["--data", "{place}/broken", "--tasks", "TQA"], "sample 2: image file {place}/broken/TQA/images/2.png is missing"),
-        (["--data", "{place}/broken", "--tasks", "OCR"], "sample 0: image '{place}/broken/OCR/images/0.png' cannot be read: not an image"),
-        (["--data", "{place}/broken", "--tasks", "Mark"], "Mark.json: sample 0: a text contains the placeholder '<image>'"),
+        (
+            ["--tasks", "TQQA"],
+            "unknown task 'TQQA'; the nearest in {place}/data is 'TQA', there are IEdit, TQA",
+        ),
+        (
+            ["--data", "{place}/broken", "--tasks", "IEdit"],
+            "{place}/broken/IEdit/IEdit.json: not JSON (line 1, column 2",
+        ),
+        (
+            ["--data", "{place}/broken", "--tasks", "TQA"],
+            "sample 2: image file {place}/broken/TQA/images/2.png is missing",
+        ),
+        (
+            ["--data", "{place}/broken", "--tasks", "OCR"],
+            "sample 0: image '{place}/broken/OCR/images/0.png' cannot be read: not an image",
+        ),
+        (
+            ["--data", "{place}/broken", "--tasks", "Mark"],
+            "Mark.json: sample 0: a text contains the placeholder '<image>'",
+        ),
         (["--model", "{place}/nowhere"], "{place}/nowhere: no such checkpoint folder"),
-        (["--model", "{place}/bare"], "{place}/bare: its config.json records no policy; name one, e.g. --policy causal"),
+        (
+            ["--model", "{place}/bare"],
+            "{place}/bare: its config.json records no policy; name one, e.g. --policy causal",
+        ),
         (["--policy", "v3v"], "unknown policy 'v3v'; the nearest is 'v2v'"),
         (["--policy", "v2v", "v2v+marge"], "mask 'v2v+marge' is neither a policy nor POLICY+merge"),
-        (["--policy", "causal+merge"], "policy 'causal' reveals nothing, so there is nothing to merge"),
+        (
+            ["--policy", "causal+merge"],
+            "policy 'causal' reveals nothing, so there is nothing to merge",
+        ),
         (["--window", "4096"], "--window 4096: the model has 2048 positions"),
         (["--window", "40", "--max_new_tokens", "30"], "do not fit into the window of 40"),
         (["--batch_images", "0"], "--batch_images, --window and --combine are 1 or more"),
-        (["--out", "{place}/ckpt/config.json"], "config.json/ckpt/IEdit: cannot be written (Not a directory)"),
+        (
+            ["--out", "{place}/ckpt/config.json"],
+            "config.json/ckpt/IEdit: cannot be written (Not a directory)",
+        ),
     ],
 )
 def test_errors_are_one_line(place, tmp_path, capfd, more, message):
@@ -388,7 +566,9 @@ def test_errors_are_one_line(place, tmp_path, capfd, more, message):
         (broken / "IEdit" / "IEdit.json").write_text("{")
         (broken / "OCR" / "images" / "0.png").write_text("no picture")
     with pytest.raises(SystemExit) as stop:
-        generate.main(arguments(place, tmp_path / "out", *(word.format(place=place) for word in more)))
+        generate.main(
+            arguments(place, tmp_path / "out", *(word.format(place=place) for word in more))
+        )
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(lines) == 1 and message.format(place=place) in lines[0]
     assert not list(tmp_path.rglob("pred.json"))
@@ -398,4 +578,8 @@ def test_errors_are_one_line(place, tmp_path, capfd, more, message):
 def test_an_error_from_the_shell(place, tmp_path):
     running = command(place, tmp_path, "--policy", "v3v")
     out, error = running.communicate(timeout=120)
-    assert (running.returncode, out) == (2, "") and error.count("\n") == 1 and error.startswith("error: unknown policy 'v3v'")
+    assert (
+        (running.returncode, out) == (2, "")
+        and error.count("\n") == 1
+        and error.startswith("error: unknown policy 'v3v'")
+    )

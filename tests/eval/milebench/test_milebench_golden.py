@@ -65,10 +65,15 @@ def test_rouge_l(golden):
 
 
 def test_rouge_l_is_that_of_the_package():
-    package = pytest.importorskip("rouge", reason="the PyPI package `rouge` 1.0.1 is the oracle").Rouge()
+    package = pytest.importorskip(
+        "rouge", reason="the PyPI package `rouge` 1.0.1 is the oracle"
+    ).Rouge()
     draw = random.Random(0)
     for _ in range(300):
-        texts = [" ".join(draw.choices(["red", "box", "on", "3.5", "the", "a"], k=draw.randint(1, 14))) for _ in "ab"]
+        texts = [
+            " ".join(draw.choices(["red", "box", "on", "3.5", "the", "a"], k=draw.randint(1, 14)))
+            for _ in "ab"
+        ]
         assert rouge_l(*texts) == package.get_scores(*texts)[0]["rouge-l"]["f"]
 
 
@@ -81,7 +86,10 @@ def test_needles(golden):
     assert len(cases) == 160
 
 
-@pytest.mark.parametrize(("part", "annotations", "n_tasks", "n_files"), [("eval", "annotations", 20, 52), ("e2e", "data", 5, 15)])
+@pytest.mark.parametrize(
+    ("part", "annotations", "n_tasks", "n_files"),
+    [("eval", "annotations", 20, 52), ("e2e", "data", 5, 15)],
+)
 def test_output_files_byte_for_byte(golden, tmp_path, part, annotations, n_tasks, n_files):
     outputs = golden / part / "outputs"
     arguments = [
@@ -93,13 +101,18 @@ def test_output_files_byte_for_byte(golden, tmp_path, part, annotations, n_tasks
         str(tmp_path / "out"),
     ]
     assert main([*arguments, "--scoring", "original"]) == 0
-    expected = sorted(path.relative_to(outputs) for path in outputs.rglob("*.*") if path.name != "pred.json")
+    expected = sorted(
+        path.relative_to(outputs) for path in outputs.rglob("*.*") if path.name != "pred.json"
+    )
     for path in expected:
         assert (tmp_path / "out" / path).read_bytes() == (outputs / path).read_bytes(), path
     assert len(expected) == n_files
     written = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.json")}
     ours = {path for path in written if path.name in ("scores.json", "sample_scores.json")}
-    assert written - ours == {path for path in expected if path.suffix == ".json"} and len(ours) == n_tasks + 1
+    assert (
+        written - ours == {path for path in expected if path.suffix == ".json"}
+        and len(ours) == n_tasks + 1
+    )
 
 
 def test_scorer_of_every_dataset(golden):
@@ -107,7 +120,9 @@ def test_scorer_of_every_dataset(golden):
     for entry in listed:
         task = read_task(golden / "eval" / "annotations", entry["dataset"])
         assert (task.scorer, len(task.samples)) == (entry["scorer"], entry["n"])
-        assert entry["dataset"] not in DATASETS or DATASETS[entry["dataset"]].scorer == entry["scorer"]
+        assert (
+            entry["dataset"] not in DATASETS or DATASETS[entry["dataset"]].scorer == entry["scorer"]
+        )
     assert len(listed) == 16 and sum(entry["n"] for entry in listed) == 852
 
 
@@ -130,10 +145,19 @@ def test_error_cases(golden, tmp_path, capsys):
         (folder / "data" / name / f"{name}.json").write_text(json.dumps(case["annotation"]))
         (folder / "predictions" / name).mkdir(parents=True)
         if case["predictions"] is not None:
-            (folder / "predictions" / name / "pred.json").write_text(json.dumps(case["predictions"]))
+            (folder / "predictions" / name / "pred.json").write_text(
+                json.dumps(case["predictions"])
+            )
         for scoring in ("original", "fixed"):
             out = folder / scoring
-            arguments = ["--data", str(folder / "data"), "--predictions", str(folder / "predictions"), "--tasks", name]
+            arguments = [
+                "--data",
+                str(folder / "data"),
+                "--predictions",
+                str(folder / "predictions"),
+                "--tasks",
+                name,
+            ]
             code = main([*arguments, "--out", str(out), "--scoring", scoring])
             errors = capsys.readouterr().err
             if scoring == "fixed" and case["case"] in SERVED_WHEN_FIXED:
@@ -141,4 +165,6 @@ def test_error_cases(golden, tmp_path, capsys):
             else:
                 assert code == 2 and not out.exists(), case["case"]
                 assert errors.startswith("error: ") and errors.count("\n") == 1, errors
-    assert len(cases) == 16 and all(case["exit"] == 1 and not case["files_written"] for case in cases)
+    assert len(cases) == 16 and all(
+        case["exit"] == 1 and not case["files_written"] for case in cases
+    )

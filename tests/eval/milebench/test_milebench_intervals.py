@@ -19,7 +19,9 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
-@pytest.mark.parametrize(("right", "n"), [(0, 1), (1, 1), (0, 200), (65, 200), (200, 200), (103, 320)])
+@pytest.mark.parametrize(
+    ("right", "n"), [(0, 1), (1, 1), (0, 200), (65, 200), (200, 200), (103, 320)]
+)
 def test_accuracy_is_wilson(right, n):
     found = accuracy([1] * right + [0] * (n - right))
     assert (found.score, found.n) == (right / n, n)
@@ -29,9 +31,14 @@ def test_accuracy_is_wilson(right, n):
 def test_mean_is_a_seeded_bootstrap():
     values = np.random.default_rng(3).beta(1, 4, size=200)
     found = mean(values)
-    assert found == mean(values) and (found.score, found.n) == (pytest.approx(values.mean(), abs=1e-12), 200)
+    assert found == mean(values) and (found.score, found.n) == (
+        pytest.approx(values.mean(), abs=1e-12),
+        200,
+    )
     half = 1.96 * values.std() / math.sqrt(200)  # a mean of 200 is close to normal
-    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
+    assert (found.low, found.high) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.1 * half
+    )
     assert mean([0.3]) == Estimate(0.3, 1, 0.0, 1.0)
     assert mean([0.5, 0.5]) == Estimate(0.5, 2, 0.5, 0.5)
 
@@ -66,12 +73,25 @@ def task(name: str, scores: list[float]) -> ScoredTask:
 def test_summary_of_all_datasets():
     """Data set i scores i % 2 for all its samples: every aggregate can be counted by hand."""
     found = summary([task(name, [i % 2] * 2) for i, name in enumerate(DATASETS)])
-    assert list(found["codes"]) == list(CODES) == [*("T-1", "T-2", "T-3", "T-4", "S-1", "S-2", "S-3", "S-4", "S-5", "N-1", "N-2", "I-1")]
-    by_code = {code: [i % 2 for i, data in enumerate(DATASETS.values()) if data.code == code] for code in CODES}
+    assert (
+        list(found["codes"])
+        == list(CODES)
+        == [*("T-1", "T-2", "T-3", "T-4", "S-1", "S-2", "S-3", "S-4", "S-5", "N-1", "N-2", "I-1")]
+    )
+    by_code = {
+        code: [i % 2 for i, data in enumerate(DATASETS.values()) if data.code == code]
+        for code in CODES
+    }
     expected = {code: sum(values) / len(values) for code, values in by_code.items()}
     assert {code: part["score"] for code, part in found["codes"].items()} == pytest.approx(expected)
-    assert all(not part["missing"] for key in ("codes", "groups", "overall") for part in found[key].values())
-    assert found["overall"]["Realistic"]["score"] == pytest.approx(sum(list(expected.values())[:9]) / 9)
+    assert all(
+        not part["missing"]
+        for key in ("codes", "groups", "overall")
+        for part in found[key].values()
+    )
+    assert found["overall"]["Realistic"]["score"] == pytest.approx(
+        sum(list(expected.values())[:9]) / 9
+    )
     assert found["overall"]["Diagnostic"]["score"] == pytest.approx((0 + 1 + 0) / 3)
     assert (found["overall"]["N"]["score"], found["overall"]["I"]["score"]) == (0.5, 0)
     assert {group: part["n"] for group, part in found["groups"].items()} == (
@@ -83,7 +103,9 @@ def test_summary_of_all_datasets():
 
 def test_summary_of_some_datasets_says_what_is_missing():
     found = summary([task("TQA", [1, 0]), task("GPR1200", [1, 1]), task("Digits", [0, 0])])
-    assert {code: part["missing"] for code, part in found["codes"].items()} == ({"S-1": ["MultiModalQA", "WebQA", "WikiVQA"], "I-1": []})
+    assert {code: part["missing"] for code, part in found["codes"].items()} == (
+        {"S-1": ["MultiModalQA", "WebQA", "WikiVQA"], "I-1": []}
+    )
     assert found["overall"]["Realistic"]["missing"] == list(CODES[:9])
     assert found["overall"]["Diagnostic"]["missing"] == ["N-1", "N-2"]
     assert found["tasks"]["Digits"]["code"] is None and "N" not in found["overall"]

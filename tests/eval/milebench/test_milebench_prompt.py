@@ -16,19 +16,35 @@ LARGE = Window(length=1000, per_image=10)
 
 def task_of(context: str, n_images: int, name: str = "TQA", **instance) -> Task:
     """A task of one sample, instruction "Look here."."""
-    instance = {"context": context, "images_path": [f"{k}.jpg" for k in range(1, n_images + 1)], **instance}
+    instance = {
+        "context": context,
+        "images_path": [f"{k}.jpg" for k in range(1, n_images + 1)],
+        **instance,
+    }
     sample = {"sample_id": 7, "task_instruction_id": 0, "task_instance": instance, "response": 4.5}
     meta = {"task_instruction": ["Look here."], "question_type": "open-ended"}
-    return parse_task({"meta_data": meta, "data": [sample]}, name, Path("a.json"), f"d/{name}/images")
+    return parse_task(
+        {"meta_data": meta, "data": [sample]}, name, Path("a.json"), f"d/{name}/images"
+    )
 
 
-def build(words, context: str, n_images: int, window: Window = LARGE, combined: int | None = None, **instance) -> Prompt:
+def build(
+    words,
+    context: str,
+    n_images: int,
+    window: Window = LARGE,
+    combined: int | None = None,
+    **instance,
+) -> Prompt:
     task = task_of(context, n_images, **instance)
     return build_prompt(task, task.samples[0], words, window, combined)
 
 
 def test_golden_prompts(golden, golden_tokenizers):
-    cases = [json.loads(line) for line in (golden / "prompt" / "cases.jsonl").read_text(encoding="utf-8").splitlines()]
+    cases = [
+        json.loads(line)
+        for line in (golden / "prompt" / "cases.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     n_prompts = n_errors = n_llava = 0
     for case in cases:
         meta = {"task_instruction": case["task_instruction"], "question_type": "open-ended"}
@@ -70,14 +86,25 @@ def test_golden_generation(golden, golden_tokenizers):
     for run in script["runs"]:
         name = run["dataset"]
         task = read_task(golden / "e2e" / "data", name)
-        task = Task(name, task.path, run["img_dir_as_given"], task.question_type, task.instructions, task.samples)
+        task = Task(
+            name,
+            task.path,
+            run["img_dir_as_given"],
+            task.question_type,
+            task.instructions,
+            task.samples,
+        )
         groups = batches(task.samples, run["batch_image"])
         assert [[sample.number for sample in group] for group in groups] == script["batches"][name]
         records = []
         for sample in (sample for group in groups for sample in group):
-            prompt = build_prompt(task, sample, tokenizer, window, run["combine_image"], original=True)
+            prompt = build_prompt(
+                task, sample, tokenizer, window, run["combine_image"], original=True
+            )
             answer = script["answers"][name][str(sample.number)]
-            records.append(prediction_record(prompt, answer, config["model_name"], config["gen_kwargs"]))
+            records.append(
+                prediction_record(prompt, answer, config["model_name"], config["gen_kwargs"])
+            )
         expected = golden / "e2e" / "outputs" / script["model"] / name / "pred.json"
         assert predictions_json(records) == expected.read_text(encoding="utf-8")
         assert len(records) == 26
@@ -107,7 +134,9 @@ def test_q14_labels_past_26_are_those_of_the_scorer(words):
     choices = [f"c{i}" for i in range(54)]
     text = build(words, "", 0, choice_list=choices).text
     assert "\nZ. c25\nAA. c26\n" in text and "\nAZ. c51\nBA. c52\nBB. c53\nYour answer is: " in text
-    assert build(words, "", 0, name="GPR1200", choice_list=["p", "q"]).text.endswith("\nChoice list: \np\nq\nYour answer is: ")
+    assert build(words, "", 0, name="GPR1200", choice_list=["p", "q"]).text.endswith(
+        "\nChoice list: \np\nq\nYour answer is: "
+    )
 
 
 def test_q15_no_room_leaves_the_instruction(words):
@@ -135,7 +164,10 @@ def test_q16_images_go_by_index(words):
 
 def test_q16_literal_placeholder_is_no_place(words):
     prompt = build(words, "<ImageHere> {image#1}", 1)
-    assert prompt.messages()[0]["content"][1:] == [{"type": "text", "text": "<ImageHere> "}, {"type": "image"}]
+    assert prompt.messages()[0]["content"][1:] == [
+        {"type": "text", "text": "<ImageHere> "},
+        {"type": "image"},
+    ]
     assert len(prompt.images) == 1 and prompt.notes == ("the text itself holds <ImageHere>",)
 
 
@@ -162,14 +194,24 @@ def test_q17_the_window_subtracts_what_is_used(words):
 
 def test_q17_combined_images_take_room(words):
     instance = {"combined_1_images": ["7-0.jpg"]}
-    assert build(words, "a b c", 2, Window(2 + 10 + 3, 10), 1, **instance).text == "<ImageHere>\nLook here.\na b c"
-    assert build(words, "a b c", 2, Window(2 + 10 + 2, 10), 1, **instance).text == "<ImageHere>\nLook here.\nb c"
+    assert (
+        build(words, "a b c", 2, Window(2 + 10 + 3, 10), 1, **instance).text
+        == "<ImageHere>\nLook here.\na b c"
+    )
+    assert (
+        build(words, "a b c", 2, Window(2 + 10 + 2, 10), 1, **instance).text
+        == "<ImageHere>\nLook here.\nb c"
+    )
 
 
-@pytest.mark.parametrize("image_dir", ["/images/my_images/TQA/images", "/images/my_images/TQA/images/"])
+@pytest.mark.parametrize(
+    "image_dir", ["/images/my_images/TQA/images", "/images/my_images/TQA/images/"]
+)
 def test_q19_combined_folder_lies_beside_the_images(words, image_dir):
     task = task_of("{image#1} x {image#2}", 2, combined_2_images=["7-0.jpg", "7-1.jpg"])
-    task = Task(task.name, task.path, image_dir, task.question_type, task.instructions, task.samples)
+    task = Task(
+        task.name, task.path, image_dir, task.question_type, task.instructions, task.samples
+    )
     prompt = build_prompt(task, task.samples[0], words, LARGE, combined=2)
     folder = "/images/my_images/TQA/combined_2_images"
     assert prompt.images == (f"{folder}/7-0.jpg", f"{folder}/7-1.jpg")
@@ -181,8 +223,14 @@ def test_q19_combined_folder_lies_beside_the_images(words, image_dir):
 def test_cutting_keeps_the_question(words):
     # "one " is 1 token, an image 10, " two " 2, an image 10, " three four" 3: 26 in all.
     context = "one {image#1} two {image#2} three four"
-    kept = [build(words, context, 2, Window(2 + room, 10)) for room in (26, 25, 24, 15, 14, 13, 12, 3, 2)]
-    assert [(prompt.text.removeprefix("Look here.\n"), [Path(path).stem for path in prompt.images]) for prompt in kept] == [
+    kept = [
+        build(words, context, 2, Window(2 + room, 10))
+        for room in (26, 25, 24, 15, 14, 13, 12, 3, 2)
+    ]
+    assert [
+        (prompt.text.removeprefix("Look here.\n"), [Path(path).stem for path in prompt.images])
+        for prompt in kept
+    ] == [
         ("one <ImageHere> two <ImageHere> three four", ["1", "2"]),
         ("<ImageHere> two <ImageHere> three four", ["1", "2"]),
         (" two <ImageHere> three four", ["2"]),
@@ -203,13 +251,18 @@ def test_the_last_text_survives_before_an_image(words):
 def test_uncut_text_does_not_pass_the_tokenizer(golden_tokenizers):
     task = task_of("{image#1} Ünknown  WORDS", 1)
     for tokenizer in golden_tokenizers.values():
-        assert build_prompt(task, task.samples[0], tokenizer, LARGE).text == "Look here.\n<ImageHere> Ünknown  WORDS"
+        assert (
+            build_prompt(task, task.samples[0], tokenizer, LARGE).text
+            == "Look here.\n<ImageHere> Ünknown  WORDS"
+        )
 
 
 def test_transformers_tokenizer(golden):
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(golden / "prompt" / "tokenizers" / "llama_like.json"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(golden / "prompt" / "tokenizers" / "llama_like.json")
+    )
     task = task_of("{image#1} near left of a box", 1)
     ids = tokenizer(" near left of a box", add_special_tokens=False).input_ids
     room = len(tokenizer("Look here.\n", add_special_tokens=False).input_ids) + len(ids) - 1
@@ -222,12 +275,21 @@ def test_required_inputs(tmp_path, make_data):
     task, images = read_task(data, "TQA"), data / "TQA" / "images"
     images.mkdir()
     Image.new("RGB", (2, 2)).save(images / "0.jpg")
-    with pytest.raises(ValueError, match=r"TQA.json: sample 0: image file .*images/1.jpg is missing"):
+    with pytest.raises(
+        ValueError, match=r"TQA.json: sample 0: image file .*images/1.jpg is missing"
+    ):
         require_inputs(task)
     Image.new("RGB", (2, 2)).save(images / "1.jpg")
     require_inputs(task)
 
 
 def test_samples_without_images_make_a_batch(make_data):
-    task = read_task(make_data("TQA", [("x", None, 0)] * 3 + [("x", None, 5)] * 2, "open-ended"), "TQA")
-    assert [[sample.number for sample in group] for group in batches(task.samples, 2)] == [[0, 1], [2], [3], [4]]
+    task = read_task(
+        make_data("TQA", [("x", None, 0)] * 3 + [("x", None, 5)] * 2, "open-ended"), "TQA"
+    )
+    assert [[sample.number for sample in group] for group in batches(task.samples, 2)] == [
+        [0, 1],
+        [2],
+        [3],
+        [4],
+    ]

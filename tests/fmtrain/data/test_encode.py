@@ -13,14 +13,48 @@ from fmtrain.data.collator import batch
 from fmtrain.data.encode import encode, labels
 
 SYSTEM = {"role": "system", "content": [{"type": "text", "text": "be brief."}]}
-END = {"llava": "</s>", "llava_next": "</s>", "llava_onevision": "<|im_end|>", "internvl": "<|im_end|>"}
-PLACEHOLDER = {"llava": "<image>", "llava_next": "<image>", "llava_onevision": "<image>", "internvl": "<IMG_CONTEXT>"}
+END = {
+    "llava": "</s>",
+    "llava_next": "</s>",
+    "llava_onevision": "<|im_end|>",
+    "internvl": "<|im_end|>",
+}
+PLACEHOLDER = {
+    "llava": "<image>",
+    "llava_next": "<image>",
+    "llava_onevision": "<image>",
+    "internvl": "<IMG_CONTEXT>",
+}
 ROWS = {
     **dialogues(),
-    "system": ([SYSTEM, user("which?", IMAGE), assistant("red"), user("sure?"), assistant("yes, twice")], [photo(1, 48, 16)]),
-    "no image first": ([user("hello"), assistant("fox"), user(IMAGE, "what is it?"), assistant("a cube")], [photo(2, 16, 32)]),
-    "odd text": ([user("naïve – 图 \n\n which?", IMAGE), assistant("è 7 🙂"), user(" 3\t"), assistant("[INST] user: \n no")], [photo(3)]),
-    "answers that repeat": ([user("a"), assistant("a"), user(IMAGE, "a"), assistant("assistant"), user("a"), assistant("a")], [photo(4)]),
+    "system": (
+        [SYSTEM, user("which?", IMAGE), assistant("red"), user("sure?"), assistant("yes, twice")],
+        [photo(1, 48, 16)],
+    ),
+    "no image first": (
+        [user("hello"), assistant("fox"), user(IMAGE, "what is it?"), assistant("a cube")],
+        [photo(2, 16, 32)],
+    ),
+    "odd text": (
+        [
+            user("naïve – 图 \n\n which?", IMAGE),
+            assistant("è 7 🙂"),
+            user(" 3\t"),
+            assistant("[INST] user: \n no"),
+        ],
+        [photo(3)],
+    ),
+    "answers that repeat": (
+        [
+            user("a"),
+            assistant("a"),
+            user(IMAGE, "a"),
+            assistant("assistant"),
+            user("a"),
+            assistant("a"),
+        ],
+        [photo(4)],
+    ),
     "four turns": (
         [part for n in range(4) for part in (user(IMAGE, f"turn {n}?"), assistant(f"it is {n}"))],
         [photo(n, 16 + 16 * (n % 2), 16) for n in range(4)],
@@ -78,7 +112,9 @@ def test_a_row_cut_at_a_turn_is_the_row_of_the_shorter_dialogue(processor, row):
         if message["role"] == "assistant":
             shorter, its = encode(processor, messages[: k + 1], images[: images_until(messages, k)])
             assert torch.equal(shorter["input_ids"], inputs["input_ids"][:, : its.shape[1]])
-            assert its.role[0, -1] == Role.ANSWER and (its.shape[1] == layout.shape[1] or layout.role[0, its.shape[1]] != Role.ANSWER)
+            assert its.role[0, -1] == Role.ANSWER and (
+                its.shape[1] == layout.shape[1] or layout.role[0, its.shape[1]] != Role.ANSWER
+            )
 
 
 def test_labels_are_every_answer_with_its_end_token_and_nothing_else(family, processor, row):
@@ -96,7 +132,9 @@ def test_labels_are_every_answer_with_its_end_token_and_nothing_else(family, pro
     assert len(spans) == len(answers(messages))
     for span, answer in zip(spans, answers(messages)):
         assert processor.tokenizer.decode(span).strip() == answer.strip() + END[family]
-        assert span[-1] == processor.tokenizer.convert_tokens_to_ids(END[family])  # as a token, not as text
+        assert span[-1] == processor.tokenizer.convert_tokens_to_ids(
+            END[family]
+        )  # as a token, not as text
 
 
 def test_one_prefill_a_turn_that_ends_in_the_header(processor, row):
@@ -104,7 +142,9 @@ def test_one_prefill_a_turn_that_ends_in_the_header(processor, row):
     inputs, layout = encode(processor, messages, images)
     prefill = layout.prefill[0].tolist()
     turns = len(answers(messages))
-    assert sorted(set(prefill) - {-1}) == list(range(turns)) and [p for p in prefill if p >= 0] == sorted(p for p in prefill if p >= 0)
+    assert sorted(set(prefill) - {-1}) == list(range(turns)) and [
+        p for p in prefill if p >= 0
+    ] == sorted(p for p in prefill if p >= 0)
     assert torch.equal(layout.prefill == -1, layout.role == Role.ANSWER)
     assert (layout.sample == 0).all() and (inputs["attention_mask"] == 1).all()
     for turn in range(turns):
@@ -118,10 +158,16 @@ def test_visual_tokens_are_the_placeholders_and_each_image_is_in_its_turn(family
     token = processor.tokenizer.convert_tokens_to_ids(PLACEHOLDER[family])
     assert torch.equal(layout.role == Role.VISUAL, inputs["input_ids"] == token)
     assert torch.equal(layout.image >= 0, layout.role == Role.VISUAL)
-    found = [(layout.image[0, t].item(), layout.prefill[0, t].item()) for t in (layout.image[0] >= 0).nonzero().flatten()]
+    found = [
+        (layout.image[0, t].item(), layout.prefill[0, t].item())
+        for t in (layout.image[0] >= 0).nonzero().flatten()
+    ]
     expected, turn = [], 0
     for message in messages:
-        expected += [(len(expected) + n, turn) for n in range(sum(part["type"] == "image" for part in message["content"]))]
+        expected += [
+            (len(expected) + n, turn)
+            for n in range(sum(part["type"] == "image" for part in message["content"]))
+        ]
         turn += message["role"] == "assistant"
     assert list(dict.fromkeys(found)) == expected
 
@@ -153,7 +199,11 @@ def test_a_batch_of_all_rows(family, processor, side, model_of):
 def as_written(family: str, processor, ids: torch.Tensor) -> str:
     """Ids as text without the special tokens that no template writes, each image's tokens as one placeholder."""
     text = processor.tokenizer.decode(ids)
-    text = re.sub(f"(?:{PLACEHOLDER[family]})+", PLACEHOLDER[family], text).replace("<img>", "").replace("</img>", "")
+    text = (
+        re.sub(f"(?:{PLACEHOLDER[family]})+", PLACEHOLDER[family], text)
+        .replace("<img>", "")
+        .replace("</img>", "")
+    )
     return text.removeprefix("<s>").lstrip() if family != "internvl" else text
 
 
@@ -209,7 +259,14 @@ def test_a_prompt_is_what_transformers_makes_of_the_template(family, processor, 
 
 def test_tiles_of_an_image_do_not_depend_on_later_turns(processor):
     """llava-onevision tiles an image that stands alone in its turn, and not one of several: later turns change neither."""
-    messages = [user(IMAGE, "what?"), assistant("red"), user(IMAGE, IMAGE, "which?"), assistant("two"), user(IMAGE, "now?"), assistant("3")]
+    messages = [
+        user(IMAGE, "what?"),
+        assistant("red"),
+        user(IMAGE, IMAGE, "which?"),
+        assistant("two"),
+        user(IMAGE, "now?"),
+        assistant("3"),
+    ]
     images = [photo(1, 32, 16), photo(2, 32, 16), photo(3, 16, 32), photo(4, 48, 16)]
     _, layout = encode(processor, messages, images)
     whole = [int((layout.image == n).sum()) for n in range(4)]
@@ -223,7 +280,9 @@ def test_onevision_tiles_single_images_only():
     image = photo(1, 32, 16)
 
     def count(*parts):
-        _, layout = encode(processor, [user(*parts, "which?"), assistant("7")], [image] * len(parts))
+        _, layout = encode(
+            processor, [user(*parts, "which?"), assistant("7")], [image] * len(parts)
+        )
         return int((layout.image == 0).sum())
 
     assert count(IMAGE) > 5 and count(IMAGE, IMAGE) == 5  # a whole image is 4 tokens and a newline
@@ -232,7 +291,9 @@ def test_onevision_tiles_single_images_only():
 def test_content_may_be_plain_text(processor):
     plain = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": "a fox"}]
     parts = [user("what is it?"), assistant("a fox")]
-    assert torch.equal(encode(processor, plain, [])[0]["input_ids"], encode(processor, parts, [])[0]["input_ids"])
+    assert torch.equal(
+        encode(processor, plain, [])[0]["input_ids"], encode(processor, parts, [])[0]["input_ids"]
+    )
 
 
 def test_a_text_only_row_has_no_pixels(processor):
@@ -245,7 +306,11 @@ def test_encode_changes_none_of_its_arguments(processor, row):
     before, pixels = copy.deepcopy(messages), [image.tobytes() for image in images]
     padding = processor.tokenizer.padding_side
     encode(processor, messages, images)
-    assert messages == before and [image.tobytes() for image in images] == pixels and processor.tokenizer.padding_side == padding
+    assert (
+        messages == before
+        and [image.tobytes() for image in images] == pixels
+        and processor.tokenizer.padding_side == padding
+    )
 
 
 def test_the_end_of_a_dialogue_without_a_generation_prompt_is_no_answer(processor):
@@ -253,7 +318,9 @@ def test_the_end_of_a_dialogue_without_a_generation_prompt_is_no_answer(processo
     messages, images = [user(IMAGE, "what?"), assistant("red"), user("sure?")], [photo(1)]
     without, its = encode(processor, messages, images)
     inputs, layout = encode(processor, messages, images, add_generation_prompt=True)
-    length = its.shape[1] - 1  # llava-1.5's last space is a token of its own until the header follows
+    length = (
+        its.shape[1] - 1
+    )  # llava-1.5's last space is a token of its own until the header follows
     assert torch.equal(inputs["input_ids"][:, :length], without["input_ids"][:, :length])
     assert its.prefill[0, -1] == 1 and layout.prefill[0, -1] == 1
 
@@ -264,7 +331,11 @@ def test_the_end_of_a_dialogue_without_a_generation_prompt_is_no_answer(processo
 @pytest.mark.parametrize("parts, images", [(1, 0), (0, 1), (2, 1), (1, 3)])
 def test_images_that_do_not_fit_the_parts(processor, parts, images):
     with pytest.raises(ValueError) as error:
-        encode(processor, [user(*[IMAGE] * parts, "what?"), assistant("red")], [photo(n) for n in range(images)])
+        encode(
+            processor,
+            [user(*[IMAGE] * parts, "what?"), assistant("red")],
+            [photo(n) for n in range(images)],
+        )
     one_line(error, str(parts), str(images))
 
 
@@ -296,7 +367,14 @@ def test_two_answers_in_a_row(processor):
 
 def test_an_image_in_an_answer(processor):
     with pytest.raises(ValueError) as error:
-        encode(processor, [user("what?"), {"role": "assistant", "content": [{"type": "text", "text": "red"}, IMAGE]}], [photo(1)])
+        encode(
+            processor,
+            [
+                user("what?"),
+                {"role": "assistant", "content": [{"type": "text", "text": "red"}, IMAGE]},
+            ],
+            [photo(1)],
+        )
     one_line(error, "1", "image", "assistant")
 
 
@@ -312,10 +390,14 @@ def test_roles_that_the_template_refuses(family):
     strict = copy.copy(families.processor(family))
     strict.chat_template = (
         "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-        "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% endfor %}" + families.TEMPLATES[family]
+        "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{% endfor %}"
+        + families.TEMPLATES[family]
     )
     assert encode(strict, [user("what?"), assistant("red")], [])
-    for messages in ([user("a"), user("b"), assistant("red")], [SYSTEM, user("b"), assistant("red")]):
+    for messages in (
+        [user("a"), user("b"), assistant("red")],
+        [SYSTEM, user("b"), assistant("red")],
+    ):
         with pytest.raises(ValueError) as error:
             encode(strict, messages, [])
         one_line(error, "roles must alternate user/assistant", "user")
@@ -333,7 +415,15 @@ def test_a_generation_prompt_behind_an_answer(processor):
     one_line(error, "generation prompt")
 
 
-@pytest.mark.parametrize("part", [{"type": "video"}, {"type": "text", "text": None}, {"type": "text", "text": 3}, {"type": "audio"}])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video"},
+        {"type": "text", "text": None},
+        {"type": "text", "text": 3},
+        {"type": "audio"},
+    ],
+)
 def test_a_part_that_is_neither_text_nor_image(processor, part):
     with pytest.raises(ValueError) as error:
         encode(processor, [{"role": "user", "content": [part]}, assistant("red")], [])
@@ -341,7 +431,13 @@ def test_a_part_that_is_neither_text_nor_image(processor, part):
 
 
 @pytest.mark.parametrize(
-    "message", [{"content": "a"}, {"role": "user"}, {"role": "user", "content": None}, {"role": "user", "content": [{"text": "a"}]}]
+    "message",
+    [
+        {"content": "a"},
+        {"role": "user"},
+        {"role": "user", "content": None},
+        {"role": "user", "content": [{"text": "a"}]},
+    ],
 )
 def test_a_malformed_message(message):
     """Rows come from files: a missing key or a null is the user's error, not a traceback of ours."""
@@ -379,7 +475,9 @@ def test_a_template_that_rewrites_earlier_turns():
 
 def test_a_template_that_rewrites_the_answer():
     processor = copy.copy(families.processor("internvl"))
-    processor.chat_template = families.TEMPLATES["internvl"].replace("content['text']", "content['text'] | upper")
+    processor.chat_template = families.TEMPLATES["internvl"].replace(
+        "content['text']", "content['text'] | upper"
+    )
     with pytest.raises(ValueError) as error:
         encode(processor, [user("a"), assistant("red")], [])
     one_line(error, "template")
@@ -387,4 +485,6 @@ def test_a_template_that_rewrites_the_answer():
 
 def test_labels_of_a_layout_by_hand():
     ids = torch.tensor([[10, 11, 12, 13, 14, 15, 16, 17]])
-    assert labels(ids, Layout.parse(".TIT AA / T A")).tolist() == [[-100, -100, -100, -100, 14, 15, -100, 17]]
+    assert labels(ids, Layout.parse(".TIT AA / T A")).tolist() == [
+        [-100, -100, -100, -100, 14, 15, -100, 17]
+    ]

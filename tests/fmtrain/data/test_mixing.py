@@ -28,7 +28,9 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("mix")
     training.workplace(folder, rows=1)
     for seed, (name, count) in enumerate({"a": 12, "b": 8}.items()):
-        rows = [test_data.simple(k) | {"id": f"{name}{k}", "images": [f"{k}.png"]} for k in range(count)]
+        rows = [
+            test_data.simple(k) | {"id": f"{name}{k}", "images": [f"{k}.png"]} for k in range(count)
+        ]
         test_data.write(folder / name / "rows.jsonl", rows)
         for k in range(count):
             training.picture(100 * seed + k, (20 + seed, 20)).save(folder / name / f"{k}.png")
@@ -69,15 +71,21 @@ def ids(rows) -> list[str]:
 def test_entries_that_are_refused(tmp_path, entries, words):
     with pytest.raises(ValueError) as error:
         read(training.write_recipe(tmp_path, dataset_name=None, datasets=entries))
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(error.value)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), str(
+        error.value
+    )
 
 
 def test_recipe_keys_of_data(tmp_path):
     given = [{"path": "it's", "epochs": 1.5}, {"path": "b", "image_root": "im", "weight": 0.25}]
     recipe = read(training.write_recipe(tmp_path, dataset_name=None, datasets=given))
-    assert [mixing.Entry(**one).plain() for one in recipe.data.datasets] == [mixing.Entry(**one).plain() for one in given]
+    assert [mixing.Entry(**one).plain() for one in recipe.data.datasets] == [
+        mixing.Entry(**one).plain() for one in given
+    ]
     assert recipe.resolved["datasets"] == recipe.data.datasets
-    assert read(tmp_path / "recipe.yaml", ["--datasets", "{path: x, epochs: 2}"]).data.datasets == [{"path": "x", "epochs": 2}]
+    assert read(tmp_path / "recipe.yaml", ["--datasets", "{path: x, epochs: 2}"]).data.datasets == [
+        {"path": "x", "epochs": 2}
+    ]
     for changes, word in (
         ({"datasets": given}, "takes the place of dataset_name"),
         ({"datasets": given, "dataset_name": None, "image_root": "x"}, "its own image_root"),
@@ -102,7 +110,9 @@ def test_recipe_keys_of_data(tmp_path):
     ],
 )
 def test_shares(values, run, expected):
-    assert mixing.shares([mixing.Entry("s", **value) for value in values], [100, 40], run) == expected
+    assert (
+        mixing.shares([mixing.Entry("s", **value) for value in values], [100, 40], run) == expected
+    )
 
 
 def test_a_set_that_would_give_nothing():
@@ -114,11 +124,21 @@ def test_a_set_that_would_give_nothing():
 
 
 def test_a_mix_is_what_its_entries_say_and_depends_on_the_seed_alone(place):
-    mixture = [entry(place, "a", epochs=1.5), entry(place, "b", epochs=2), entry(place, "c", epochs=0.6)]
+    mixture = [
+        entry(place, "a", epochs=1.5),
+        entry(place, "b", epochs=2),
+        entry(place, "c", epochs=0.6),
+    ]
     found = data.load(None, mixture=mixture, seed=3)
     times = Counter(ids(found.rows))
-    assert found.size == 18 + 16 + 3 and Counter(name[0] for name in times.elements()) == {"a": 18, "b": 16, "c": 3}
-    assert {times[f"a{k}"] for k in range(12)} == {1, 2} and {times[f"b{k}"] for k in range(8)} == {2}
+    assert found.size == 18 + 16 + 3 and Counter(name[0] for name in times.elements()) == {
+        "a": 18,
+        "b": 16,
+        "c": 3,
+    }
+    assert {times[f"a{k}"] for k in range(12)} == {1, 2} and {times[f"b{k}"] for k in range(8)} == {
+        2
+    }
     assert max(times[f"c{k}"] for k in range(5)) == 1
     assert ids(data.load(None, mixture=mixture, seed=3).rows) == ids(found.rows)
     other = data.load(None, mixture=mixture, seed=4)
@@ -129,7 +149,11 @@ def test_every_row_opens_the_images_of_its_own_set(place):
     (place / "elsewhere").mkdir(exist_ok=True)
     for k in range(8):
         training.picture(k, (33, 20)).save(place / "elsewhere" / f"{k}.png")
-    mixture = [entry(place, "a"), entry(place, "b", image_root=str(place / "elsewhere")), entry(place, "c")]
+    mixture = [
+        entry(place, "a"),
+        entry(place, "b", image_root=str(place / "elsewhere")),
+        entry(place, "c"),
+    ]
     found, widths = data.load(None, mixture=mixture), {"a": set(), "b": set(), "c": set()}
     opened = fmtrain.data.collator.open_image
     for row in found.rows:
@@ -139,14 +163,22 @@ def test_every_row_opens_the_images_of_its_own_set(place):
 
 
 def recipe_of(place: Path, folder: Path, *overrides: str, **changes):
-    values = {"dataset_name": None, "model_name_or_path": str(place / "base"), "output_dir": str(folder / "out"), **changes}
+    values = {
+        "dataset_name": None,
+        "model_name_or_path": str(place / "base"),
+        "output_dir": str(folder / "out"),
+        **changes,
+    }
     return read(training.write_recipe(folder, **values), [*overrides])
 
 
 def test_long_rows_are_dropped_before_sets_are_mixed(place, tmp_path):
     mixture = [entry(place, "a"), entry(place, "b", epochs=2)]
     processor = families.processor("llava")
-    lengths = {row["id"]: fmtrain.data.collator.encode_row(processor, row)[1].shape[1] for row in data.load(None, mixture=mixture).rows}
+    lengths = {
+        row["id"]: fmtrain.data.collator.encode_row(processor, row)[1].shape[1]
+        for row in data.load(None, mixture=mixture).rows
+    }
     limit = max(lengths.values()) - 1  # two digits make the longest rows: a10, a11
     recipe = recipe_of(place, tmp_path, datasets=mixture, max_length=limit)
     found = sft.load_rows(recipe, processor, None, recipe.data.datasets)
@@ -167,7 +199,13 @@ def test_workers_do_not_change_the_order(place, tmp_path, streaming):
     processor, found = families.processor("llava"), []
     for workers in (0, 1, 2):
         recipe = recipe_of(
-            place, tmp_path, datasets=mixture, streaming=streaming, shuffle_buffer=4, max_steps=9, dataloader_num_workers=workers
+            place,
+            tmp_path,
+            datasets=mixture,
+            streaming=streaming,
+            shuffle_buffer=4,
+            max_steps=9,
+            dataloader_num_workers=workers,
         )
         if streaming:
             rows = sft.stream_rows(recipe, processor, None)
@@ -184,7 +222,9 @@ def a_stream(place: Path, mixture: list[dict], **values) -> stream.Stream:
     made = []
     original = datasets.IterableDataset.from_generator
     try:
-        datasets.IterableDataset.from_generator = lambda generator, gen_kwargs: made.append(generator.__self__)
+        datasets.IterableDataset.from_generator = lambda generator, gen_kwargs: made.append(
+            generator.__self__
+        )
         loaded = stream.load(mixing.entries(mixture), stream.Stream((), **options), 0)
     finally:
         datasets.IterableDataset.from_generator = original
@@ -198,9 +238,15 @@ def test_a_stream_gives_every_set_its_share_in_every_pass(place):
     first, second = Counter(rows[:27]), Counter(rows[27:])
     for times in (first, second):
         assert Counter(name[0] for name in times.elements()) == {"a": 6, "b": 16, "c": 5}
-        assert {times[f"b{k}"] for k in range(8)} == {2} and {times[f"c{k}"] for k in range(5)} == {1}
+        assert {times[f"b{k}"] for k in range(8)} == {2} and {times[f"c{k}"] for k in range(5)} == {
+            1
+        }
     assert first.keys() != second.keys(), "another half of a in the next pass"
-    assert rows == ids(islice(a_stream(place, mixture).rows(), 54)) != ids(islice(a_stream(place, mixture, seed=2).rows(), 54))
+    assert (
+        rows
+        == ids(islice(a_stream(place, mixture).rows(), 54))
+        != ids(islice(a_stream(place, mixture, seed=2).rows(), 54))
+    )
     files = ids(islice(a_stream(place, [entry(place, "a")], buffer=1).rows(), 24))
     assert files == [f"a{k}" for k in range(12)] * 2
 
@@ -208,7 +254,9 @@ def test_a_stream_gives_every_set_its_share_in_every_pass(place):
 def test_ranks_share_a_stream_batch_by_batch(place):
     mixture = [entry(place, "a"), entry(place, "b")]
     whole = ids(islice(a_stream(place, mixture).rows(), 24))
-    ranks = [ids(islice(a_stream(place, mixture, rank=rank, world_size=2).rows(), 12)) for rank in (0, 1)]
+    ranks = [
+        ids(islice(a_stream(place, mixture, rank=rank, world_size=2).rows(), 12)) for rank in (0, 1)
+    ]
     assert [name for k in range(0, 12, 3) for rank in ranks for name in rank[k : k + 3]] == whole
     late = list(islice(a_stream(place, mixture, rank=1, world_size=2, skip=2).rows(), 12))
     assert late[:6] == [stream.SKIPPED] * 6 and ids(late[6:]) == ranks[1][6:]
@@ -221,7 +269,11 @@ def test_what_a_stream_refuses(place, tmp_path):
         file = tmp_path / "rows.jsonl"
         file.write_text(rows) if isinstance(rows, str) else test_data.write(file, rows)
         training.picture(1).save(tmp_path / "0_0.png")
-        recipe = recipe_of(place, tmp_path, **({"dataset_name": str(file), "streaming": True, "max_steps": 3} | changes))
+        recipe = recipe_of(
+            place,
+            tmp_path,
+            **({"dataset_name": str(file), "streaming": True, "max_steps": 3} | changes),
+        )
         with pytest.raises(ValueError) as error:
             list(islice(sft.stream_rows(recipe, processor, None).rows, 9))
         assert "\n" not in str(error.value)
@@ -235,14 +287,18 @@ def test_what_a_stream_refuses(place, tmp_path):
     assert "row r0: is evaluation data" in refused([good | {"source": "evaluation_only/x"}])
     assert "over max_length 5; a stream drops no row" in refused([good], max_length=5)
     assert "holds no row" in refused("\n")
-    assert "not .json" in refused([good], dataset_name=str(test_data.write(tmp_path / "rows.json", [good])))
+    assert "not .json" in refused(
+        [good], dataset_name=str(test_data.write(tmp_path / "rows.json", [good]))
+    )
 
 
 # --- resuming ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twice(place, tmp_path, monkeypatch, streaming):
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twice(
+    place, tmp_path, monkeypatch, streaming
+):
     """Counted in the collator, the only place where images are decoded."""
     opened, original = [], fmtrain.data.collator.open_image
 
@@ -254,7 +310,15 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twi
     monkeypatch.setattr(fmtrain.data.collator, "open_image", count)
     mixture = [entry(place, "a", epochs=1.5), entry(place, "b")]
     stream_keys = {"streaming": True, "shuffle_buffer": 5} if streaming else {}
-    recipe_of(place, tmp_path, datasets=mixture, max_steps=6, per_device_train_batch_size=2, lora_dropout=0.2, **stream_keys)
+    recipe_of(
+        place,
+        tmp_path,
+        datasets=mixture,
+        max_steps=6,
+        per_device_train_batch_size=2,
+        lora_dropout=0.2,
+        **stream_keys,
+    )
     path = str(tmp_path / "recipe.yaml")
 
     def run(*overrides: str) -> list[str]:
@@ -267,10 +331,21 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twi
     run("--output_dir", str(tmp_path / "cut"), "--save_steps", "4", "--max_steps", "6")
     for folder in (tmp_path / "cut").glob("checkpoint-6"):
         (folder / "trainer_state.json").unlink()  # as if killed after step 4
-    resumed = run("--output_dir", str(tmp_path / "cut"), "--resume_from_checkpoint", "true", "--save_steps", "4")
+    resumed = run(
+        "--output_dir",
+        str(tmp_path / "cut"),
+        "--resume_from_checkpoint",
+        "true",
+        "--save_steps",
+        "4",
+    )
     assert training.losses(tmp_path / "cut") == expected and len(expected) == 6
     before = len(whole) - len(resumed)
-    assert before == 4 * 2 and resumed[:audit] == whole[:audit] and resumed[audit:] == whole[audit + before :]
+    assert (
+        before == 4 * 2
+        and resumed[:audit] == whole[:audit]
+        and resumed[audit:] == whole[audit + before :]
+    )
 
 
 # --- in processes of their own -----------------------------------------------------------------------------------------
@@ -279,20 +354,58 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twi
 @pytest.mark.slow
 def test_two_streaming_processes_with_workers_give_the_losses_of_one(place, tmp_path):
     mixture = [entry(place, "a", epochs=1.5), entry(place, "c")]
-    recipe_of(place, tmp_path, datasets=mixture, streaming=True, max_steps=4, use_peft=False, per_device_train_batch_size=2)
+    recipe_of(
+        place,
+        tmp_path,
+        datasets=mixture,
+        streaming=True,
+        max_steps=4,
+        use_peft=False,
+        per_device_train_batch_size=2,
+    )
     recipe = str(tmp_path / "recipe.yaml")
-    assert sft.main([recipe, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "alone")]) == 0
+    assert (
+        sft.main(
+            [recipe, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "alone")]
+        )
+        == 0
+    )
     start = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone"]
-    words = [*start, str(training.ROOT / "fmtrain" / "sft.py"), recipe, "--use_cpu", "true", "--dataloader_num_workers", "2"]
-    run = subprocess.run(words, env=training.environment(), cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    words = [
+        *start,
+        str(training.ROOT / "fmtrain" / "sft.py"),
+        recipe,
+        "--use_cpu",
+        "true",
+        "--dataloader_num_workers",
+        "2",
+    ]
+    run = subprocess.run(
+        words, env=training.environment(), cwd=tmp_path, capture_output=True, text=True, timeout=180
+    )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert training.losses(tmp_path / "out") == pytest.approx(training.losses(tmp_path / "alone"), rel=1e-3)
+    assert training.losses(tmp_path / "out") == pytest.approx(
+        training.losses(tmp_path / "alone"), rel=1e-3
+    )
 
 
 @pytest.mark.slow
 def test_an_error_in_a_worker_is_one_line(place, tmp_path):
-    bad = test_data.write(tmp_path / "bad.jsonl", [test_data.simple(k, 0) for k in range(9)] + [test_data.simple(9)])
-    recipe_of(place, tmp_path, dataset_name=str(bad), streaming=True, shuffle_buffer=1, max_steps=9, dataloader_num_workers=1)
+    bad = test_data.write(
+        tmp_path / "bad.jsonl", [test_data.simple(k, 0) for k in range(9)] + [test_data.simple(9)]
+    )
+    recipe_of(
+        place,
+        tmp_path,
+        dataset_name=str(bad),
+        streaming=True,
+        shuffle_buffer=1,
+        max_steps=9,
+        dataloader_num_workers=1,
+    )
     run = training.launch(tmp_path / "recipe.yaml")
     [line] = [line for line in run.stderr.splitlines() if "error:" in line] or [run.stderr[-3000:]]
-    assert run.returncode == 2 and line == f"error: {bad}, row r9: image '9_0.png' does not exist in {tmp_path}"
+    assert (
+        run.returncode == 2
+        and line == f"error: {bad}, row r9: image '9_0.png' does not exist in {tmp_path}"
+    )

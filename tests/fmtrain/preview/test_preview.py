@@ -27,8 +27,18 @@ REVEALS = {
     "prefix_lm": "VV VT TV TT",
     "text_future": "TT TV",
 }
-COLOURS = {"causal": (0x9A, 0xA7, 0xB8), "revealed": (0xE8, 0x59, 0x0C), "closed": (0xF1, 0xF3, 0xF5)}
-STRIP = {"T": (0x56, 0xB4, 0xE9), "I": (0, 0x79, 0x5A), "J": (0x6C, 0xCB, 0xAE), "A": (0xB0, 0x47, 0x8F), ".": (0xD5, 0xD9, 0xDD)}
+COLOURS = {
+    "causal": (0x9A, 0xA7, 0xB8),
+    "revealed": (0xE8, 0x59, 0x0C),
+    "closed": (0xF1, 0xF3, 0xF5),
+}
+STRIP = {
+    "T": (0x56, 0xB4, 0xE9),
+    "I": (0, 0x79, 0x5A),
+    "J": (0x6C, 0xCB, 0xAE),
+    "A": (0xB0, 0x47, 0x8F),
+    ".": (0xD5, 0xD9, 0xDD),
+}
 PACKED = "TIITJJTAA / TKTA | TIIT A .."
 TWO_TURNS = 3  # the row of `place` that has two turns
 
@@ -52,7 +62,11 @@ def state(name: str, q: tuple, k: tuple, later: bool) -> str:
         return "closed"
     if not later:
         return "causal"
-    seen = q[2] == k[2] and q[0] + k[0] in REVEALS[name].split() and not (name == "image" and q[1] != k[1])
+    seen = (
+        q[2] == k[2]
+        and q[0] + k[0] in REVEALS[name].split()
+        and not (name == "image" and q[1] != k[1])
+    )
     return "revealed" if seen else "closed"
 
 
@@ -90,7 +104,9 @@ def shown(*arguments: str) -> str:
 
 
 def rows_of(place, number: int, **options) -> tuple[preview.Source, preview.Row]:
-    source = preview.from_rows(str(place / "data" / "rows.jsonl"), str(place / "base"), "v2v", 100, None, None)
+    source = preview.from_rows(
+        str(place / "data" / "rows.jsonl"), str(place / "base"), "v2v", 100, None, None
+    )
     return source, preview.encode(source, [number])
 
 
@@ -98,18 +114,26 @@ def rows_of(place, number: int, **options) -> tuple[preview.Source, preview.Row]
 @pytest.mark.parametrize("picture", [PACKED, "TTTT A", "IIII", "TIJT A / IT A / KKKTIII AAA"])
 def test_pairs_are_those_of_the_matrix(name, picture):
     states = [each for row in matrix(name, picture) for each in row]
-    assert preview.pairs(Layout.parse(picture), get_policy(name)) == (states.count("causal"), states.count("revealed"))
+    assert preview.pairs(Layout.parse(picture), get_policy(name)) == (
+        states.count("causal"),
+        states.count("revealed"),
+    )
 
 
 def test_figures_are_those_of_the_processor(place):
     _, row = rows_of(place, TWO_TURNS)
     processor = families.processor("llava")
-    answers = sum(len(processor.tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in ("from 3 to 7", "9"))  # and </s>
+    answers = sum(
+        len(processor.tokenizer(text, add_special_tokens=False).input_ids) + 1
+        for text in ("from 3 to 7", "9")
+    )  # and </s>
     found = preview.figures(row, get_policy("v2v"))
     assert found.tokens == row.ids.shape[1] and found.label_tokens == answers
     assert found.image_tokens == (row.ids == processor.image_token_id).sum() == 8
     assert (found.images, found.prefills, found.samples) == (2, 2, 1)
-    assert found.causal == found.tokens * (found.tokens + 1) // 2 and found.revealed == 2 * (4 * 3 // 2)
+    assert found.causal == found.tokens * (found.tokens + 1) // 2 and found.revealed == 2 * (
+        4 * 3 // 2
+    )
 
 
 def test_what_is_printed(place):
@@ -118,32 +142,56 @@ def test_what_is_printed(place):
     _, row = rows_of(place, TWO_TURNS)
     length = row.ids.shape[1]
     assert f"{length - 30} over max_length 30: training drops this row" in text
-    lines = {line.split()[0] + line.split()[1]: line for line in text.splitlines() if len(line.split()) > 1}
+    lines = {
+        line.split()[0] + line.split()[1]: line
+        for line in text.splitlines()
+        if len(line.split()) > 1
+    }
     assert lines["imagetokens"].split()[2:6] == ["8", "in", "2", "images"]
-    assert lines["pairsrevealed"].split()[2:4] == ["12", f"+{1200 / (length * (length + 1) / 2):.1f}"]
+    assert lines["pairsrevealed"].split()[2:4] == [
+        "12",
+        f"+{1200 / (length * (length + 1) / 2):.1f}",
+    ]
     assert "[image 0 × 4]↵which digit?↵and \\x1b[2J ASSISTANT:" in text and "\x1b[2J" not in text
     assert "prefill 1" in text and "[image 1 × 4]" in text and "from 3 to 7</s>" in text
     assert "fits max_length 500" in shown(rows, "--processor", base, "--max-length", 500)
     short = shown(rows, "--processor", base, "--row", 4, "--mask", "v2v")
-    assert "training refuses a row without an answer" in short and "characters …" in short and "causal attention alone" in short
+    assert (
+        "training refuses a row without an answer" in short
+        and "characters …" in short
+        and "causal attention alone" in short
+    )
     assert "characters …" not in shown(rows, "--processor", base, "--row", 4, "--full")
 
 
 def test_colours_and_labels(place):
     source, row = rows_of(place, TWO_TURNS)
     marked = (row.layout.role[0] == Role.ANSWER).tolist()
-    text = preview.content(source.processor.tokenizer, row.ids[0].tolist(), drawing.runs(row.layout), marked)
+    text = preview.content(
+        source.processor.tokenizer, row.ids[0].tolist(), drawing.runs(row.layout), marked
+    )
     console = screen()
     seen = {
-        words: text.get_style_at_offset(console, text.plain.index(words)) for words in ("which", "[image 0", "[image 1", "from 3", "now?")
+        words: text.get_style_at_offset(console, text.plain.index(words))
+        for words in ("which", "[image 0", "[image 1", "from 3", "now?")
     }
-    assert [seen[words].color.name for words in ("which", "now?", "from 3")] == ["cyan", "cyan", "magenta"]
+    assert [seen[words].color.name for words in ("which", "now?", "from 3")] == [
+        "cyan",
+        "cyan",
+        "magenta",
+    ]
     assert seen["[image 0"].bgcolor.name == seen["[image 1"].bgcolor.name == "green"
-    underlined = "".join(c for at, c in enumerate(text.plain) if text.get_style_at_offset(console, at).underline)
-    assert underlined == " from 3 to 7</s> 9</s>"  # the labels, end tokens included, and nothing else
+    underlined = "".join(
+        c for at, c in enumerate(text.plain) if text.get_style_at_offset(console, at).underline
+    )
+    assert (
+        underlined == " from 3 to 7</s> 9</s>"
+    )  # the labels, end tokens included, and nothing else
     printed = screen()
     printed.print(preview.report(row, source))
-    assert "\x1b[1;4;35m from 3 to 7</s>" in printed.export_text(styles=True)  # bold, underlined, magenta
+    assert "\x1b[1;4;35m from 3 to 7</s>" in printed.export_text(
+        styles=True
+    )  # bold, underlined, magenta
 
 
 def test_several_rows_are_packed(place):
@@ -152,21 +200,54 @@ def test_several_rows_are_packed(place):
     packed = preview.encode(source, [1, TWO_TURNS])
     assert torch.equal(packed.ids, torch.cat([row.ids for row in single], 1))
     assert str(packed.layout) == "|".join(str(row.layout) for row in single)
-    alone, together = [preview.figures(row, source.policy) for row in single], preview.figures(packed, source.policy)
-    for field in ("tokens", "images", "image_tokens", "label_tokens", "prefills", "samples", "causal", "revealed"):
+    alone, together = (
+        [preview.figures(row, source.policy) for row in single],
+        preview.figures(packed, source.policy),
+    )
+    for field in (
+        "tokens",
+        "images",
+        "image_tokens",
+        "label_tokens",
+        "prefills",
+        "samples",
+        "causal",
+        "revealed",
+    ):
         assert getattr(together, field) == sum(getattr(found, field) for found in alone), field
     console = screen()
     console.print(preview.listing(packed, source.processor.tokenizer))
-    numbers = [line.split()[:2] for line in console.export_text().splitlines() if line.strip()[:1].isdigit()]
-    assert numbers == [["0", "prefill"], ["0", "answer"], ["1", "prefill"], ["1", "answer"], ["1", "prefill"], ["1", "answer"]]
+    numbers = [
+        line.split()[:2]
+        for line in console.export_text().splitlines()
+        if line.strip()[:1].isdigit()
+    ]
+    assert numbers == [
+        ["0", "prefill"],
+        ["0", "answer"],
+        ["1", "prefill"],
+        ["1", "answer"],
+        ["1", "prefill"],
+        ["1", "answer"],
+    ]
 
 
 def test_text_grid():
     policy = get_policy("v2v")
     short = preview.grid(Layout.parse("TIIT A"), policy).plain
-    assert short.splitlines()[:6] == ["  TIITA", "T #....", "I ##+..", "I ###..", "T ####.", "A #####"]
+    assert short.splitlines()[:6] == [
+        "  TIITA",
+        "T #....",
+        "I ##+..",
+        "I ###..",
+        "T ####.",
+        "A #####",
+    ]
     long = preview.grid(Layout.parse("T" * 40 + "I" * 576 + "T" + "A" * 9), policy).plain
-    assert long.splitlines()[:4] == ["  TTIITAA", "T #......", "T ##.....", "I ###+..."] and "shortened" in long
+    assert (
+        long.splitlines()[:4] == ["  TTIITAA", "T #......", "T ##.....", "I ###+..."]
+        and "shortened" in long
+    )
     assert preview.grid(Layout.parse("TI" * 40), policy) is None
 
 
@@ -181,59 +262,94 @@ def test_picture_of_a_packed_row(name, tmp_path):
     strip = {"K": STRIP["I"], **STRIP}  # image 2 has the colour of image 0 again
     for k, (_, character, _, _) in enumerate(columns(PACKED)):
         x, y = box.centre(k, k)
-        assert picture.getpixel((x, box.top - 10)) == picture.getpixel((box.left - 10, y)) == strip[character], k
+        assert (
+            picture.getpixel((x, box.top - 10))
+            == picture.getpixel((box.left - 10, y))
+            == strip[character]
+        ), k
 
 
 def test_picture_of_a_long_row(tmp_path):
-    text = ("T" * 30 + "I" * 2880 + "T" + "J" * 2880 + "T" * 12 + "A" * 3, "T" * 9 + "I" * 576 + "T" * 20 + "A" * 400)
+    text = (
+        "T" * 30 + "I" * 2880 + "T" + "J" * 2880 + "T" * 12 + "A" * 3,
+        "T" * 9 + "I" * 576 + "T" * 20 + "A" * 400,
+    )
     layout = Layout.parse("/".join(text))
     parts = drawing.runs(layout)
     index = drawing.sampled(parts)
     assert len(index) == drawing.LIMIT and (index.diff() > 0).all()
-    assert all(((index >= run.start) & (index < run.stop)).any() for run in parts)  # also the one text token between the images
+    assert all(
+        ((index >= run.start) & (index < run.stop)).any() for run in parts
+    )  # also the one text token between the images
     box = drawing.draw_row(layout, "v2v", tmp_path / "row.png")
     picture = Image.open(tmp_path / "row.png").convert("RGB")
     assert max(picture.size) < 1900
     flat = columns("/".join(text))
     for q in range(57, len(flat), 501):
         for k in range(91, len(flat), 503):
-            x, y = (int(start + at * box.side / len(flat)) for start, at in ((box.left, k + 0.5), (box.top, q + 0.5)))
-            assert picture.getpixel((x, y)) == COLOURS[state("v2v", flat[q], flat[k], k > q)], (q, k)
+            x, y = (
+                int(start + at * box.side / len(flat))
+                for start, at in ((box.left, k + 0.5), (box.top, q + 0.5))
+            )
+            assert picture.getpixel((x, y)) == COLOURS[state("v2v", flat[q], flat[k], k > q)], (
+                q,
+                k,
+            )
 
 
 def test_picture_of_all_policies(tmp_path):
     boxes = drawing.draw_policies(tmp_path / "policies.png")
     picture = Image.open(tmp_path / "policies.png")
     assert len(boxes) == len(POLICIES) == 9
-    assert picture.width == 1800 and picture.getpixel((0, 0)) == picture.getpixel((1799, picture.height - 1)) == (255, 255, 255, 255)
+    assert picture.width == 1800 and picture.getpixel((0, 0)) == picture.getpixel(
+        (1799, picture.height - 1)
+    ) == (255, 255, 255, 255)
     for name, box in zip(POLICIES, boxes):
         for q, states in enumerate(matrix(name, drawing.EXAMPLE)):
-            assert [picture.getpixel(box.centre(q, k))[:3] for k in range(len(states))] == [COLOURS[each] for each in states], (name, q)
+            assert [picture.getpixel(box.centre(q, k))[:3] for k in range(len(states))] == [
+                COLOURS[each] for each in states
+            ], (name, q)
     shipped = Image.open(training.ROOT / "docs" / "policies.png")
-    assert shipped.size == picture.size and shipped.convert("RGB").getpixel(boxes[2].centre(2, 5)) == COLOURS["revealed"]  # v2v: A sees B
+    assert (
+        shipped.size == picture.size
+        and shipped.convert("RGB").getpixel(boxes[2].centre(2, 5)) == COLOURS["revealed"]
+    )  # v2v: A sees B
 
 
 def test_recipe(place, tmp_path):
     recipe = training.write_recipe(place, max_length=4096, mask="future+merge")
     text = shown(recipe, "--row", 1, "--png", tmp_path / "mask.png")
-    assert "row 1 of rows.jsonl (r1)" in text and "future+merge" in text and "fits max_length 4,096" in text and "first positions" in text
+    assert (
+        "row 1 of rows.jsonl (r1)" in text
+        and "future+merge" in text
+        and "fits max_length 4,096" in text
+        and "first positions" in text
+    )
     assert Image.open(tmp_path / "mask.png").format == "PNG"
     text = shown(recipe, "--mask", "image", "--max_length", "16", "--learning_rate", "0.1")
     assert "each image sees all of itself" in text and "over max_length 16" in text
 
 
 def test_recipe_that_mixes(place):
-    recipe = training.write_recipe(place, dataset_name=None, datasets=[{"path": str(place / "data" / "rows.jsonl"), "epochs": 2}])
+    recipe = training.write_recipe(
+        place,
+        dataset_name=None,
+        datasets=[{"path": str(place / "data" / "rows.jsonl"), "epochs": 2}],
+    )
     assert "row 9 of recipe.yaml" in shown(recipe, "--row", 9)
 
 
 def test_digits(place):
-    assert "row 2 of digits" in shown("digits", "--processor", place / "base", "--row", 2, "--mask", "v2v")
+    assert "row 2 of digits" in shown(
+        "digits", "--processor", place / "base", "--row", 2, "--mask", "v2v"
+    )
 
 
 def error(capsys, *arguments: str) -> str:
     assert preview.main([str(argument) for argument in arguments]) == 2
-    lines = [line for line in capsys.readouterr().err.strip().splitlines() if "examples/s" not in line]  # a progress bar
+    lines = [
+        line for line in capsys.readouterr().err.strip().splitlines() if "examples/s" not in line
+    ]  # a progress bar
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
 
@@ -241,7 +357,9 @@ def error(capsys, *arguments: str) -> str:
 def test_errors(place, capsys, tmp_path):
     rows, base, recipe = place / "data" / "rows.jsonl", place / "base", training.write_recipe(place)
     assert "--processor DIR" in error(capsys, rows)
-    assert "has 5 rows, 0 to 4; there is no row 7" in error(capsys, rows, "--processor", base, "--row", 7)
+    assert "has 5 rows, 0 to 4; there is no row 7" in error(
+        capsys, rows, "--processor", base, "--row", 7
+    )
     assert "there is no row -1" in error(capsys, rows, "--processor", base, "--row", -1)
     assert "the nearest is 'v2v'" in error(capsys, rows, "--processor", base, "--mask", "v2w")
     assert "such rows" in error(capsys, tmp_path / "none.jsonl", "--processor", base)
@@ -250,15 +368,40 @@ def test_errors(place, capsys, tmp_path):
     assert "only a recipe" in error(capsys, rows, "--processor", base, "--learning_rate", "1")
     assert str(tmp_path) in error(capsys, rows, "--processor", tmp_path)
     assert "name a recipe or rows" in error(capsys)
-    assert "cannot write" in error(capsys, rows, "--processor", base, "--png", tmp_path / "none" / "mask.png")
-    (place / "data" / "lost.jsonl").write_text(rows.read_text().replace("img/0_0.png", "img/lost.png"))
-    assert "row r0: image 'img/lost.png' does not exist" in error(capsys, place / "data" / "lost.jsonl", "--processor", base)
+    assert "cannot write" in error(
+        capsys, rows, "--processor", base, "--png", tmp_path / "none" / "mask.png"
+    )
+    (place / "data" / "lost.jsonl").write_text(
+        rows.read_text().replace("img/0_0.png", "img/lost.png")
+    )
+    assert "row r0: image 'img/lost.png' does not exist" in error(
+        capsys, place / "data" / "lost.jsonl", "--processor", base
+    )
 
 
 @pytest.mark.slow
 def test_command(place, tmp_path):
     """In a process of its own, not a terminal: plain text, and nothing but it."""
-    command = [sys.executable, "-m", "fmtrain.preview", str(training.write_recipe(place)), "--png", str(tmp_path / "mask.png")]
-    done = subprocess.run(command, env=training.environment(), cwd=training.ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "[image 0 × 4]" in done.stdout and "\x1b" not in done.stdout and "Error" not in done.stderr
+    command = [
+        sys.executable,
+        "-m",
+        "fmtrain.preview",
+        str(training.write_recipe(place)),
+        "--png",
+        str(tmp_path / "mask.png"),
+    ]
+    done = subprocess.run(
+        command,
+        env=training.environment(),
+        cwd=training.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 0
+        and "[image 0 × 4]" in done.stdout
+        and "\x1b" not in done.stdout
+        and "Error" not in done.stderr
+    )
     assert (tmp_path / "mask.png").is_file()

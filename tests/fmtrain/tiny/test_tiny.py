@@ -38,7 +38,10 @@ def model():
 def known_scans() -> dict[bytes, int]:
     """Which digit each of scikit-learn's scans is, by its pixels scaled from 0..16 to 0..255."""
     digits = load_digits()
-    return {np.rint(scan * 255 / 16).astype(np.uint8).tobytes(): int(digit) for scan, digit in zip(digits.images, digits.target)}
+    return {
+        np.rint(scan * 255 / 16).astype(np.uint8).tobytes(): int(digit)
+        for scan, digit in zip(digits.images, digits.target)
+    }
 
 
 def cells(image: dict) -> list[bytes]:
@@ -86,23 +89,33 @@ def dialogue(row: dict) -> list[tuple[str, int, str]]:
 
 
 def test_train_and_test_share_no_scan():
-    pixels = {split: [scan.tobytes() for of_digit in digits.scans(split).values() for scan in of_digit] for split in digits.SPLITS}
+    pixels = {
+        split: [scan.tobytes() for of_digit in digits.scans(split).values() for scan in of_digit]
+        for split in digits.SPLITS
+    }
     assert not set(pixels["train"]) & set(pixels["test"])
     assert len(pixels["train"]) == 1437 and len(pixels["test"]) == 360
     assert set(pixels["train"]) | set(pixels["test"]) == set(known_scans())
-    assert all(len(digits.scans(split)[digit]) >= 25 for split in digits.SPLITS for digit in range(10))
+    assert all(
+        len(digits.scans(split)[digit]) >= 25 for split in digits.SPLITS for digit in range(10)
+    )
 
 
 @pytest.mark.parametrize("split", digits.SPLITS)
 def test_rows_draw_from_their_split_only(split):
-    allowed = {scan.tobytes() for of_digit in digits.scans(split).values() for scan in of_digit} | {bytes(64)}
+    allowed = {scan.tobytes() for of_digit in digits.scans(split).values() for scan in of_digit} | {
+        bytes(64)
+    }
     for row in digits.rows(split, ALL, 70, seed=3):
         for image in row["images"]:
             assert set(cells(image)) <= allowed
 
 
 def test_a_row_depends_on_split_task_seed_and_index_alone():
-    mixed, alone = digits.rows("test", ["read", "order"], 20, seed=5), digits.rows("test", ["order"], 10, seed=5)
+    mixed, alone = (
+        digits.rows("test", ["read", "order"], 20, seed=5),
+        digits.rows("test", ["order"], 10, seed=5),
+    )
     assert [row for row in mixed if row["task"] == "order"] == list(alone)
     assert list(digits.rows("test", ["order"], 10, seed=6)) != list(alone)
     assert list(digits.rows("train", ["order"], 10, seed=5)) != list(alone)
@@ -112,9 +125,14 @@ def test_a_row_depends_on_split_task_seed_and_index_alone():
 
 @pytest.mark.parametrize("task", ALL)
 def test_answers_are_what_the_pictures_show(task):
-    for row in [*digits.rows("test", [task], 40, seed=1), *(digits.row("train", task, 2, k, filled=1 + k % 9) for k in range(45))]:
+    for row in [
+        *digits.rows("test", [task], 40, seed=1),
+        *(digits.row("train", task, 2, k, filled=1 + k % 9) for k in range(45)),
+    ]:
         shown = [seen(image) for image in row["images"]]
-        assert not format_problems({key: row[key] for key in ("id", "source", "messages", "images")})
+        assert not format_problems(
+            {key: row[key] for key in ("id", "source", "messages", "images")}
+        )
         assert row["source"] == f"digits/{task}"
         for question, images, answer in dialogue(row):
             assert solve(question, shown[:images]) == answer, row["id"]
@@ -152,13 +170,21 @@ def test_rows_encode_and_our_words_are_single_tokens(task):
     for row in digits.rows("train", [task], 12):
         inputs, layout = encode_row(processor, row)
         ids = inputs["input_ids"]
-        assert (layout.role == Role.VISUAL).sum() == 9 * len(row["images"]) == (ids == processor.image_token_id).sum()
+        assert (
+            (layout.role == Role.VISUAL).sum()
+            == 9 * len(row["images"])
+            == (ids == processor.image_token_id).sum()
+        )
         answers = [answer for _, _, answer in dialogue(row)]
         learnt = processor.tokenizer.decode(ids[layout.role == Role.ANSWER])
         assert learnt == "".join(f" {answer}</s>" for answer in answers).lstrip(), learnt
-        assert (labels(ids, layout) != -100).sum() == sum(len(answer.split()) + 1 for answer in answers)
+        assert (labels(ids, layout) != -100).sum() == sum(
+            len(answer.split()) + 1 for answer in answers
+        )
         words = set(processor.tokenizer.convert_ids_to_tokens(ids[0].tolist()))
-        assert not {word for word in words if len(word) == 1 and word.isalpha()}, "a word of ours is spelt out"
+        assert not {word for word in words if len(word) == 1 and word.isalpha()}, (
+            "a word of ours is spelt out"
+        )
 
 
 def test_any_text_survives_the_tokenizer():
@@ -186,11 +212,18 @@ def test_a_random_checkpoint_is_written_and_loads(tmp_path, capsys):
     assert tiny_main(["--out", str(out)]) == 0
     loaded, processor = load(str(out), policy="causal")
     assert 1e6 < loaded.num_parameters() < 2e6
-    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+    assert (
+        json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
+        == "LlamaTokenizer"
+    )
     for row in digits.rows("test", ALL, 7):
         fresh, again = encode_row(model()[1], row)[0], encode_row(processor, row)[0]
-        assert fresh.keys() == again.keys() and all(torch.equal(fresh[key], again[key]) for key in fresh)
-    assert loaded.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids("</s>")
+        assert fresh.keys() == again.keys() and all(
+            torch.equal(fresh[key], again[key]) for key in fresh
+        )
+    assert loaded.generation_config.eos_token_id == processor.tokenizer.convert_tokens_to_ids(
+        "</s>"
+    )
     assert tiny_main(["--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
 
 
@@ -198,7 +231,9 @@ def test_the_code_still_describes_the_shipped_model():
     """Its vocabulary and sizes are those that a pretraining today would start from."""
     shipped, processor = load(str(tiny_model.CHECKPOINT))
     assert processor.tokenizer.get_vocab() == tiny_model.tokenizer().get_vocab()
-    assert {name: p.shape for name, p in shipped.named_parameters()} == {name: p.shape for name, p in model()[0].named_parameters()}
+    assert {name: p.shape for name, p in shipped.named_parameters()} == {
+        name: p.shape for name, p in model()[0].named_parameters()
+    }
     assert recorded_policy(str(tiny_model.CHECKPOINT)) == ("causal", None)
 
 
@@ -207,21 +242,34 @@ def test_the_shipped_model_is_far_above_chance_on_every_task():
     for task in digits.TASKS:
         asked = list(asking.questions(processor, digits.rows("test", [task], 40, seed=9)))
         said = asking.answer(shipped, processor, asked, batch_size=40)
-        wrong = {question.row for question, text in zip(asked, said, strict=True) if text != question.reference}
+        wrong = {
+            question.row
+            for question, text in zip(asked, said, strict=True)
+            if text != question.reference
+        }
         # the weakest, `count`, is right on 0.82 of 3,000 rows: below 0.6 of 40 is more than three standard deviations off
         assert 1 - len(wrong) / 40 >= 0.6 > 2 * digits.CHANCE[task], task
 
 
 def test_row_files(tmp_path, capsys):
     out = tmp_path / "digits"
-    assert digit_files.main(["--out", str(out), "--count", "3", "--tasks", "changed", "dialogue", "--seed", "7"]) == 0
+    assert (
+        digit_files.main(
+            ["--out", str(out), "--count", "3", "--tasks", "changed", "dialogue", "--seed", "7"]
+        )
+        == 0
+    )
     rows = list(read_rows(out / "test" / "rows.jsonl"))
-    assert [row["id"] for row in rows] == [row["id"] for row in digits.rows("test", ["changed", "dialogue"], 6, seed=7)]
+    assert [row["id"] for row in rows] == [
+        row["id"] for row in digits.rows("test", ["changed", "dialogue"], 6, seed=7)
+    ]
     loaded = data.prepare(data.load(str(out / "train")), model()[1], "digits/train")
     assert len(loaded.rows) == 6
     embedded = digits.rows("train", ["changed", "dialogue"], 6, seed=7)
     for written, row in zip(loaded.rows, embedded):
-        assert [(out / "train" / name).read_bytes() for name in written["images"]] == [image["bytes"] for image in row["images"]]
+        assert [(out / "train" / name).read_bytes() for name in written["images"]] == [
+            image["bytes"] for image in row["images"]
+        ]
     assert digit_files.main(["--out", str(out)]) == 2
     assert "is not empty" in capsys.readouterr().err
 
@@ -244,10 +292,16 @@ def test_milebench_folder(tmp_path):
         read = read_task(out, name)
         require_inputs(read, None)
         meta = json.loads((out / name / f"{name}.json").read_text())["meta_data"]
-        assert (meta["dataset"], meta["split"], meta["num_sample"]) == (name, "test", len(read.samples))
+        assert (meta["dataset"], meta["split"], meta["num_sample"]) == (
+            name,
+            "test",
+            len(read.samples),
+        )
         for sample, row in zip(read.samples, digits.rows("test", [task], 4)):
             *earlier, (question, _, answer) = dialogue(row)
             assert sample.response == answer and sample.context.endswith(question)
             assert all(f"{asked} {said}" in sample.context for asked, _, said in earlier)
             assert sample.choices is None or answer in sample.choices
-            assert [f"{{image#{k + 1}}}" in sample.context for k in range(len(sample.images))] == [True] * len(row["images"])
+            assert [f"{{image#{k + 1}}}" in sample.context for k in range(len(sample.images))] == [
+                True
+            ] * len(row["images"])

@@ -26,10 +26,19 @@ def folder(tmp_path_factory):
     rows = []
     for number in range(32):
         images = first["images"] if number % 4 < 2 else []
-        turns = training.user(len(images), f"which {number}?"), training.assistant(f"from {number % 7} to {number % 5}")
+        turns = (
+            training.user(len(images), f"which {number}?"),
+            training.assistant(f"from {number % 7} to {number % 5}"),
+        )
         rows.append(training.row(number, images, *turns))
     training.write_rows(folder, rows)
-    training.write_recipe(folder, use_peft=False, max_steps=6, train_sampling_strategy="sequential", per_device_train_batch_size=2)
+    training.write_recipe(
+        folder,
+        use_peft=False,
+        max_steps=6,
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=2,
+    )
     alone = ["--per_device_train_batch_size", "4", "--output_dir", str(folder / "alone")]
     assert sft.main([str(folder / "recipe.yaml"), *alone]) == 0
     return folder
@@ -43,7 +52,14 @@ def test_two_processes_give_the_losses_of_one(folder, kind):
         start = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--standalone"]
     else:
         port = str(29600 + ["fsdp2", "zero2", "zero3"].index(kind))
-        start = [str(BIN / "accelerate"), "launch", "--config_file", str(CONFIGS / f"{kind}.yaml"), "--num_processes", "2"]
+        start = [
+            str(BIN / "accelerate"),
+            "launch",
+            "--config_file",
+            str(CONFIGS / f"{kind}.yaml"),
+            "--num_processes",
+            "2",
+        ]
         start += ["--main_process_port", port]
     script = [str(training.ROOT / "fmtrain" / "sft.py"), str(folder / "recipe.yaml")]
     run = subprocess.run(

@@ -25,22 +25,41 @@ def test_values_are_typed_and_the_command_line_wins(recipe):
         lr_scheduler_type="cosine",
     )
     found = read(path, ["--learning_rate=5e-4", "--mask", "future", "--logging_steps", "3"])
-    assert found.training.learning_rate == 5e-4 and found.training.logging_steps == 3 and found.mask.mask == "future"
-    assert found.data.train_parts == ["language_model", "projector"] and found.training.report_to == ["wandb", "tensorboard"]
+    assert (
+        found.training.learning_rate == 5e-4
+        and found.training.logging_steps == 3
+        and found.mask.mask == "future"
+    )
+    assert found.data.train_parts == [
+        "language_model",
+        "projector",
+    ] and found.training.report_to == ["wandb", "tensorboard"]
     assert found.training.max_length is None and found.training.remove_unused_columns is False
     # what a run writes is the recipe that would make it again
-    assert found.resolved["learning_rate"] == 5e-4 and found.resolved["mask"] == "future" and found.resolved["logging_steps"] == 3
+    assert (
+        found.resolved["learning_rate"] == 5e-4
+        and found.resolved["mask"] == "future"
+        and found.resolved["logging_steps"] == 3
+    )
     path.write_text(yaml.safe_dump(found.resolved))
     assert read(path).resolved == found.resolved
 
 
 @pytest.mark.parametrize(
-    ("prefix", "expected"), [(1, 1), ("4", 4), (0.1, 0.1), ("0.01", 0.01), (1.0, 1.0)], ids=["count", "text", "fraction", "small", "whole"]
+    ("prefix", "expected"),
+    [(1, 1), ("4", 4), (0.1, 0.1), ("0.01", 0.01), (1.0, 1.0)],
+    ids=["count", "text", "fraction", "small", "whole"],
 )
 def test_merge_options(recipe, prefix, expected):
-    found = read(recipe(mask="v2v+merge", merge_prefix=prefix, merge_kernel_size=5, merge_normalize=False))
+    found = read(
+        recipe(mask="v2v+merge", merge_prefix=prefix, merge_kernel_size=5, merge_normalize=False)
+    )
     policy, merge = found.mask.policy()
-    assert policy.name == "v2v" and merge == Merge(expected, 5, False) and type(merge.prefix) is type(expected)
+    assert (
+        policy.name == "v2v"
+        and merge == Merge(expected, 5, False)
+        and type(merge.prefix) is type(expected)
+    )
 
 
 @pytest.mark.parametrize(
@@ -71,4 +90,7 @@ def test_unused_and_unset(recipe):
 
 def test_a_sweep_run_has_a_folder_of_its_own(recipe, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "abc123")
-    assert read(recipe(), ["--output_dir=runs/sweep/$WANDB_RUN_ID"]).training.output_dir == "runs/sweep/abc123"
+    assert (
+        read(recipe(), ["--output_dir=runs/sweep/$WANDB_RUN_ID"]).training.output_dir
+        == "runs/sweep/abc123"
+    )

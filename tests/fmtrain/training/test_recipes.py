@@ -25,13 +25,18 @@ def test_recipe(path):
     recipe = read(path, ["--use_cpu", "true"])  # bf16 needs a GPU otherwise
     policy, _ = recipe.mask.policy()
     lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ") and any("fmtrain/sft.py" in line and path.name in line for line in lines if line.startswith("#"))
+    assert lines[0].startswith("# ") and any(
+        "fmtrain/sft.py" in line and path.name in line for line in lines if line.startswith("#")
+    )
     assert len(lines) <= 50 and policy.name in recipe.mask.mask
     assert recipe.training.output_dir == f"runs/{path.stem}"
 
 
 def test_distributed_configurations_are_complete():
-    found = {path.stem: yaml.safe_load(path.read_text()) for path in (training.ROOT / "recipes" / "accelerate").glob("*.yaml")}
+    found = {
+        path.stem: yaml.safe_load(path.read_text())
+        for path in (training.ROOT / "recipes" / "accelerate").glob("*.yaml")
+    }
     assert {name: config["distributed_type"] for name, config in found.items()} == {
         "ddp": "MULTI_GPU",
         "fsdp2": "FSDP",
@@ -47,7 +52,9 @@ PREPARED = {  # converter and options of the sets that are not named like their 
     "refcoco+": ["refcoco"],  # the fixture holds refcoco alone
     "refcocog": ["refcoco"],
 }
-ON_DATA_SETS = [path for path in RECIPES if read(path, ["--use_cpu", "true"]).data.dataset_name != "digits"]
+ON_DATA_SETS = [
+    path for path in RECIPES if read(path, ["--use_cpu", "true"]).data.dataset_name != "digits"
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +67,27 @@ def prepare(tmp_path_factory):
         if out not in done:
             module = importlib.import_module(f"data_prep.{converter}")
             source = FIXTURES / converter
-            assert convert(module.CONVERTER, ["--source", str(source), "--out", str(out), "--order", order]) == 0
+            assert (
+                convert(
+                    module.CONVERTER, ["--source", str(source), "--out", str(out), "--order", order]
+                )
+                == 0
+            )
             rejected = folder / f"{name}_{order}_rejected.jsonl"
-            assert check.main([str(out), "--image-root", str(source), "--reject", str(rejected), "--workers", "1"]) == 0
+            assert (
+                check.main(
+                    [
+                        str(out),
+                        "--image-root",
+                        str(source),
+                        "--reject",
+                        str(rejected),
+                        "--workers",
+                        "1",
+                    ]
+                )
+                == 0
+            )
             done[out] = {"path": str(out), "image_root": str(source)}
         return done[out]
 
@@ -78,21 +103,43 @@ def test_recipes_that_name_data_sets():
 def test_three_steps_on_fixtures(path, prepare, tmp_path, monkeypatch):
     family, recipe = FAMILIES.get(path.stem, "llava"), read(path, ["--use_cpu", "true"])
     families.model(family).save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(sft, "load_processor", lambda *_, **__: families.processor(family))  # no torchvision, no video processor
+    monkeypatch.setattr(
+        sft, "load_processor", lambda *_, **__: families.processor(family)
+    )  # no torchvision, no video processor
     monkeypatch.setattr(families.processor(family), "save_pretrained", lambda *_, **__: [])
     if recipe.data.datasets:
-        order = "dual" if any("--order dual" in line for line in path.read_text().splitlines()) else "image_first"
-        sets = [one | prepare(one["path"].rpartition("/")[2], order) for one in recipe.data.datasets]
+        order = (
+            "dual"
+            if any("--order dual" in line for line in path.read_text().splitlines())
+            else "image_first"
+        )
+        sets = [
+            one | prepare(one["path"].rpartition("/")[2], order) for one in recipe.data.datasets
+        ]
         data = ["--datasets", *(json.dumps(one) for one in sets)]
     else:
         one = prepare(recipe.data.dataset_name.rpartition("/")[2], "image_first")
         data = ["--dataset_name", one["path"], "--image_root", one["image_root"]]
-    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "dataset_num_proc": 1}
+    small = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "dataloader_num_workers": 0,
+        "dataset_num_proc": 1,
+    }
     small |= {"max_steps": 3, "lora_r": 4, "lora_alpha": 8, "logging_steps": 1, "report_to": "none"}
-    small |= {"use_cpu": "true", "bf16": "false", "dtype": "float32", "output_dir": tmp_path / "out"}
+    small |= {
+        "use_cpu": "true",
+        "bf16": "false",
+        "dtype": "float32",
+        "output_dir": tmp_path / "out",
+    }
     small |= {"model_name_or_path": tmp_path / "base"}
     assert sft.main([str(path), *data, *(f"--{key}={value}" for key, value in small.items())]) == 0
     losses = training.losses(tmp_path / "out")
     assert list(losses) == [1, 2, 3] and all(0 < loss < 100 for loss in losses.values())
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["policy"] == recipe.mask.policy()[0].name and run["rows"] > 0 and run["rows_dropped"] == 0
+    assert (
+        run["policy"] == recipe.mask.policy()[0].name
+        and run["rows"] > 0
+        and run["rows_dropped"] == 0
+    )

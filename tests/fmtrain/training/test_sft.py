@@ -52,12 +52,25 @@ def change_row(folder: Path, number: int, change) -> None:
 
 
 def test_a_lora_run_writes_adapter_recipe_and_record(folder):
-    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "2", "--learning_rate", "0.005"]) == 0
+    assert (
+        sft.main([str(folder / "recipe.yaml"), "--max_steps", "2", "--learning_rate", "0.005"]) == 0
+    )
     out = folder / "out"
-    assert json.loads((out / "config.json").read_text())["fmtrain"] == {"policy": "v2v", "merge": None, "version": 1}
-    assert json.loads((out / "checkpoint-2" / "config.json").read_text())["fmtrain"]["policy"] == "v2v"
+    assert json.loads((out / "config.json").read_text())["fmtrain"] == {
+        "policy": "v2v",
+        "merge": None,
+        "version": 1,
+    }
+    assert (
+        json.loads((out / "checkpoint-2" / "config.json").read_text())["fmtrain"]["policy"] == "v2v"
+    )
     run = json.loads((out / "run.json").read_text())
-    assert run["policy"] == "v2v" and run["backend"] == "sdpa" and run["rows"] == 24 and run["versions"]["torch"] == torch.__version__
+    assert (
+        run["policy"] == "v2v"
+        and run["backend"] == "sdpa"
+        and run["rows"] == 24
+        and run["versions"]["torch"] == torch.__version__
+    )
     assert "learning_rate: 0.005" in (out / "recipe.yaml").read_text()
     targets = json.loads((out / "adapter_config.json").read_text())["target_modules"]
     assert targets and not any("vision" in name or "projector" in name for name in targets)
@@ -72,12 +85,23 @@ def test_full_fine_tuning_freezes_what_no_gradient_reaches_and_names_it(folder, 
     from safetensors.torch import load_file
 
     parts = ["--train_parts", "language_model", "projector", "vision_tower"]
-    assert sft.main([str(folder / "recipe.yaml"), "--use_peft", "false", *parts, "--max_steps", "2"]) == 0
+    assert (
+        sft.main([str(folder / "recipe.yaml"), "--use_peft", "false", *parts, "--max_steps", "2"])
+        == 0
+    )
     said = "".join(capsys.readouterr().err.split())
-    assert "vision_tower.encoder.layers.2.mlp.fc1.weight" in said and "vision_tower.post_layernorm.bias" in said
-    before, after = load_file(folder / "base" / "model.safetensors"), load_file(folder / "out" / "model.safetensors")
+    assert (
+        "vision_tower.encoder.layers.2.mlp.fc1.weight" in said
+        and "vision_tower.post_layernorm.bias" in said
+    )
+    before, after = (
+        load_file(folder / "base" / "model.safetensors"),
+        load_file(folder / "out" / "model.safetensors"),
+    )
     same = {name for name in before if torch.equal(before[name], after[name])}
-    assert same and all("layers.2." in name or "post_layernorm" in name for name in same if "vision_tower" in name)
+    assert same and all(
+        "layers.2." in name or "post_layernorm" in name for name in same if "vision_tower" in name
+    )
     assert not any("language_model.layers" in name or "projector" in name for name in same)
     assert any("vision_tower.encoder.layers.1." in name for name in before.keys() - same)
 
@@ -86,9 +110,16 @@ def test_by_default_full_fine_tuning_leaves_the_tower_alone(folder):
     from safetensors.torch import load_file
 
     assert sft.main([str(folder / "recipe.yaml"), "--use_peft", "false", "--max_steps", "2"]) == 0
-    before, after = load_file(folder / "base" / "model.safetensors"), load_file(folder / "out" / "model.safetensors")
+    before, after = (
+        load_file(folder / "base" / "model.safetensors"),
+        load_file(folder / "out" / "model.safetensors"),
+    )
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert moved and not any("vision_tower" in name for name in moved) and any("projector" in name for name in moved)
+    assert (
+        moved
+        and not any("vision_tower" in name for name in moved)
+        and any("projector" in name for name in moved)
+    )
 
 
 def test_a_frozen_tower_runs_without_a_graph(folder):
@@ -99,12 +130,16 @@ def test_a_frozen_tower_runs_without_a_graph(folder):
     def watch(model):
         original(model)
         unwrap(model).base_model.vision_tower.register_forward_hook(
-            lambda module, args, output: seen.append((module.training, output.last_hidden_state.requires_grad))
+            lambda module, args, output: seen.append(
+                (module.training, output.last_hidden_state.requires_grad)
+            )
         )
 
     sft.parts.without_graph = watch
     try:
-        sft.main([str(folder / "recipe.yaml"), "--max_steps", "1", "--gradient_checkpointing", "true"])
+        sft.main(
+            [str(folder / "recipe.yaml"), "--max_steps", "1", "--gradient_checkpointing", "true"]
+        )
     finally:
         sft.parts.without_graph = original
     assert (True, False) in seen and (True, True) not in seen
@@ -117,11 +152,15 @@ def test_rows_that_are_too_long_are_dropped_whole_and_counted(folder):
     rows = training.read_rows(folder)
     lengths = [encode_row(processor, row, folder / "data")[1].shape[1] for row in rows]
     limit = sorted(lengths)[len(lengths) // 2] - 1
-    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "1", "--max_length", str(limit)]) == 0
+    assert (
+        sft.main([str(folder / "recipe.yaml"), "--max_steps", "1", "--max_length", str(limit)]) == 0
+    )
     run = json.loads((folder / "out" / "run.json").read_text())
     assert run["rows_dropped"] == sum(length > limit for length in lengths) > 0
     assert run["rows"] == sum(length <= limit for length in lengths) > 0
-    assert "none of 24 rows" in refused(folder, "--max_length", "5", "--output_dir", str(folder / "other"))
+    assert "none of 24 rows" in refused(
+        folder, "--max_length", "5", "--output_dir", str(folder / "other")
+    )
 
 
 def test_a_parameter_that_gets_no_gradient_stops_the_run_by_name(folder):
@@ -134,7 +173,10 @@ def test_a_parameter_that_gets_no_gradient_stops_the_run_by_name(folder):
 
     sft.parts.choose = also_idle
     try:
-        with pytest.raises(ValueError, match=r"after step 1 1 trainable parameters .* model\.vision_tower\.post_layernorm\.weight"):
+        with pytest.raises(
+            ValueError,
+            match=r"after step 1 1 trainable parameters .* model\.vision_tower\.post_layernorm\.weight",
+        ):
             sft.main([str(folder / "recipe.yaml"), "--use_peft", "false"])
     finally:
         sft.parts.choose = original
@@ -184,12 +226,16 @@ def test_image_mistakes(folder):
     data = folder / "data"
     change_row(folder, 3, lambda row: row.update(images=["img/none.png"] * len(row["images"])))
     assert all(part in refused(folder) for part in ("rows.jsonl", "r3", "img/none.png"))
-    change_row(folder, 3, lambda row: row.update(images=["../base/config.json"] * len(row["images"])))
+    change_row(
+        folder, 3, lambda row: row.update(images=["../base/config.json"] * len(row["images"]))
+    )
     assert all(part in refused(folder) for part in ("r3", "outside"))
     (data / "img" / "link.png").symlink_to(folder / "base" / "config.json")
     change_row(folder, 3, lambda row: row.update(images=["img/link.png"] * len(row["images"])))
     assert all(part in refused(folder) for part in ("r3", "outside"))
-    change_row(folder, 3, lambda row: row.update(images=["https://example.org/a.png"] * len(row["images"])))
+    change_row(
+        folder, 3, lambda row: row.update(images=["https://example.org/a.png"] * len(row["images"]))
+    )
     assert all(part in refused(folder) for part in ("r3", "URL"))
     (data / "img" / "bad.png").write_bytes(b"not an image")
     change_row(folder, 3, lambda row: row.update(images=["img/bad.png"] * len(row["images"])))
@@ -209,10 +255,17 @@ def test_decompression_bomb(folder):
     import zlib
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 0, 0, 0, 0)
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    bomb = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
     (folder / "data" / "img" / "bomb.png").write_bytes(bomb)
     change_row(folder, 0, lambda row: row.update(images=["img/bomb.png"]))
     assert all(part in refused(folder) for part in ("r0", "bomb.png"))
@@ -227,13 +280,25 @@ def test_dialogue_mistakes(folder):
     assert all(part in refused(folder) for part in ("r0", "2 image parts", "1 images"))
     change_row(folder, 0, lambda row: content(row, text))
     assert all(part in refused(folder) for part in ("r0", "0 image parts", "1 images"))
-    change_row(folder, 0, lambda row: content(row, image, {"type": "text", "text": "<image> which?"}))
+    change_row(
+        folder, 0, lambda row: content(row, image, {"type": "text", "text": "<image> which?"})
+    )
     assert all(part in refused(folder) for part in ("r0", "'<image>'"))
-    change_row(folder, 0, lambda row: (content(row, image, text), row.update(messages=row["messages"][:1])))
+    change_row(
+        folder, 0, lambda row: (content(row, image, text), row.update(messages=row["messages"][:1]))
+    )
     assert all(part in refused(folder) for part in ("r0", "no assistant"))
-    change_row(folder, 0, lambda row: row.update(messages=[*row["messages"], training.assistant(" ")]))
+    change_row(
+        folder, 0, lambda row: row.update(messages=[*row["messages"], training.assistant(" ")])
+    )
     assert all(part in refused(folder) for part in ("r0", "empty"))
-    change_row(folder, 0, lambda row: row.update(messages=[row["messages"][0], training.assistant("a"), training.assistant("b")]))
+    change_row(
+        folder,
+        0,
+        lambda row: row.update(
+            messages=[row["messages"][0], training.assistant("a"), training.assistant("b")]
+        ),
+    )
     assert all(part in refused(folder) for part in ("r0", "assistant"))
     change_row(folder, 0, lambda row: row["messages"][1].update(role="tool"))
     assert all(part in refused(folder) for part in ("r0", "'tool'"))
@@ -251,9 +316,17 @@ def test_a_role_order_that_the_template_refuses(tmp_path):
     """llava-next's template takes text from the first part only of a system message, and knows no other roles."""
     training.workplace(tmp_path, "llava_next", rows=4)
     processor = training.families.processor("llava_next")
-    strict = processor.chat_template.replace("{% if message['role'] == 'system' %}", "{% if message['role'] == 'none' %}")
+    strict = processor.chat_template.replace(
+        "{% if message['role'] == 'system' %}", "{% if message['role'] == 'none' %}"
+    )
     (tmp_path / "base" / "chat_template.jinja").write_text(strict)
-    change_row(tmp_path, 1, lambda row: row["messages"].insert(0, {"role": "system", "content": [{"type": "text", "text": "be kind"}]}))
+    change_row(
+        tmp_path,
+        1,
+        lambda row: row["messages"].insert(
+            0, {"role": "system", "content": [{"type": "text", "text": "be kind"}]}
+        ),
+    )
     assert all(part in refused(tmp_path) for part in ("r1", "Only user and assistant roles"))
 
 
@@ -269,7 +342,10 @@ def test_output_folders_and_recorded_policies(folder):
     (folder / "base" / "config.json").write_text(json.dumps(config))
     message = refused(folder, *other)
     assert "'mma'" in message and "'v2v'" in message and "base_mask: mma" in message
-    assert sft.main([str(folder / "recipe.yaml"), *other, "--max_steps", "1", "--base_mask", "mma"]) == 0
+    assert (
+        sft.main([str(folder / "recipe.yaml"), *other, "--max_steps", "1", "--base_mask", "mma"])
+        == 0
+    )
 
 
 # --- in processes of their own -----------------------------------------------------------------------------------------
@@ -278,7 +354,10 @@ def test_output_folders_and_recorded_policies(folder):
 def test_an_error_is_one_line_and_an_exit_code(folder):
     run = training.launch(folder / "recipe.yaml", "--mask", "v2w")
     assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert len([line for line in run.stderr.splitlines() if "error:" in line]) == 1 and not (folder / "out").exists()
+    assert (
+        len([line for line in run.stderr.splitlines() if "error:" in line]) == 1
+        and not (folder / "out").exists()
+    )
 
 
 def wandb_records(file: Path):
@@ -291,7 +370,10 @@ def wandb_records(file: Path):
         if 32768 - position % 32768 < 7:
             position += 32768 - position % 32768
             continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        length, kind = (
+            int.from_bytes(data[position + 4 : position + 6], "little"),
+            data[position + 6],
+        )
         if position + 7 + length > len(data):
             return  # still being written
         parts += data[position + 7 : position + 7 + length]
@@ -316,13 +398,22 @@ def test_wandb_offline_without_a_key_and_tensorboard_can_be_read_back(folder):
         for update in (*record.config.update, *record.run.config.update):
             config[update.key or "/".join(update.nested_key)] = update.value_json
         if record.WhichOneof("record_type") == "history":
-            logged.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+            logged.append(
+                {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
+            )
     assert json.loads(config["fmtrain"])["policy"] == "v2v"
-    seen = {entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry}
+    seen = {
+        entry["train/global_step"]: entry["train/loss"] for entry in logged if "train/loss" in entry
+    }
     assert seen == pytest.approx(training.losses(folder / "out"))
     [events] = folder.rglob("events.out.tfevents.*")
     scalars = EventAccumulator(str(events.parent)).Reload().Scalars("train/loss")
-    assert {event.step: event.value for event in scalars} == pytest.approx(training.losses(folder / "out"))
+    assert {event.step: event.value for event in scalars} == pytest.approx(
+        training.losses(folder / "out")
+    )
 
 
 def kill_after(recipe: Path, checkpoint: Path, *overrides: str) -> None:
@@ -336,7 +427,9 @@ def kill_after(recipe: Path, checkpoint: Path, *overrides: str) -> None:
     )
     deadline = time.monotonic() + 120
     while not (checkpoint / "trainer_state.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()[-2000:]
+        assert process.poll() is None and time.monotonic() < deadline, (
+            process.stderr.read().decode()[-2000:]
+        )
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -344,7 +437,9 @@ def kill_after(recipe: Path, checkpoint: Path, *overrides: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [["--lora_dropout", "0.2"], ["--use_peft", "false"]], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "mode", [["--lora_dropout", "0.2"], ["--use_peft", "false"]], ids=["lora", "full"]
+)
 def test_killed_twice_and_resumed_gives_the_same_losses(folder, mode):
     steps = ["--max_steps", "60", "--save_steps", "5", *mode]
     whole = training.launch(folder / "recipe.yaml", *steps, "--output_dir", "whole")
@@ -353,7 +448,9 @@ def test_killed_twice_and_resumed_gives_the_same_losses(folder, mode):
     steps += ["--output_dir", str(out)]
     kill_after(folder / "recipe.yaml", out / "checkpoint-10", *steps)
     assert not (out / "checkpoint-60").exists()
-    (out / "checkpoint-59").mkdir()  # what a kill in the middle of saving leaves: no trainer state yet
+    (
+        out / "checkpoint-59"
+    ).mkdir()  # what a kill in the middle of saving leaves: no trainer state yet
     resume = ["--resume_from_checkpoint", "true"]
     kill_after(folder / "recipe.yaml", out / "checkpoint-30", *steps, *resume)
     assert not (out / "checkpoint-60").exists()
@@ -368,7 +465,11 @@ def test_sigterm_saves_a_checkpoint_and_exits_cleanly(folder):
     out = folder / "out"
     overrides = ["--max_steps", "5000", "--save_steps", "20"]
     process = subprocess.Popen(
-        training.command(folder / "recipe.yaml", *overrides), env=training.environment(), cwd=folder, stderr=subprocess.PIPE, text=True
+        training.command(folder / "recipe.yaml", *overrides),
+        env=training.environment(),
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not (out / "checkpoint-20" / "trainer_state.json").exists():
@@ -379,5 +480,10 @@ def test_sigterm_saves_a_checkpoint_and_exits_cleanly(folder):
     assert process.returncode == 0 and "stopped by SIGTERM" in said
     last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     step = json.loads((last / "trainer_state.json").read_text())["global_step"]
-    assert step == int(last.name.split("-")[1]) < 5000 and not (out / "adapter_model.safetensors").exists()
-    assert sft.resume_from(sft.read(folder / "recipe.yaml", ["--resume_from_checkpoint", "true"]).training) == str(last)
+    assert (
+        step == int(last.name.split("-")[1]) < 5000
+        and not (out / "adapter_model.safetensors").exists()
+    )
+    assert sft.resume_from(
+        sft.read(folder / "recipe.yaml", ["--resume_from_checkpoint", "true"]).training
+    ) == str(last)

@@ -26,7 +26,21 @@ def test_trains_exports_and_reloads(folder, mask):
     name = mask.replace("+", "_")
     out, exported = folder / name, folder / f"{name}_exported"
     pooling = ["--merge_prefix", "2", "--merge_kernel_size", "5"] if "+" in mask else []
-    assert sft.main([str(folder / "recipe.yaml"), "--mask", mask, "--output_dir", str(out), "--max_steps", "2", *pooling]) == 0
+    assert (
+        sft.main(
+            [
+                str(folder / "recipe.yaml"),
+                "--mask",
+                mask,
+                "--output_dir",
+                str(out),
+                "--max_steps",
+                "2",
+                *pooling,
+            ]
+        )
+        == 0
+    )
     export(out, exported)
     section = json.loads((exported / "config.json").read_text())["fmtrain"]
     merge = {"prefix": 2, "kernel_size": 5, "normalize": True} if "+" in mask else None
@@ -39,7 +53,11 @@ def test_trains_exports_and_reloads(folder, mask):
         logits = model(**inputs, **layout.model_inputs()).logits
         fmtrain.attached(model).detach()
         causal = model(**inputs).logits
-        with fmtrain.attach(model, section["policy"], "reference", fmtrain.Merge(**merge) if merge else None):
+        with fmtrain.attach(
+            model, section["policy"], "reference", fmtrain.Merge(**merge) if merge else None
+        ):
             expected = model(**inputs, **layout.model_inputs()).logits
     assert torch.equal(logits, causal) == (mask == "causal")
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)  # float32 rounding through four layers
+    torch.testing.assert_close(
+        logits, expected, atol=1e-4, rtol=1e-4
+    )  # float32 rounding through four layers

@@ -1,0 +1,68 @@
+"""What every command does about arguments and errors."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the text of `--help` as it is written, and options that may be spelt with dashes or underscores."""
+
+    def __init__(self, command: str, description: str | None):
+        super().__init__(
+            prog=command, description=description, formatter_class=argparse.RawTextHelpFormatter
+        )
+
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(
+            [_underscored(word) for word in (sys.argv[1:] if args is None else args)], namespace
+        )
+
+
+def _underscored(word: str) -> str:
+    """--image-root and --image-root=DIR as --image_root and --image_root=DIR."""
+    if not word.startswith("--"):
+        return word
+    option, equals, value = word.partition("=")
+    return "--" + option[2:].replace("-", "_") + equals + value
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, on one line; of the system's errors the file and the reason."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """Run `command` and return its exit code, 0 for None; bad input (`ValueError`) and disk or permissions (`OSError`)
+    become one line `error: ...` on stderr and 2."""
+    try:
+        return command() or 0
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place when the block ends and is removed when the block raises."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield staged
+        with staged.open("rb") as file:
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file (UTF-8), all or nothing."""
+    with replacing(path) as staged:
+        staged.write_text(text, encoding="utf-8")

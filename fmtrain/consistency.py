@@ -1,0 +1,208 @@
+"""Does the model see in training what it will see in inference? The checks, on a real model and real rows.
+
+The prompt ids of training are those of generation; teacher-forced logits equal those of prefill and cached decoding;
+changing any later token leaves earlier logits bit-identical; and what every layer computes is the reference attention of
+the mask, in training mode, in evaluation and inside `generate`.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fmtrain.attention import attend
+from fmtrain.data.collator import batch, encode_prompt, encode_row
+from fmtrain.data.dialogue import turns
+from fmtrain.data.encode import Encoded
+from fmtrain.layout import Layout, Role
+from fmtrain.patch import attached, unwrap
+
+# Agreement of logits, relative to the largest logit: rounding of the dtype, through a few dozen layers.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one check, with the figure that it rests on."""
+
+    check: str
+    passed: bool
+    figure: str
+
+
+def answer_spans(layout: Layout) -> list[tuple[int, int]]:
+    """Where the answers of the first row stand: (start, stop) of each, in tokens."""
+    answer = [role == Role.ANSWER for role in layout.role[0].tolist()]
+    spans = []
+    for position, inside in enumerate([*answer, False]):
+        before = position > 0 and answer[position - 1]
+        if inside and not before:
+            start = position
+        elif before and not inside:
+            spans.append((start, position))
+    return spans
+
+
+def prompts(
+    processor, row: dict, layout: Layout, image_root: str
+) -> Iterator[tuple[int, int, Encoded]]:
+    """Each turn of an encoded row: start and stop of its answer, and what generation is fed before it."""
+    for turn, (start, stop) in zip(turns(row), answer_spans(layout), strict=True):
+        yield start, stop, encode_prompt(processor, row, turn, image_root)
+
+
+def prompt_ids(processor, rows: list[dict], image_root: str = ".") -> Result:
+    """The ids (and pixels) that precede an answer in a training row are those that generation is fed."""
+    name, count = "prompt ids: training == generation", 0
+    for row in rows:
+        inputs, layout = encode_row(processor, row, image_root)
+        for start, _, prompt in prompts(processor, row, layout, image_root):
+            count += 1
+            same = torch.equal(inputs["input_ids"][:, :start], prompt.inputs["input_ids"])
+            same &= str(layout[:, :start]) == str(prompt.layout)
+            if "pixel_values" in prompt.inputs:
+                pixels = prompt.inputs["pixel_values"]
+                same &= torch.equal(
+                    inputs["pixel_values"][: len(pixels), : pixels.shape[1]], pixels
+                )
+            if not same:
+                return Result(name, False, f"row {row.get('id', '?')}, token {start}")
+    return Result(name, True, f"{count} turns")
+
+
+@torch.no_grad()
+def decoding(model, processor, rows: list[dict], image_root: str = ".") -> Result:
+    """Teacher-forced logits against prefill and token-by-token decoding with a cache, at every answer position."""
+    worst, largest = 0.0, 1.0
+    for row in rows:
+        encoded = encode_row(processor, row, image_root)
+        ids = encoded.inputs["input_ids"].to(model.device)
+        forced = model(**encoded.to(model).kwargs()).logits[0]
+        for start, stop, prompt in prompts(processor, row, encoded.layout, image_root):
+            out = model(**prompt.to(model).kwargs(), use_cache=True)
+            stepped = [out.logits[0, -1]]
+            for position in range(start, stop - 1):
+                token = ids[:, position : position + 1]
+                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                stepped.append(out.logits[0, -1])
+            expected = forced[start - 1 : stop - 1]
+            worst = max(worst, (torch.stack(stepped) - expected).abs().max().item())
+            largest = max(largest, expected.abs().max().item())
+    limit = TOLERANCE[model.dtype] * largest
+    figure = f"max difference {worst:.1e}, limit {limit:.1e}"
+    return Result("logits: teacher-forced == prefill + decode", worst <= limit, figure)
+
+
+@torch.no_grad()
+def leaks(model, encoded: Encoded) -> Result:
+    """Change every token from the start of each answer on, and look whether any earlier logit moves by a bit.
+
+    encoded: a batch as in training. All text and answer ids behind the cut are replaced.
+    """
+    inputs, layout = encoded
+    before = model(**encoded.kwargs()).logits
+    ids, moved, cuts = inputs["input_ids"], 0, 0
+    inner = unwrap(model)  # `model` may be wrapped for several processes
+    vocabulary, visual_id = inner.get_input_embeddings().num_embeddings, inner.config.image_token_id
+    answer = layout.role == Role.ANSWER
+    starts = answer.clone()
+    starts[:, 1:] &= ~answer[:, :-1]
+    for turn in range(int(starts.sum(1).max())):
+        behind = (starts.cumsum(1) > turn) & (layout.role != Role.PAD)  # from this turn's answer on
+        shifted = (ids + 1) % vocabulary
+        other = torch.where(shifted == visual_id, (shifted + 1) % vocabulary, shifted)
+        changed = torch.where(behind & (layout.role != Role.VISUAL), other, ids)
+        after = model(**Encoded({**inputs, "input_ids": changed}, layout).kwargs()).logits
+        protected = ~behind & (layout.role != Role.PAD)
+        moved += int((before != after).any(-1)[protected].sum())
+        cuts += int(behind.any(1).sum())
+    return Result(
+        "leaks: later tokens move no earlier logit",
+        moved == 0,
+        f"{moved} logits moved at {cuts} cuts",
+    )
+
+
+@contextlib.contextmanager
+def recorded_attention(model) -> Iterator[list[tuple]]:
+    """Record (layer, q, k, v, scale, output) of every attention call of the language model."""
+    inner = unwrap(model)
+    layers = {id(module): name for name, module in inner.base_model.language_model.named_modules()}
+    name = inner.config.get_text_config()._attn_implementation
+    original = ALL_ATTENTION_FUNCTIONS[name]
+    calls: list[tuple] = []
+
+    def record(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        out = original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if id(module) in layers:
+            calls.append((layers[id(module)], query, key, value, scaling, out[0]))
+        return out
+
+    ALL_ATTENTION_FUNCTIONS.register(name, record)
+    try:
+        yield calls
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register(name, original)
+
+
+def layers(model, encoded: Encoded, prompt: Encoded) -> list[Result]:
+    """What each layer computes against the reference attention of the mask: in training mode and in evaluation on
+    `encoded`, in `generate` on `prompt`."""
+    results, training = [], model.training
+    for mode in ("training mode", "evaluation", "generate"):
+        model.train(mode == "training mode")
+        with torch.no_grad(), recorded_attention(model) as calls:
+            if mode == "generate":
+                model.generate(
+                    **prompt.kwargs(), max_new_tokens=3, min_new_tokens=3, do_sample=False
+                )
+            else:
+                model(**encoded.kwargs())
+        results.append(
+            _compare(model, calls, prompt.layout if mode == "generate" else encoded.layout, mode)
+        )
+    model.train(training)
+    return results
+
+
+def _compare(model, calls: list[tuple], layout: Layout, mode: str) -> Result:
+    handle, worst, off, limit = attached(model), 0.0, set(), 0.0
+    for layer, query, key, value, scale, out in calls:
+        grown = key.shape[2] - layout.shape[1]
+        real = layout.pad(right=grown)
+        if grown:  # tokens decoded since are answers of the row's only sample
+            real = Layout(real.role.clone(), real.image, real.prefill, real.sample.clone())
+            real.role[:, -grown:], real.sample[:, -grown:] = int(Role.ANSWER), 0
+        expected = attend(query, key, value, real, handle.mask, scale=scale).transpose(1, 2)
+        kept = (real.role != Role.PAD)[:, -query.shape[2] :]
+        difference = (out - expected)[kept].abs().max().item()
+        tolerance = TOLERANCE[query.dtype] * max(1.0, expected[kept].abs().max().item())
+        worst, limit = max(worst, difference), max(limit, tolerance)
+        if not difference <= tolerance:
+            off.add(layer)
+    count = len({layer for layer, *_ in calls})
+    figure = f"{count} layers, {len(calls)} calls, max difference {worst:.1e}, limit {limit:.1e}"
+    expected_layers = unwrap(model).config.get_text_config().num_hidden_layers
+    return Result(
+        f"mask in each layer: {mode}",
+        not off and count == expected_layers,
+        figure + (f", off: {sorted(off)}" if off else ""),
+    )
+
+
+def check(model, processor, rows: list[dict], image_root: str = ".") -> list[Result]:
+    """All checks on `model` with its mask attached. rows: a few, with two turns and several images among them."""
+    was_training = model.training
+    model.eval()
+    results = [
+        prompt_ids(processor, rows, image_root),
+        decoding(model, processor, rows, image_root),
+    ]
+    encoded = batch(processor, [encode_row(processor, row, image_root) for row in rows]).to(model)
+    results.append(leaks(model, encoded))
+    first = [encode_prompt(processor, row, turns(row)[0], image_root) for row in rows]
+    results += layers(model, encoded, batch(processor, first, padding_side="left").to(model))
+    model.train(was_training)
+    return results

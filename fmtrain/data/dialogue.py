@@ -1,0 +1,99 @@
+"""A dialogue as its messages say it: what makes one well-formed, and the assistant's turns in it.
+
+Nothing here knows a processor: roles, parts and images are those of TRL's conversational vision format.
+"""
+
+from typing import Any, NamedTuple
+
+ROLES = ("system", "user", "assistant")
+
+
+class Malformed(ValueError):
+    """What is wrong with a dialogue, in one line; `kind` is a word that a checker counts by."""
+
+    def __init__(self, kind: str, detail: str):
+        super().__init__(detail)
+        self.kind = kind
+
+
+def typed(messages: list[dict], images: int) -> list[dict]:
+    """The messages with every content a list of typed parts; `images` is how many images the row has.
+
+    Raises `Malformed` for an unknown role, a content that is neither a text nor a list of text and image parts, an image
+    in an assistant's turn, one such turn right behind another, and parts that are not as many as the images.
+    """
+    found = [_typed(k, message) for k, message in enumerate(messages)]
+    if not found:
+        raise Malformed("format", "the dialogue is empty")
+    for k in range(1, len(found)):
+        if found[k]["role"] == found[k - 1]["role"] == "assistant":
+            raise Malformed(
+                "role order", f"message {k}: an assistant's turn follows an assistant's turn"
+            )
+    count = sum(image_parts(message) for message in found)
+    if count != images:
+        raise Malformed("image count", f"the dialogue has {count} image parts but {images} images")
+    return found
+
+
+def image_parts(message: dict) -> int:
+    """How many images a message of `typed` shows."""
+    return sum(part["type"] == "image" for part in message["content"])
+
+
+def _typed(k: int, message: dict) -> dict:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise Malformed("format", f"message {k}: role {role!r} is not one of {', '.join(ROLES)}")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise Malformed(
+            "format",
+            f"message {k}: its content is neither a text nor a list of parts: {str(content)[:80]}",
+        )
+    parts = [_part(k, part) for part in content]
+    if role == "assistant":
+        if any(part["type"] == "image" for part in parts):
+            raise Malformed("format", f"message {k}: an image in the assistant's turn")
+        parts = [{"type": "text", "text": "".join(part["text"] for part in parts)}]
+    return {"role": role, "content": parts}
+
+
+def _part(k: int, part: dict[str, Any]) -> dict[str, str]:
+    """A part with the keys of its type only: Arrow fills missing ones with None."""
+    if part.get("type") == "image":
+        return {"type": "image"}
+    if part.get("type") == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    raise Malformed("format", f"message {k}: {str(part)[:80]} is neither a text nor an image part")
+
+
+class Turn(NamedTuple):
+    """One assistant turn of a row: the question, the reference answer, and what generation is fed before it."""
+
+    index: int  # among the row's assistant turns, from 0
+    question: str  # text of the message before the answer
+    reference: str  # the answer, without blanks around it
+    history: list[dict]  # messages before the answer, as the row has them
+    images: list  # those of the row that the history shows
+
+    def prompt(self, row: dict) -> dict:
+        """The row cut before this turn's answer."""
+        return {**row, "messages": self.history, "images": self.images}
+
+
+def turns(row: dict) -> list[Turn]:
+    """The assistant's turns of a row, in order. Raises `Malformed` as `typed`."""
+    images = list(row.get("images") or [])
+    messages = typed(row["messages"], len(images))
+    found, question, shown = [], "", 0
+    for k, message in enumerate(messages):
+        texts = [part["text"] for part in message["content"] if part["type"] == "text"]
+        if message["role"] == "assistant":
+            found.append(
+                Turn(len(found), question, texts[0].strip(), row["messages"][:k], images[:shown])
+            )
+        question = " ".join(texts)
+        shown += image_parts(message)
+    return found

@@ -1,0 +1,54 @@
+"""The model that a run starts from."""
+
+from accelerate import PartialState
+from transformers import AutoModelForImageTextToText
+from trl import get_quantization_config
+
+from fmtrain.checkpoint import load_processor, recorded_mask
+from fmtrain.patch import check_host
+from fmtrain.training.recipe import Recipe
+
+
+def load_model(recipe: Recipe):
+    """The starting model and its processor, before anything is attached. Raises `ValueError` for what does not fit."""
+    arguments, training = recipe.model, recipe.training
+    name = arguments.model_name_or_path
+    if name is None:
+        raise ValueError(
+            f"{recipe.path}: names no model; add e.g. `model_name_or_path: llava-hf/llava-1.5-7b-hf`"
+        )
+    check_host(recipe.mask, arguments.attn_implementation or "")
+    hub = dict(revision=arguments.model_revision, trust_remote_code=training.trust_remote_code)
+    try:
+        check_start(recipe)
+        quantization = get_quantization_config(arguments)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=arguments.dtype,
+            attn_implementation=arguments.attn_implementation,
+            quantization_config=quantization,
+            device_map={"": PartialState().local_process_index}
+            if quantization is not None
+            else None,
+            **hub,
+            **(training.model_init_kwargs or {}),
+        )
+        return model, load_processor(name, model.config, **hub)
+    except (OSError, ImportError) as error:
+        raise ValueError(f"model {name}: {' '.join(str(error).split())[:400]}") from error
+
+
+def check_start(recipe: Recipe) -> None:
+    """Raises `ValueError` for a start that records another mask than the recipe's or causal, unless the recipe says so."""
+    name = recipe.model.model_name_or_path
+    start = recorded_mask(name, recipe.training.trust_remote_code)
+    if (
+        start is None
+        or start == recipe.mask
+        or start.policy.name in ("causal", recipe.masking.base_mask)
+    ):
+        return
+    raise ValueError(
+        f"{name} records the mask {str(start)!r}, the recipe says {str(recipe.mask)!r}; if that is meant, "
+        f"say `base_mask: {start.policy.name}`"
+    )

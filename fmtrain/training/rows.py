@@ -1,0 +1,117 @@
+"""The rows of a recipe, for whoever reads one: training, preview, audit and export."""
+
+import json
+from pathlib import Path
+
+from fmtrain.data import files, mixing, stream
+from fmtrain.data.checks import prepare
+from fmtrain.data.files import Rows
+from fmtrain.training.recipe import Recipe
+
+
+def rows_of(recipe: Recipe, first: int | None = None) -> Rows:
+    """The rows that a recipe trains on, unchecked; with `first` only so many of them, and of a stream no more is read.
+
+    Raises `ValueError` for a recipe without data, and for data that cannot be read.
+    """
+    data = recipe.data
+    if data.streaming:
+        if first is None:
+            raise ValueError(f"{recipe.path}: a stream has no end; say how many rows are wanted")
+        return _stream(
+            recipe,
+            stream.Stream((), recipe.data_seed, data.shuffle_buffer, 1, stream.unchecked),
+            first,
+        )
+    if data.datasets:
+        entries = mixing.entries(data.datasets)
+        sets = [files.load(entry.path, image_root=entry.image_root) for entry in entries]
+        return files.mix(sets, entries, recipe.data_seed, data.dataset_rows).head(first)
+    return files.load(
+        data.dataset_name,
+        data.dataset_config,
+        data.dataset_rows,
+        data.image_root,
+        recipe.data_seed,
+        first,
+    )
+
+
+def training_rows(recipe: Recipe, processor, checkpoint: str | None = None) -> Rows:
+    """The rows of a recipe, checked; those of a stream from where the checkpoint stopped."""
+    data = recipe.data
+    if data.streaming:
+        return _resumed_stream(recipe, processor, checkpoint)
+    with recipe.training.main_process_first():
+        if not data.datasets:
+            return _checked(recipe, processor, rows_of(recipe), data.dataset_name)
+        entries, sets = mixing.entries(data.datasets), []
+        for entry in entries:
+            rows = files.load(entry.path, image_root=entry.image_root)
+            sets.append(_checked(recipe, processor, rows, entry.path))
+        return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, recipe.rows_of_run)
+
+
+def evaluation_rows(recipe: Recipe, processor) -> Rows | None:
+    """The rows of `eval_dataset_name`, checked; None where a recipe names none."""
+    data = recipe.data
+    if data.eval_dataset_name is None:
+        return None
+    with recipe.training.main_process_first():
+        rows = files.load(
+            data.eval_dataset_name,
+            data.dataset_config,
+            data.dataset_rows,
+            data.image_root,
+            recipe.data_seed,
+        )
+        return _checked(recipe, processor, rows, data.eval_dataset_name)
+
+
+def _checked(recipe: Recipe, processor, rows: Rows, name: str) -> Rows:
+    data, training = recipe.data, recipe.training
+    return prepare(
+        rows,
+        processor,
+        name,
+        max_length=training.max_length,
+        max_pixels=data.max_pixels,
+        check_images=data.check_images,
+        allow_evaluation_data=data.allow_evaluation_data,
+        workers=training.dataset_num_proc,
+    )
+
+
+def _resumed_stream(recipe: Recipe, processor, checkpoint: str | None) -> Rows:
+    data, training = recipe.data, recipe.training
+    if training.max_steps <= 0:
+        raise ValueError(
+            f"{recipe.path}: a stream has no end, so `streaming: true` needs max_steps"
+        )
+    skip = 0
+    if checkpoint is not None:
+        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        skip = state["global_step"] * training.gradient_accumulation_steps
+    check = stream.checker(
+        processor, training.max_length, data.max_pixels, data.allow_evaluation_data
+    )
+    sequence = stream.Stream(
+        (),
+        recipe.data_seed,
+        data.shuffle_buffer,
+        training.train_batch_size,
+        check,
+        training.process_index,
+        training.world_size,
+        skip,
+    )
+    return _stream(recipe, sequence)
+
+
+def _stream(recipe: Recipe, sequence: stream.Stream, first: int = stream.HEAD) -> Rows:
+    data = recipe.data
+    single = [mixing.Entry(data.dataset_name, data.image_root)]
+    entries = mixing.entries(data.datasets) if data.datasets else single
+    return stream.load(
+        entries, sequence, recipe.training.dataloader_num_workers, recipe.rows_of_run, first
+    )
