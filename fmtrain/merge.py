@@ -1,16 +1,19 @@
-"""The light form of a policy: revealed attention is pooled into the first positions instead of being attended to.
+"""The light form of a policy: revealed attention is pooled into the first positions instead of
+being attended to.
 
-The "+merge" variants of arXiv 2505.18605. For query i with scaled scores s_i, causal keys P_i and revealed later keys R_i:
+The "+merge" variants of arXiv 2505.18605. For query i with scaled scores s_i, causal keys P_i and
+revealed later keys R_i:
 
     B_i = softmax of s_i over P_i + R_i
     F_i = B_i on R_i, 0 elsewhere, laid out over the positions i+1 .. end of the prefill
-    C_i = sum over s of max_{t<k} F_i[s+t]          (stride-1 max pooling, kernel k; the paper's C(B, mu)_{i,1})
-    w_i = B_i on P_i, with C_i shared equally among the sample's first `prefix` positions that are <= i
+    C_i = sum over s of max_{t<k} F_i[s+t]   (max pooling, stride 1, kernel k: C(B, mu)_{i,1})
+    w_i = B_i on P_i, with C_i shared equally among the sample's first `prefix` positions <= i
 
-and w_i is divided by its sum if `normalize`. No value of a later key is used, so keys, values and the cache are those
-of causal attention and decoding is plain causal. Where the paper leaves something open it is an option here: the
-kernel size (none is given; default 3), how several prefix positions share (equally), and the normalisation (on).
-Shape names: B rows, H heads, Q queries, K keys.
+and w_i is divided by its sum if `normalize`. No value of a later key is used, so keys, values and
+the cache are those of causal attention and decoding is plain causal. Where the paper leaves
+something open it is an option here: the kernel size (none is given; default 3), how several prefix
+positions share (equally), and the normalisation (on). Shape names: B rows, H heads, Q queries, K
+keys.
 """
 
 import math
@@ -26,9 +29,10 @@ from fmtrain.layout import Layout
 class Merge:
     """How the light form pools.
 
-    prefix: how many first positions of the sample share the pooled attention; an int counts positions, a float is a
-    fraction of the query's prefill (rounded down, at least 1). kernel_size: of the max pooling. normalize: make each
-    row of weights add up to 1 (for kernel size 1 it does anyway).
+    prefix: how many first positions of the sample share the pooled attention; an int counts
+    positions, a float is a fraction of the query's prefill (rounded down, at least 1). kernel_size:
+    of the max pooling. normalize: make each row of weights add up to 1 (for kernel size 1 it does
+    anyway).
     """
 
     prefix: int | float = 1
@@ -37,7 +41,8 @@ class Merge:
 
     @classmethod
     def parse(cls, prefix: int | float | str = 1, **options) -> "Merge":
-        """The options as a recipe or a command line gives them, where a prefix may be a text: "4" or "0.1"."""
+        """The options as a recipe or a command line gives them, where a prefix may be a text: "4"
+        or "0.1"."""
         if isinstance(prefix, str):
             try:
                 prefix = int(prefix) if prefix.strip("+-").isdigit() else float(prefix)
@@ -56,7 +61,8 @@ class Merge:
             raise ValueError(f"merge prefix {self.prefix} is not allowed: a count is 1 or more")
         if isinstance(self.prefix, float) and not 0.0 < self.prefix <= 1.0:
             raise ValueError(
-                f"merge prefix {self.prefix} is not allowed: a fraction is above 0.0 and at most 1.0"
+                f"merge prefix {self.prefix} is not allowed: a fraction is above 0.0 and at most "
+                f"1.0"
             )
         if (
             isinstance(self.kernel_size, bool)
@@ -104,7 +110,8 @@ def last(layout: Layout, start: int = 0) -> torch.Tensor:
 def pooled(
     future_BHQK: torch.Tensor, last_BQ: torch.Tensor, query_Q: torch.Tensor, kernel_size: int
 ) -> torch.Tensor:
-    """C_i [B, H, Q]: the sum of the stride-1 maxima of F_i over windows inside i+1 .. last; `query_Q` holds each i."""
+    """C_i [B, H, Q]: the sum of the stride-1 maxima of F_i over windows inside i+1 .. last;
+    `query_Q` holds each i."""
     if kernel_size == 1:
         return future_BHQK.sum(-1)
     length = future_BHQK.shape[-1]

@@ -1,9 +1,10 @@
 """Attach a mask to a transformers vision-language model, and take it off again.
 
-Three public seams of transformers carry it: the attention function is registered in `AttentionInterface` (and in
-`AttentionMaskInterface`, or padding and policy would vanish without a word), a forward pre-hook on the multimodal model
-turns the layout into a plan that travels as one keyword argument to every layer (also when gradient checkpointing
-recomputes), and `generate` of this one instance takes the layout tensors that it would otherwise reject.
+Three public seams of transformers carry it: the attention function is registered in
+`AttentionInterface` (and in `AttentionMaskInterface`, or padding and policy would vanish without a
+word), a forward pre-hook on the multimodal model turns the layout into a plan that travels as one
+keyword argument to every layer (also when gradient checkpointing recomputes), and `generate` of
+this one instance takes the layout tensors that it would otherwise reject.
 """
 
 import contextlib
@@ -24,7 +25,8 @@ from fmtrain.policies import Policy
 ATTENTION = "fmtrain"  # the name of our attention function in the registries of transformers
 PLAN = "fmtrain_plan"  # the keyword that carries the plan of a forward to every layer
 SECTION = "fmtrain"  # of config.json, where a checkpoint records its mask
-# Options of `generate` that a policy cannot be run with: the values that are fine, and why no other is.
+# Options of `generate` that a policy cannot be run with: the values that are fine, and why no other
+# is.
 LOSES_THE_MASK = {
     "cache_implementation": (
         (None, "dynamic", "dynamic_full", "offloaded", "quantized"),
@@ -60,7 +62,8 @@ def _attention(
     sliding_window=None,
     **kwargs,
 ):
-    """Our entry in `AttentionInterface`; the plan comes with the keyword arguments of the forward."""
+    """Our entry in `AttentionInterface`; the plan comes with the keyword arguments of the
+    forward."""
     plan = kwargs.get(PLAN)
     if plan is None:
         raise ValueError(
@@ -68,7 +71,8 @@ def _attention(
         )
     if sliding_window is not None and key.shape[2] > sliding_window:
         raise ValueError(
-            f"{key.shape[2]} keys exceed the sliding window of {sliding_window}, over which no policy is defined"
+            f"{key.shape[2]} keys exceed the sliding window of {sliding_window}, over which no "
+            f"policy is defined"
         )
     if dropout:
         raise ValueError(
@@ -112,7 +116,8 @@ def check_host(mask: Mask, implementation: str) -> None:
     """Raises `ValueError` for a model whose attention implementation would drop `mask`."""
     if mask.looks_ahead and "flash" in implementation:
         raise ValueError(
-            f"policy {mask.policy.name!r} with attn_implementation {implementation!r}: it would silently become causal; "
+            f"policy {mask.policy.name!r} with attn_implementation {implementation!r}: it would "
+            f"silently become causal; "
             "load the model with attn_implementation='sdpa'"
         )
 
@@ -120,14 +125,16 @@ def check_host(mask: Mask, implementation: str) -> None:
 def attach(
     model: nn.Module, mask: str | Policy | Mask, backend: str = "auto", merge: Merge | None = None
 ) -> "Handle":
-    """Give `model` (a transformers VLM, wrapped by PEFT or not) a mask, in training, evaluation and `generate` alike.
+    """Give `model` (a transformers VLM, wrapped by PEFT or not) a mask, in training, evaluation and
+    `generate` alike.
 
-    mask: a name ("v2v", "v2v+merge"), a policy or a `Mask`; merge: options of its light form, which it makes of a bare
-    policy too. backend: `auto`, or a name of `fmtrain.attention.BACKENDS`. With `auto`, a policy that reveals nothing
-    leaves the model's own attention in place. Returns a handle that is a context manager and has `.detach()`.
+    mask: a name ("v2v", "v2v+merge"), a policy or a `Mask`; merge: options of its light form, which
+    it makes of a bare policy too. backend: `auto`, or a name of `fmtrain.attention.BACKENDS`. With
+    `auto`, a policy that reveals nothing leaves the model's own attention in place. Returns a
+    handle that is a context manager and has `.detach()`.
 
-    Raises `ValueError` for an unknown name, a model that already carries a mask, and a model loaded with
-    flash_attention_2 or another implementation that would drop the mask.
+    Raises `ValueError` for an unknown name, a model that already carries a mask, and a model loaded
+    with flash_attention_2 or another implementation that would drop the mask.
     """
     mask, inner = Mask.of(mask, merge), unwrap(model)
     if attached(inner) is not None:
@@ -138,7 +145,8 @@ def attach(
 
 
 class Handle:
-    """A mask on a model. `.detach()`, or leaving its `with` block, makes the model what it was, bit for bit."""
+    """A mask on a model. `.detach()`, or leaving its `with` block, makes the model what it was, bit
+    for bit."""
 
     def __init__(self, inner: PreTrainedModel, mask: Mask, backend: str):
         self.mask = mask
@@ -216,7 +224,8 @@ class Handle:
             return (), kwargs
         if isinstance(cache, StaticCache):
             raise ValueError(
-                f"policy {self.mask.policy.name!r} with a static cache: its prefill builds no mask; use a dynamic cache"
+                f"policy {self.mask.policy.name!r} with a static cache: its prefill builds no "
+                "mask; use a dynamic cache"
             )
         source = (
             kwargs.get("input_ids")
@@ -229,12 +238,15 @@ class Handle:
         if layout is None:
             if module.training and torch.is_grad_enabled():
                 raise ValueError(
-                    "training without a layout: answers would be read as part of the prefill; pass layout.model_inputs()"
+                    "training without a layout: answers would be read as part of the prefill; pass "
+                    "layout.model_inputs()"
                 )
             layout = self._layout_of(kwargs, *source.shape[:2], seen)
         if layout.shape != (source.shape[0], seen + source.shape[1]):
+            rows, new = source.shape[:2]
             raise ValueError(
-                f"the layout has shape {layout.shape}, the forward {source.shape[0]} rows of {seen} cached + {source.shape[1]} new tokens"
+                f"the layout has shape {layout.shape}, the forward {rows} rows of {seen} cached "
+                f"+ {new} new tokens"
             )
         layout = layout.to(source.device)
         if kwargs.get("position_ids") is None and layout.packed:
@@ -252,7 +264,8 @@ class Handle:
         return infer(kwargs, self._inner.config, self.mask, rows, length, seen)
 
     def _generate(self, generate, *args, **kwargs):
-        """`generate` that also takes the tensors of `layout.model_inputs()`, and refuses what would lose the mask."""
+        """`generate` that also takes the tensors of `layout.model_inputs()`, and refuses what would
+        lose the mask."""
         config = kwargs.get("generation_config") or self._inner.generation_config
         if self.mask.looks_ahead:
             for option, (kept, reason) in LOSES_THE_MASK.items():
@@ -269,8 +282,10 @@ class Handle:
             self._for_generate = None
 
     def _before_loss(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A loss without a layout would be that of another mask: answers read as part of the prefill."""
+        """A loss without a layout would be that of another mask: answers read as part of the
+        prefill."""
         if kwargs.get("labels") is not None and PREFIX + "role" not in kwargs:
             raise ValueError(
-                "labels without a layout: answers would be read as part of the prefill; pass layout.model_inputs()"
+                "labels without a layout: answers would be read as part of the prefill; pass "
+                "layout.model_inputs()"
             )

@@ -1,4 +1,5 @@
-"""The definition: explicit softmax, in float32 (float64 for float64 input), every policy, every merge, with weights."""
+"""The definition: explicit softmax, in float32 (float64 for float64 input), every policy, every
+merge, with weights."""
 
 import math
 from dataclasses import dataclass

@@ -1,9 +1,11 @@
-"""PyTorch's `scaled_dot_product_attention` with one dense boolean mask per batch, shared by heads and layers.
+"""PyTorch's `scaled_dot_product_attention` with one dense boolean mask per batch, shared by heads
+and layers.
 
-Where the mask is plain causal (or one query that sees everything) no mask is passed and `is_causal` is set instead,
-exactly as transformers does, so that `causal` gives the very same numbers. The light form with kernel size 1 is one
-call over the keys twice (`_closed_form`); with a larger kernel it goes through chunks of queries that are recomputed in
-the backward pass, so that no [H, T, T] tensor is ever kept.
+Where the mask is plain causal (or one query that sees everything) no mask is passed and `is_causal`
+is set instead, exactly as transformers does, so that `causal` gives the very same numbers. The
+light form with kernel size 1 is one call over the keys twice (`_closed_form`); with a larger kernel
+it goes through chunks of queries that are recomputed in the backward pass, so that no [H, T, T]
+tensor is ever kept.
 """
 
 from dataclasses import dataclass
@@ -60,8 +62,8 @@ def attend(q_BHQD, k_BGKD, v_BGKD, prepared: Prepared, scale: float) -> torch.Te
 def _closed_form(q_BHQD, k_BGKD, v_BGKD, light: reference.Prepared, scale: float) -> torch.Tensor:
     """Kernel size 1: each revealed key keeps its score but hands over the sink's value.
 
-    One call over every key twice: as a causal key with value [v, 0], as a revealed key with value [0, 1]. The softmax
-    runs over the union, so the output is [sum of B v over the causal keys, C].
+    One call over every key twice: as a causal key with value [v, 0], as a revealed key with value
+    [0, 1]. The softmax runs over the union, so the output is [sum of B v over the causal keys, C].
     """
     D = v_BGKD.shape[-1]
     keys = torch.cat([k_BGKD, k_BGKD], dim=2)
