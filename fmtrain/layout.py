@@ -100,7 +100,8 @@ class Layout:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.role.shape)
+        rows, tokens = self.role.shape
+        return rows, tokens
 
     @property
     def packed(self) -> bool:

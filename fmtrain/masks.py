@@ -111,7 +111,7 @@ class Mask:
         reveals = frozenset((Role[query], Role[key]) for query, key in record["reveals"])
         policy = Policy(record["policy"], reveals, record["within_image"])
         known = POLICIES.get(policy.name)
-        return cls(known if known == policy else policy, merge)
+        return cls(known if known is not None and known == policy else policy, merge)
 
 
 def parse_masks(names: Iterable[str], **options) -> list[Mask]:

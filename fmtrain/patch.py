@@ -10,6 +10,7 @@ this one instance takes the layout tensors that it would otherwise reject.
 import contextlib
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from fmtrain.policies import Policy
 
 ATTENTION = "fmtrain"  # the name of our attention function in the registries of transformers
 PLAN = "fmtrain_plan"  # the keyword that carries the plan of a forward to every layer
+HANDLE = "_fmtrain_handle"  # the attribute of a model that holds what is attached to it
 SECTION = "fmtrain"  # of config.json, where a checkpoint records its mask
 # Options of `generate` that a policy cannot be run with: the values that are fine, and why no other
 # is.
@@ -100,7 +102,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 def attached(model: nn.Module) -> "Handle | None":
     """The handle of the policy attached to `model`, if any."""
-    return getattr(unwrap(model), "_fmtrain_handle", None)
+    return vars(unwrap(model)).get(HANDLE)
 
 
 def recorded(config) -> Mask | None:
@@ -117,8 +119,7 @@ def check_host(mask: Mask, implementation: str) -> None:
     if mask.looks_ahead and "flash" in implementation:
         raise ValueError(
             f"policy {mask.policy.name!r} with attn_implementation {implementation!r}: it would "
-            f"silently become causal; "
-            "load the model with attn_implementation='sdpa'"
+            "silently become causal; load the model with attn_implementation='sdpa'"
         )
 
 
@@ -137,10 +138,9 @@ def attach(
     with flash_attention_2 or another implementation that would drop the mask.
     """
     mask, inner = Mask.of(mask, merge), unwrap(model)
-    if attached(inner) is not None:
-        raise ValueError(
-            f"the model already carries the mask {str(attached(inner).mask)!r}: detach it first"
-        )
+    before = attached(inner)
+    if before is not None:
+        raise ValueError(f"the model already carries the mask '{before.mask}': detach it first")
     return Handle(inner, mask, backend)
 
 
@@ -150,13 +150,12 @@ class Handle:
 
     def __init__(self, inner: PreTrainedModel, mask: Mask, backend: str):
         self.mask = mask
-        self.host = (
-            backend == "auto" and not mask.looks_ahead
-        )  # the model's own causal attention serves
+        # Whether the model's own causal attention serves.
+        self.host = backend == "auto" and not mask.looks_ahead
         self.backend = attention.get_backend(backend)
         self._inner = inner
         self._before = inner.config.get_text_config()._attn_implementation
-        check_host(mask, self._before)
+        check_host(mask, self._before or "")
         if not self.host:
             inner.set_attn_implementation({"text_config": ATTENTION})
         self._hooks = [
@@ -164,14 +163,14 @@ class Handle:
         ]
         if not self.host:
             self._hooks.append(inner.register_forward_pre_hook(self._before_loss, with_kwargs=True))
-        self._had_generate = inner.__dict__.get("generate")
-        inner.generate = functools.wraps(inner.generate)(
-            functools.partial(self._generate, inner.generate)
-        )
+        self._had_generate = vars(inner).get("generate")
+        generate: Any = inner.generate
+        ours = functools.partial(self._generate, generate)
+        vars(inner)["generate"] = functools.update_wrapper(ours, generate)
         self._had_section = getattr(inner.config, SECTION, None)
         setattr(inner.config, SECTION, mask.record())
         self._for_generate: Layout | None = None
-        inner._fmtrain_handle = self
+        vars(inner)[HANDLE] = self
 
     def detach(self) -> None:
         inner = self._inner
@@ -181,9 +180,9 @@ class Handle:
             hook.remove()
         if not self.host:
             inner.set_attn_implementation({"text_config": self._before})
-        del inner.generate, inner._fmtrain_handle
+        del vars(inner)["generate"], vars(inner)[HANDLE]
         if self._had_generate is not None:
-            inner.generate = self._had_generate
+            vars(inner)["generate"] = self._had_generate
         delattr(inner.config, SECTION)
         if self._had_section is not None:
             setattr(inner.config, SECTION, self._had_section)
@@ -227,12 +226,10 @@ class Handle:
                 f"policy {self.mask.policy.name!r} with a static cache: its prefill builds no "
                 "mask; use a dynamic cache"
             )
-        source = (
-            kwargs.get("input_ids")
-            if kwargs.get("input_ids") is not None
-            else kwargs.get("inputs_embeds")
-        )
-        if layout is None and seen and source.shape[1] == 1 and not padded(kwargs):
+        source = kwargs.get("input_ids")
+        source = kwargs["inputs_embeds"] if source is None else source
+        rows, new = source.shape[:2]
+        if layout is None and seen and new == 1 and not padded(kwargs):
             kwargs[PLAN] = attention.step(self.backend)
             return (), kwargs
         if layout is None:
@@ -241,9 +238,8 @@ class Handle:
                     "training without a layout: answers would be read as part of the prefill; pass "
                     "layout.model_inputs()"
                 )
-            layout = self._layout_of(kwargs, *source.shape[:2], seen)
-        if layout.shape != (source.shape[0], seen + source.shape[1]):
-            rows, new = source.shape[:2]
+            layout = self._layout_of(kwargs, rows, new, seen)
+        if layout.shape != (rows, seen + new):
             raise ValueError(
                 f"the layout has shape {layout.shape}, the forward {rows} rows of {seen} cached "
                 f"+ {new} new tokens"

@@ -11,7 +11,7 @@ end token: the template's own, or the tokenizer's end of sequence where the temp
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jinja2 import TemplateError
@@ -20,6 +20,20 @@ from fmtrain.data.dialogue import typed
 from fmtrain.layout import Layout, Role
 
 IGNORED = -100  # the label that cross entropy skips
+
+
+class Processor(Protocol):
+    """What is used of a transformers processor for images and text."""
+
+    tokenizer: Any
+    image_token: str
+    image_token_id: int
+
+    def __call__(self, *args, **kwargs) -> Any:
+        """Ids, pixels and offsets of texts and images."""
+
+    def apply_chat_template(self, conversation: list[dict], **kwargs) -> Any:
+        """The dialogue as the model reads it."""
 
 
 class Encoded(NamedTuple):
@@ -61,7 +75,7 @@ class Segment:
 
 
 def encode(
-    processor, messages: list[dict], images: list, add_generation_prompt: bool = False
+    processor: Processor, messages: list[dict], images: list, add_generation_prompt: bool = False
 ) -> Encoded:
     """Model inputs of one dialogue and its layout [1, T].
 
@@ -98,7 +112,9 @@ def labels(input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
     return torch.where(layout.role == Role.ANSWER, input_ids, IGNORED)
 
 
-def render(processor, messages: list[dict], add_generation_prompt: bool = False) -> list[Segment]:
+def render(
+    processor: Processor, messages: list[dict], add_generation_prompt: bool = False
+) -> list[Segment]:
     """The dialogue as the model reads it, cut into prefills and answers; their texts joined are the
     whole row."""
     special = [
@@ -165,7 +181,7 @@ def _around(answer: str, turn: str, header: str, k: int) -> tuple[str, str]:
     return (lead if exact else ""), tail
 
 
-def _apply(processor, messages: list[dict], add_generation_prompt: bool = False) -> str:
+def _apply(processor: Processor, messages: list[dict], add_generation_prompt: bool = False) -> str:
     if not messages:
         return ""
     try:
@@ -177,7 +193,7 @@ def _apply(processor, messages: list[dict], add_generation_prompt: bool = False)
         raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
 
 
-def placed(processor, messages: list[dict], images: int) -> list[dict]:
+def placed(processor: Processor, messages: list[dict], images: int) -> list[dict]:
     """The messages with typed parts, fit for the chat template; `images` is how many images there
     are.
 
@@ -194,7 +210,7 @@ def placed(processor, messages: list[dict], images: int) -> list[dict]:
     return [_in_place(processor, message) for message in messages]
 
 
-def _in_place(processor, message: dict) -> dict:
+def _in_place(processor: Processor, message: dict) -> dict:
     """A message in which text precedes an image, such that the chat template leaves each where it
     stands.
 
@@ -215,7 +231,7 @@ def _in_place(processor, message: dict) -> dict:
 
 
 @lru_cache
-def _keeps_order(processor, role: str, kinds: tuple[str, ...]) -> bool:
+def _keeps_order(processor: Processor, role: str, kinds: tuple[str, ...]) -> bool:
     """Whether the chat template leaves text and image parts of this order where they stand."""
     marks = [
         processor.image_token if kind == "image" else f"[[part {k}]]"
@@ -234,7 +250,7 @@ def _keeps_order(processor, role: str, kinds: tuple[str, ...]) -> bool:
     return True
 
 
-def image_count(processor, message: dict) -> int:
+def image_count(processor: Processor, message: dict) -> int:
     """How many images a message of `placed` shows, as parts or as placeholders in its text."""
     return sum(
         1 if part["type"] == "image" else part["text"].count(processor.image_token)
@@ -242,7 +258,7 @@ def image_count(processor, message: dict) -> int:
     )
 
 
-def _by_prefill(processor, messages: list[dict], images: list) -> list[list[Any]]:
+def _by_prefill(processor: Processor, messages: list[dict], images: list) -> list[list[Any]]:
     """The images of each prefill. llava-onevision tiles an image only when it is alone in its
     group; grouped like this, an image is encoded in the same way whether later turns exist or
     not."""
@@ -256,7 +272,7 @@ def _by_prefill(processor, messages: list[dict], images: list) -> list[list[Any]
 
 
 def _layout(
-    processor,
+    processor: Processor,
     segments: list[Segment],
     ids: list[int],
     offsets: list[tuple[int, int]],
