@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def guarded(command: Callable[[], int | None]) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+
+
+def quiet() -> None:
+    """Without transformers' warnings about names of its own that TRL still sets."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 @contextlib.contextmanager

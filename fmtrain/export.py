@@ -44,9 +44,8 @@ def rows_at_hand(run: Path, count: int = 4) -> tuple[list[dict], str]:
     if not recipe.is_file():
         return noise.rows(), "."
     try:
-        rows = rows_of(
-            read(recipe, ["--use_cpu", "true"]), count
-        )  # a run in bf16 may be exported without a GPU
+        # A run in bf16 may be exported where there is no GPU.
+        rows = rows_of(read(recipe, ["--use_cpu", "true"]), count)
     except ValueError as error:
         print(
             f"note: the run's rows are not at hand ({error}); comparing on images of noise",
@@ -72,23 +71,23 @@ def tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-def names(folder: Path) -> dict[str, Path]:
-    found = {}
+def files_of(folder: Path) -> dict[str, Path]:
+    """The file that each tensor of a checkpoint is in, by its key."""
+    files = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            found.update(dict.fromkeys(opened.keys(), file))
-    return found
+            files |= dict.fromkeys(opened.keys(), file)
+    return files
 
 
 def compare(base: Path, folded: Path) -> int:
     """How many tensors differ between two checkpoints. Raises `ValueError` if their keys do."""
-    before = names(base)
-    missing, new = before.keys() - names(folded).keys(), names(folded).keys() - before.keys()
+    before, after = files_of(base), files_of(folded)
+    missing, new = before.keys() - after.keys(), after.keys() - before.keys()
     if missing or new:
         raise ValueError(
             f"the export would rename weights: {len(missing)} keys of the base are missing (e.g. "
-            f"{min(missing, default='-')}), "
-            f"{len(new)} are new (e.g. {min(new, default='-')})"
+            f"{min(missing, default='-')}), {len(new)} are new (e.g. {min(new, default='-')})"
         )
     changed = 0
     for name, tensor in tensors(folded):

@@ -64,9 +64,8 @@ def _image_index(visual: torch.Tensor, kwargs: dict, config, mask: Mask) -> torc
     if images is None and kind == "llava":
         images = kwargs.get("pixel_values")  # one entry an image
     if images is None and kind != "internvl":  # which marks where an image ends
-        features = (kwargs.get("mm_encoder_outputs") or {}).get(
-            "image"
-        )  # computed ahead, as `generate` does
+        ahead = kwargs.get("mm_encoder_outputs") or {}  # computed ahead, as `generate` does
+        features = ahead.get("image")
         images = None if features is None else features.pooler_output
     if mask.policy.within_image and images is not None and len(images) != int(starts.sum()):
         raise ValueError(

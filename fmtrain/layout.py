@@ -4,7 +4,7 @@ Everything that differs between training and inference is derived from this one 
 attention mask, the labels, the windows of `merge`. Shape names: B rows, T tokens.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 
 import torch
@@ -81,17 +81,19 @@ class Layout:
 
     @classmethod
     def from_model_inputs(cls, inputs: dict) -> "Layout | None":
-        """Take a layout out of a model's keyword arguments (which lose it); None where there is
-        none."""
-        found = [inputs.pop(PREFIX + field.name, None) for field in fields(cls)]
-        if all(tensor is None for tensor in found):
+        """Take a layout out of a model's keyword arguments, which lose it; None for none."""
+        names = [PREFIX + field.name for field in fields(cls)]
+        missing = [name for name in names if inputs.get(name) is None]
+        tensors = [inputs.pop(name, None) for name in names]
+        if len(missing) == len(names):
             return None
-        if any(tensor is None for tensor in found):
-            missing = [
-                PREFIX + field.name for field, tensor in zip(fields(cls), found) if tensor is None
-            ]
+        if missing:
             raise ValueError(f"a layout needs all of its tensors; missing: {', '.join(missing)}")
-        return cls(*found)
+        return cls(*tensors)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """role, image, prefill and sample."""
+        return [self.role, self.image, self.prefill, self.sample]
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """The keyword tensors [B, T] that carry this layout to an attached model's `forward` and
@@ -114,7 +116,7 @@ class Layout:
 
     def map(self, change) -> "Layout":
         """The layout with `change` applied to each of its tensors."""
-        return Layout(*(change(getattr(self, field.name)) for field in fields(self)))
+        return Layout(*(change(tensor) for tensor in self.tensors()))
 
     def to(self, device) -> "Layout":
         return self.map(lambda tensor: tensor.to(device))
@@ -125,18 +127,13 @@ class Layout:
     def pad(self, left: int = 0, right: int = 0) -> "Layout":
         """The layout with padding on either side, in tokens."""
         pad = torch.nn.functional.pad
-        padded = {
-            f.name: pad(getattr(self, f.name), (left, right), value=-1)
-            for f in fields(self)
-            if f.name != "role"
-        }
-        return Layout(role=pad(self.role, (left, right), value=int(Role.PAD)), **padded)
+        padded = self.map(lambda tensor: pad(tensor, (left, right), value=-1))
+        return replace(padded, role=pad(self.role, (left, right), value=int(Role.PAD)))
 
     @staticmethod
     def cat(layouts: "list[Layout]", dim: int = 0) -> "Layout":
-        return Layout(
-            *(torch.cat([getattr(each, f.name) for each in layouts], dim) for f in fields(Layout))
-        )
+        columns = zip(*(each.tensors() for each in layouts))
+        return Layout(*(torch.cat(column, dim) for column in columns))
 
     def positions(self) -> torch.Tensor:
         """Position of each token in its sample, counted from 0 [B, T]; 0 for padding."""
@@ -149,9 +146,8 @@ class Layout:
 
     def __str__(self) -> str:
         """The picture of each row, a line a row."""
-        return "\n".join(
-            _picture(row) for row in zip(*(getattr(self, f.name).tolist() for f in fields(self)))
-        )
+        columns = [tensor.tolist() for tensor in self.tensors()]
+        return "\n".join(_picture(row) for row in zip(*columns))
 
 
 def _picture(row: tuple[list[int], ...]) -> str:

@@ -111,9 +111,9 @@ def tokens(layout: Layout, index: torch.Tensor, dim: int) -> Tokens:
     """The fields of the tokens at `index` (1-D), laid along dimension `dim` (1 for queries, 2 for
     keys) of [B, Q, K]."""
     other = 3 - dim
-    chosen = layout[:, index].map(lambda tensor: tensor.unsqueeze(other))
+    those = layout[:, index].map(lambda tensor: tensor.unsqueeze(other))
     return Tokens(
-        chosen.role, chosen.image, chosen.prefill, chosen.sample, index[None].unsqueeze(other)
+        those.role, those.image, those.prefill, those.sample, index[None].unsqueeze(other)
     )
 
 

@@ -14,12 +14,11 @@ if sys.path[0] == os.path.dirname(
 ):  # `accelerate launch fmtrain/sft.py` puts fmtrain/ there
     sys.path[0] = os.path.dirname(sys.path[0])
 
-import warnings
-
 import datasets
 import torch
 from rich.markup import escape
 
+from fmtrain.command_line import quiet
 from fmtrain.patch import attach
 from fmtrain.training import recipe as recipes
 from fmtrain.training import trainable
@@ -68,9 +67,7 @@ def main(arguments: list[str]) -> int:
 
 def run(arguments: list[str]) -> int:
     """`main`, with errors of one line and exit code 2."""
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers"
-    )  # of names that TRL still sets
+    quiet()
     datasets.logging.set_verbosity_error()
     try:
         status = main(arguments)

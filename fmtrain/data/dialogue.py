@@ -25,18 +25,18 @@ def typed(messages: list[dict], images: int) -> list[dict]:
     image parts, an image in an assistant's turn, one such turn right behind another, and parts that
     are not as many as the images.
     """
-    found = [_typed(k, message) for k, message in enumerate(messages)]
-    if not found:
+    dialogue = [_typed(k, message) for k, message in enumerate(messages)]
+    if not dialogue:
         raise Malformed("format", "the dialogue is empty")
-    for k in range(1, len(found)):
-        if found[k]["role"] == found[k - 1]["role"] == "assistant":
+    for k in range(1, len(dialogue)):
+        if dialogue[k]["role"] == dialogue[k - 1]["role"] == "assistant":
             raise Malformed(
                 "role order", f"message {k}: an assistant's turn follows an assistant's turn"
             )
-    count = sum(image_parts(message) for message in found)
+    count = sum(image_parts(message) for message in dialogue)
     if count != images:
         raise Malformed("image count", f"the dialogue has {count} image parts but {images} images")
-    return found
+    return dialogue
 
 
 def image_parts(message: dict) -> int:
@@ -91,13 +91,13 @@ def turns(row: dict) -> list[Turn]:
     """The assistant's turns of a row, in order. Raises `Malformed` as `typed`."""
     images = list(row.get("images") or [])
     messages = typed(row["messages"], len(images))
-    found, question, shown = [], "", 0
+    answered, question, shown = [], "", 0
     for k, message in enumerate(messages):
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
         if message["role"] == "assistant":
-            found.append(
-                Turn(len(found), question, texts[0].strip(), row["messages"][:k], images[:shown])
+            answered.append(
+                Turn(len(answered), question, texts[0].strip(), row["messages"][:k], images[:shown])
             )
         question = " ".join(texts)
         shown += image_parts(message)
-    return found
+    return answered

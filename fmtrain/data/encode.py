@@ -173,8 +173,8 @@ def _around(answer: str, turn: str, header: str, k: int) -> tuple[str, str]:
             f"{turn[:80]!r}"
         )
     body = turn[len(header if exact else header.rstrip()) :]
-    lead, found, tail = body.partition(answer)
-    if not found or lead.strip():
+    lead, same, tail = body.partition(answer)
+    if not same or lead.strip():
         raise ValueError(
             f"message {k}: the chat template does not render the answer as it is: {turn[:80]!r}"
         )
@@ -303,6 +303,8 @@ def _layout(
             image += 1
         prefill = segments[current].prefill
         visual = token == processor.image_token_id
-        role = Role.ANSWER if prefill < 0 else Role.VISUAL if visual else Role.TEXT
+        role = Role.VISUAL if visual else Role.TEXT
+        if prefill < 0:
+            role = Role.ANSWER
         columns.append((role, image if visual else -1, prefill, 0))
     return Layout(*torch.tensor(columns).T[:, None].contiguous())

@@ -10,7 +10,6 @@ no weights are read. `--any_trl_argument value` overrides it.
 """
 
 import argparse
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from transformers import AutoConfig
 from transformers import logging as transformers_logging
 
 from fmtrain.checkpoint import load_processor
-from fmtrain.command_line import Parser, guarded
+from fmtrain.command_line import Parser, guarded, quiet
 from fmtrain.data import files
 from fmtrain.data.collator import encode_row
 from fmtrain.data.images import MAX_PIXELS
@@ -173,7 +172,7 @@ def parser_of() -> Parser:
 
 
 def main(arguments: list[str] | None = None, console: Console | None = None) -> int:
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # from TRL
+    quiet()
     datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     options, overrides = parser_of().parse_known_args(arguments)

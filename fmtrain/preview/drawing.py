@@ -56,7 +56,8 @@ def sampled(row: list[Span], limit: int = LIMIT) -> torch.Tensor:
 
 def reveals(policy: Policy) -> str:
     """`V→V, V→T`; `nothing` for the causal policy."""
-    pairs = [f"{q.name[0]}→{k.name[0]}" for q in (V, T) for k in (V, T) if (q, k) in policy.reveals]
+    order = ((V, V), (V, T), (T, V), (T, T))
+    pairs = [f"{q.name[0]}→{k.name[0]}" for q, k in order if (q, k) in policy.reveals]
     return ", ".join(pairs) + (" in one image" if policy.within_image else "") or "nothing"
 
 

@@ -38,11 +38,11 @@ def spans(layout: Layout) -> list[Span]:
     fields = (layout.role, layout.image, layout.prefill, layout.sample)
     columns = torch.stack([field[0] for field in fields]).cpu()
     cuts = (columns[:, 1:] != columns[:, :-1]).any(0).nonzero().flatten() + 1
-    found = []
+    row = []
     for start, stop in pairwise([0, *cuts.tolist(), columns.shape[1]]):
         role, *rest = columns[:, start].tolist()
-        found.append(Span(start, stop, Role(role), *rest))
-    return found
+        row.append(Span(start, stop, Role(role), *rest))
+    return row
 
 
 def pairs(layout: Layout, policy: Policy) -> tuple[int, int]:

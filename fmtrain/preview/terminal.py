@@ -153,8 +153,10 @@ def grid(layout: Layout, mask: Mask) -> Text | None:
     index = torch.arange(layout.shape[1])
     shortened = len(index) > GRID
     if shortened:
-        ends = [sorted({span.start, span.stop - 1}) for span in spans(layout)]
-        index = torch.tensor([token for pair in ends for token in pair])
+        ends: list[int] = []
+        for span in spans(layout):
+            ends += sorted({span.start, span.stop - 1})
+        index = torch.tensor(ends)
     if len(index) > GRID:
         return None
     text = Text()
@@ -172,5 +174,5 @@ def report(
     counts = table_of(figures(row.ids, row.layout, mask), mask, max_length)
     drawn = grid(row.layout, mask) or "--png FILE draws the mask"
     facts = Columns([counts, drawn], padding=(1, 4))  # or one below the other
-    parts = (Text(row.name, "bold"), listing(row, tokenizer, full), legend(), facts)
-    return Group(*(line for part in parts for line in (part, "")))
+    name = Text(row.name, "bold")
+    return Group(name, "", listing(row, tokenizer, full), "", legend(), "", facts)

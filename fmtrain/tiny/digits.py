@@ -43,11 +43,11 @@ def scans(split: str) -> dict[int, np.ndarray]:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
     digits = load_digits()
-    chosen = (np.random.default_rng(0).permutation(len(digits.target)) % 5 == 0) == (
+    in_split = (np.random.default_rng(0).permutation(len(digits.target)) % 5 == 0) == (
         split == "test"
     )
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # they hold 0..16
-    return {digit: pixels[chosen & (digits.target == digit)] for digit in range(10)}
+    return {digit: pixels[in_split & (digits.target == digit)] for digit in range(10)}
 
 
 @dataclass

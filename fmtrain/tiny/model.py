@@ -51,9 +51,10 @@ def tokenizer() -> LlamaTokenizer:
         "▁",
         *string.printable[:94],
     ]
-    merges = dict.fromkeys(
-        (word[: end - 1], word[end - 1]) for word in WORDS for end in range(2, len(word) + 1)
-    )
+    merges: dict[tuple[str, str], None] = {}
+    for word in WORDS:
+        for end in range(2, len(word) + 1):
+            merges[word[: end - 1], word[end - 1]] = None
     tokens += ["".join(merge) for merge in merges]
     return LlamaTokenizer(
         vocab={token: number for number, token in enumerate(tokens)},

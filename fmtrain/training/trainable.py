@@ -39,28 +39,27 @@ def lora_targets(
     match the tower's.) Raises `ValueError` for a wanted name that matches nothing there.
     """
     head = unwrap(model).get_output_embeddings()
-    linear = [
-        n
-        for n, m in model.named_modules()
-        if isinstance(m, nn.Linear) and m is not head and part_of(n) in parts
-    ]
+    linear = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and part_of(name) in parts:
+            linear.append(name)
     wanted = [wanted] if isinstance(wanted, str) else wanted
     if wanted in (None, ["all-linear"]):
         return linear
-    chosen = {
-        want: [name for name in linear if re.search(rf"(^|\.){re.escape(want)}$", name)]
-        for want in wanted
-    }
-    for want, names in chosen.items():
-        if not names:
+    targets = set()
+    for want in wanted:
+        ends = re.compile(rf"(^|\.){re.escape(want)}$")
+        matching = {name for name in linear if ends.search(name)}
+        if not matching:
             raise ValueError(
                 f"lora_target_modules names {want!r}, which no linear layer of {', '.join(parts)} "
-                f"is called"
+                "is called"
             )
-    return [name for name in linear if any(name in names for names in chosen.values())]
+        targets |= matching
+    return [name for name in linear if name in targets]
 
 
-def choose(
+def set_trainable(
     model: nn.Module,
     config: LoraConfig | None,
     parts: list[str] | None,
@@ -74,7 +73,7 @@ def choose(
     """
     parts = parts or DEFAULT["full" if config is None else "lora"]
     inner = unwrap(model)
-    unreached = [name for name in idle(inner, pixels) if part_of(name) in parts]
+    unreached = [name for name in unreachable(inner, pixels) if part_of(name) in parts]
     if config is not None:
         wanted = lora_targets(model, parts, config.target_modules)
         config.target_modules = [name for name in wanted if f"{name}.weight" not in unreached]
@@ -84,35 +83,28 @@ def choose(
     return unreached
 
 
-def idle(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:
+def unreachable(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:
     """Names of the parameters on the way from pixels to features that can never get a gradient.
 
-    LLaVA reads the tower's last layer but one, so its last layer is idle. Found by a backward pass
-    through a copy of the model on the meta device, which costs neither memory nor arithmetic.
+    LLaVA reads the tower's last layer but one, so its last layer never learns. Found by a backward
+    pass through a copy of the model on the meta device, which costs neither memory nor arithmetic.
     `pixels`: image inputs of one encoded row.
     """
-    with (
-        torch.device("meta"),
-        set_zero3_state(),
-    ):  # the latter keeps ZeRO-3 from partitioning the twin
-        twin = type(model.base_model)(model.base_model.config)
-    inputs = {
-        name: value.to("meta") if value.is_floating_point() else value
-        for name, value in pixels.items()
-    }
-    features = twin.get_image_features(**inputs).pooler_output
+    with torch.device("meta"), set_zero3_state():  # or ZeRO-3 would partition the copy
+        copy = type(model.base_model)(model.base_model.config)
+    inputs = {}
+    for name, tensor in pixels.items():
+        inputs[name] = tensor.to("meta") if tensor.is_floating_point() else tensor
+    features = copy.get_image_features(**inputs).pooler_output
     sum(feature.sum() for feature in features).backward()
-    seen = [
-        (name, parameter)
-        for name, parameter in twin.named_parameters()
-        if part_of(name) != "language_model"
-    ]
-    return [
-        f"{model.base_model_prefix}.{name}" for name, parameter in seen if parameter.grad is None
-    ]
+    names = []
+    for name, parameter in copy.named_parameters():
+        if part_of(name) != "language_model" and parameter.grad is None:
+            names.append(f"{model.base_model_prefix}.{name}")
+    return names
 
 
-def without_graph(model: nn.Module) -> None:
+def run_tower_without_graph(model: nn.Module) -> None:
     """Run a frozen vision tower without recording a graph.
 
     transformers' `enable_input_require_grads` (LoRA with gradient checkpointing) asks for gradients

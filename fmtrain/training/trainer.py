@@ -107,7 +107,7 @@ def build_trainer(
         name: value for name, value in blank.items() if name not in ("input_ids", "attention_mask")
     }
     lora = get_peft_config(recipe.model)
-    unreached = trainable.choose(model, lora, recipe.data.train_parts, pixels)
+    unreached = trainable.set_trainable(model, lora, recipe.data.train_parts, pixels)
     if unreached:
         say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
     several = training.world_size > 1
@@ -122,7 +122,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=lora,
     )
-    trainable.without_graph(trainer.model)
+    trainable.run_tower_without_graph(trainer.model)
     first = rows.first(max(2, min(4, training.per_device_train_batch_size)))
     for callback in (
         AuditFirstBatch(trainer, first),

@@ -132,7 +132,7 @@ def test_a_frozen_tower_runs_without_a_graph(folder):
     """Also with LoRA and gradient checkpointing, which makes transformers ask for gradients at the
     patch embedding."""
     seen = []
-    original = trainable.without_graph
+    original = trainable.run_tower_without_graph
 
     def watch(model):
         original(model)
@@ -142,13 +142,13 @@ def test_a_frozen_tower_runs_without_a_graph(folder):
             )
         )
 
-    trainable.without_graph = watch
+    trainable.run_tower_without_graph = watch
     try:
         sft.main(
             [str(folder / "recipe.yaml"), "--max_steps", "1", "--gradient_checkpointing", "true"]
         )
     finally:
-        trainable.without_graph = original
+        trainable.run_tower_without_graph = original
     assert (True, False) in seen and (True, True) not in seen
 
 
@@ -171,14 +171,14 @@ def test_rows_that_are_too_long_are_dropped_whole_and_counted(folder):
 
 
 def test_a_parameter_that_gets_no_gradient_stops_the_run_by_name(folder):
-    original = trainable.choose
+    original = trainable.set_trainable
 
     def also_idle(model, config, parts, pixels):
         found = original(model, config, parts, pixels)
         model.get_parameter("model.vision_tower.post_layernorm.weight").requires_grad_(True)
         return found
 
-    trainable.choose = also_idle
+    trainable.set_trainable = also_idle
     try:
         with pytest.raises(
             ValueError,
@@ -186,7 +186,7 @@ def test_a_parameter_that_gets_no_gradient_stops_the_run_by_name(folder):
         ):
             sft.main([str(folder / "recipe.yaml"), "--use_peft", "false"])
     finally:
-        trainable.choose = original
+        trainable.set_trainable = original
 
 
 # --- what a run refuses ---------------------------------------------------------------------------
