@@ -19,6 +19,7 @@ from fmtrain.data.collator import batch, encode_prompt, encode_row
 from fmtrain.data.dialogue import turns
 from fmtrain.data.encode import Encoded
 from fmtrain.layout import Layout, Role
+from fmtrain.masks import Allowed
 from fmtrain.patch import attached, unwrap
 
 # Agreement of logits, relative to the largest logit: rounding of the dtype, through a few dozen
@@ -37,7 +38,7 @@ class Result:
 
 def answer_spans(layout: Layout) -> list[tuple[int, int]]:
     """Where the answers of the first row stand: (start, stop) of each, in tokens."""
-    answer = [role == Role.ANSWER for role in layout.role[0].tolist()]
+    answer = layout.answer[0].tolist()
     spans = []
     for position, inside in enumerate([*answer, False]):
         before = position > 0 and answer[position - 1]
@@ -113,16 +114,15 @@ def leaks(model, encoded: Encoded) -> Result:
     ids, moved, cuts = inputs["input_ids"], 0, 0
     inner = unwrap(model)  # `model` may be wrapped for several processes
     vocabulary, visual_id = inner.get_input_embeddings().num_embeddings, inner.config.image_token_id
-    answer = layout.role == Role.ANSWER
-    starts = answer.clone()
-    starts[:, 1:] &= ~answer[:, :-1]
+    starts = layout.answer
+    starts[:, 1:] &= ~layout.answer[:, :-1]
     for turn in range(int(starts.sum(1).max())):
-        behind = (starts.cumsum(1) > turn) & (layout.role != Role.PAD)  # from this turn's answer on
+        behind = (starts.cumsum(1) > turn) & layout.real  # from this turn's answer on
         shifted = (ids + 1) % vocabulary
         other = torch.where(shifted == visual_id, (shifted + 1) % vocabulary, shifted)
-        changed = torch.where(behind & (layout.role != Role.VISUAL), other, ids)
+        changed = torch.where(behind & ~layout.visual, other, ids)
         after = model(**Encoded({**inputs, "input_ids": changed}, layout).kwargs()).logits
-        protected = ~behind & (layout.role != Role.PAD)
+        protected = ~behind & layout.real
         moved += int((before != after).any(-1)[protected].sum())
         cuts += int(behind.any(1).sum())
     return Result(
@@ -154,24 +154,41 @@ def recorded_attention(model) -> Iterator[list[tuple]]:
         ALL_ATTENTION_FUNCTIONS.register(name, original)
 
 
-def layers(model, encoded: Encoded, prompt: Encoded) -> list[Result]:
+def layers(model, encoded: Encoded, prompt: Encoded | None = None) -> list[Result]:
     """What each layer computes against the reference attention of the mask: in training mode and in
     evaluation on `encoded`, in `generate` on `prompt`."""
     results, training = [], model.training
-    for mode in ("training mode", "evaluation", "generate"):
+    for mode in ("training mode", "evaluation", *(["generate"] if prompt else [])):
         model.train(mode == "training mode")
+        shown = prompt if prompt and mode == "generate" else encoded
         with torch.no_grad(), recorded_attention(model) as calls:
             if mode == "generate":
                 model.generate(
-                    **prompt.kwargs(), max_new_tokens=3, min_new_tokens=3, do_sample=False
+                    **shown.kwargs(), max_new_tokens=3, min_new_tokens=3, do_sample=False
                 )
             else:
-                model(**encoded.kwargs())
-        results.append(
-            _compare(model, calls, prompt.layout if mode == "generate" else encoded.layout, mode)
-        )
+                model(**shown.kwargs())
+        results.append(_compare(model, calls, shown.layout, mode))
     model.train(training)
     return results
+
+
+@torch.no_grad()
+def effect(model, encoded: Encoded) -> Result:
+    """A mask that reveals something in these rows changes what the model computes.
+
+    It is compared with causal attention, bit by bit; where the rows leave nothing to reveal (they
+    have no image, say) there is nothing to see, and the figure says so.
+    """
+    handle = attached(model)
+    reveals = Allowed.of(handle.mask.policy, encoded.layout).revealed_B1QK
+    pairs = 0 if reveals is None else int(reveals.sum())
+    ours = model(**encoded.kwargs()).logits
+    with handle.under("causal"):
+        causal = model(**encoded.kwargs()).logits
+    moved = int((ours != causal).any(-1)[encoded.layout.real].sum())
+    figure = f"{pairs} pairs revealed, {moved} logits differ from causal attention's"
+    return Result("effect: the mask changes the logits", bool(moved) == bool(pairs), figure)
 
 
 def _compare(model, calls: list[tuple], layout: Layout, mode: str) -> Result:
@@ -183,7 +200,7 @@ def _compare(model, calls: list[tuple], layout: Layout, mode: str) -> Result:
             real = Layout(real.role.clone(), real.image, real.prefill, real.sample.clone())
             real.role[:, -grown:], real.sample[:, -grown:] = int(Role.ANSWER), 0
         expected = attend(query, key, value, real, handle.mask, scale=scale).transpose(1, 2)
-        kept = (real.role != Role.PAD)[:, -query.shape[2] :]
+        kept = real.real[:, -query.shape[2] :]
         difference = (out - expected)[kept].abs().max().item()
         tolerance = TOLERANCE[query.dtype] * max(1.0, expected[kept].abs().max().item())
         worst, limit = max(worst, difference), max(limit, tolerance)

@@ -112,7 +112,25 @@ class Layout:
 
     @property
     def padded(self) -> bool:
-        return bool((self.role == Role.PAD).any())
+        return not bool(self.real.all())
+
+    # Roles are compared as integers: dynamo folds `tensor == IntEnum` to False where the tensor is
+    # no input of its graph, and every mask would be causal under torch.compile.
+
+    @property
+    def real(self) -> torch.Tensor:
+        """Which tokens are none of the padding, bool [B, T]."""
+        return self.role != int(Role.PAD)
+
+    @property
+    def visual(self) -> torch.Tensor:
+        """Which tokens are image features, bool [B, T]."""
+        return self.role == int(Role.VISUAL)
+
+    @property
+    def answer(self) -> torch.Tensor:
+        """Which tokens are produced one by one, bool [B, T]."""
+        return self.role == int(Role.ANSWER)
 
     def map(self, change) -> "Layout":
         """The layout with `change` applied to each of its tensors."""
@@ -137,7 +155,7 @@ class Layout:
 
     def positions(self) -> torch.Tensor:
         """Position of each token in its sample, counted from 0 [B, T]; 0 for padding."""
-        real = self.role != Role.PAD
+        real = self.real
         index = real.long().cumsum(1) - 1
         start = torch.ones_like(real)
         start[:, 1:] = self.sample[:, 1:] != self.sample[:, :-1]

@@ -208,6 +208,7 @@ class Handle:
     def __exit__(self, *exception) -> None:
         self.detach()
 
+    @torch.compiler.disable  # it asks tensors for numbers, and decides by them
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Take the layout out of the keywords and put the plan in."""
         if args:  # llava-next passes ids by position

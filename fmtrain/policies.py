@@ -87,7 +87,7 @@ def revealed(policy: Policy, q: Tokens, k: Tokens) -> torch.Tensor:
     """The pairs that `policy` adds to causal attention: later keys of the query's own prefill."""
     pairs = torch.zeros((), dtype=torch.bool, device=q.role.device)
     for query_role, key_role in policy.reveals:
-        pair = (q.role == query_role) & (k.role == key_role)
+        pair = (q.role == int(query_role)) & (k.role == int(key_role))
         if policy.within_image and (query_role, key_role) == (V, V):
             pair = pair & (q.image == k.image)
         pairs = pairs | pair

@@ -15,7 +15,7 @@ import torch
 from fmtrain.data.dialogue import Turn
 from fmtrain.data.encode import IGNORED, Encoded, encode, labels
 from fmtrain.data.images import MAX_PIXELS, open_image
-from fmtrain.layout import Layout, Role
+from fmtrain.layout import Layout
 
 
 def encode_row(
@@ -55,7 +55,7 @@ def batch(processor, rows: Sequence[Encoded], padding_side: str = "right") -> En
     ids = torch.cat(
         [pad(row.inputs["input_ids"], side, value=pad_id) for row, side in zip(rows, sides)]
     )
-    merged = {"input_ids": ids, "attention_mask": (layout.role != Role.PAD).long()}
+    merged = {"input_ids": ids, "attention_mask": layout.real.long()}
     for inputs, _ in rows:
         for name in inputs:
             if name not in merged:

@@ -109,7 +109,7 @@ def encode(
 
 def labels(input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
     """The ids of the answers [B, T], `IGNORED` elsewhere."""
-    return torch.where(layout.role == Role.ANSWER, input_ids, IGNORED)
+    return torch.where(layout.answer, input_ids, IGNORED)
 
 
 def render(

@@ -38,7 +38,7 @@ def states(mask: Mask, layout: Layout, index: torch.Tensor) -> torch.Tensor:
     """What the tokens at `index` [N] of the first row are to each other: keys of `STATES` [N,
     N]."""
     q, k = tokens(layout[:1], index, 1), tokens(layout[:1], index, 2)
-    real = (q.role != Role.PAD) & (k.role != Role.PAD)
+    real = (q.role != int(Role.PAD)) & (k.role != int(Role.PAD))
     ahead = POOLED if mask.merge else REVEALED
     return ((past(q, k) & real) * CAUSAL + revealed(mask.policy, q, k) * ahead)[0]
 

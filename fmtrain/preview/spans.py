@@ -86,7 +86,7 @@ class Figures:
 def figures(ids: torch.Tensor, layout: Layout, mask: Mask) -> Figures:
     """Of token ids [1, T] and their layout."""
     layout = layout[:1]
-    visual, real, fed = layout.role == Role.VISUAL, layout.role != Role.PAD, layout.prefill >= 0
+    visual, real, fed = layout.visual, layout.real, layout.prefill >= 0
     causal, ahead = pairs(layout, mask.policy)
     return Figures(
         tokens=int(real.sum()),

@@ -41,33 +41,34 @@ class MaskedSFTTrainer(SFTTrainer):
 
 
 class AuditFirstBatch(TrainerCallback):
-    """Before step 0: a real batch is searched for leaks, and its loss stands beside its causal
-    loss."""
+    """Before step 0, on a real batch, as the run computes it (compiled, sharded, under autocast):
+    later tokens move no earlier logit, every layer computes the reference attention of the mask,
+    and a mask that reveals something changes the logits. Its loss stands beside its causal loss."""
 
     def __init__(self, trainer: SFTTrainer, rows: list[dict]):
         self.trainer, self.rows = trainer, rows
 
     def on_train_begin(self, args, state, control, **kwargs):
         model, handle = self.trainer.model_wrapped, attached(self.trainer.model)
-        batch = Encoded.from_batch(
-            self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
-        )
-        inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "labels"}
+        batch = self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
+        inputs, layout = Encoded.from_batch(batch)
+        labels = inputs.pop("labels")
+        encoded = Encoded(inputs, layout)
         training = model.training
         model.eval()
-        leak = consistency.leaks(model, Encoded(inputs, batch.layout))
+        results = [consistency.leaks(model, encoded)]
+        if not handle.host:
+            results += [consistency.effect(model, encoded), *consistency.layers(model, encoded)]
         with torch.no_grad():
-            loss = model(**batch.kwargs()).loss.item()
+            loss = model(**encoded.kwargs(), labels=labels).loss.item()
             with handle.under("causal"):
-                causal = model(**batch.kwargs()).loss.item()
+                causal = model(**encoded.kwargs(), labels=labels).loss.item()
         model.train(training)
-        say(
-            f"audit of the first {len(self.rows)} rows: {leak.figure}; loss {loss:.4f} under the "
-            f"policy, "
-            f"{causal:.4f} causal"
-        )
-        if not leak.passed:
-            raise ValueError(f"the first batch leaks: {leak.figure}")
+        losses = f"loss {loss:.4f} under {handle.mask}, {causal:.4f} causal"
+        say(f"audit of the first {len(self.rows)} rows: {len(results)} checks; {losses}")
+        for result in results:
+            if not result.passed:
+                raise ValueError(f"the audit before step 0 fails: {result.check}: {result.figure}")
 
 
 class SaveOnTerm(TrainerCallback):
