@@ -194,6 +194,9 @@ def _failures(
                 if number == 0:  # in a second pass the same records fail again
                     yield record, str(error)
                 continue
+            except RecursionError as error:
+                place = f"{record.file}: row {record.number}"
+                raise ValueError(f"{place}: nested too deeply") from error
             for row in rows:
                 tally.rows[row["source"]] += 1
             if number == 0:

@@ -75,8 +75,9 @@ def test_embedded_images_are_part_of_what_must_not_have_changed(
     ("records", "options", "reason"),
     [
         ('[{"conversations": [', [], "row 1: not JSON"),
+        ("[" + "[" * 3000 + "]" * 3000 + "]", [], "row 1: nested too deeply"),
         ("[1]", [], "row 1: expected an object with 'conversations', found 1"),
-        ('{"a": 1}', [], "row: expected '[', found '{'"),
+        ('{"a": 1}', [], "start of the file: expected '[', found '{'"),
         (
             RECORDS,
             ["--question-twice", "--order", "dual"],
