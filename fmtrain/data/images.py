@@ -15,20 +15,28 @@ from typing import Any
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # http:, https:, file:, data:, s3: ...
 MAX_PIXELS = 64_000_000  # 8000 x 8000; the largest images of LLaVA's mixes are below 30 million
+
+
+def no_file_name(name: Any) -> str | None:
+    """Why `name` cannot be that of an image file, whatever the folder holds, or None."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return f"image name {name!r:.200} is not a path"
+    if _URL.match(name):
+        return f"image {name!r:.200} is a URL; only files below the image folder are read"
+    return None
 
 
 def resolve(name: str, root: str | os.PathLike) -> Path:
     """The file that `name` (relative to `root`) means.
 
-    Raises `ValueError`, in one line, for a URL, a path or symbolic link that leaves `root`, and a file that is not there.
+    Raises `ValueError`, in one line, for a URL, a path or symbolic link that leaves `root`, and a
+    file that is not there.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"image name {name!r} is not a path")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name):  # http:, https:, file:, data:, s3: ...
-        raise ValueError(
-            f"image {name[:200]!r} is a URL; only files below the image folder are read"
-        )
+    reason = no_file_name(name)
+    if reason is not None:
+        raise ValueError(reason)
     base = Path(root).resolve()
     path = (base / name).resolve()
     if not path.is_relative_to(base):
