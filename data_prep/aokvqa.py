@@ -48,10 +48,8 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     folder = options.image_folder or f"{options.split}2017"
     for task in TASKS[options.task]:
         if task == "direct":
-            prompt, answer = (
-                short_answer(question, options.prompt),
-                most_common(texts(value, "direct_answers")),
-            )
+            prompt = short_answer(question, options.prompt)
+            answer = most_common(texts(value, "direct_answers"))
         else:
             choices = texts(value, "choices")
             prompt = multiple_choice(question, choices, options.prompt)

@@ -10,15 +10,15 @@ is asked, with the turn before it as text.
 
 import shutil
 import sys
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_prep.command_line import guarded
-from data_prep.converting.rows import KEYS
 from data_prep.converting.writing import encoded, write_json
+from fmtrain.command_line import Parser, guarded
+from fmtrain.data.row_format import COLUMNS
 from fmtrain.tiny.digits import MOST, SPLITS, TASKS, row
 
 CHOICES = {
@@ -29,40 +29,35 @@ INSTRUCTION = "Answer the question about the pictures."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the files. Returns 0, or 2 after one line on stderr if `--out` holds anything or cannot be written."""
-    parser = ArgumentParser(
-        prog="python -m data_prep.digits", description=__doc__, formatter_class=RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--split", choices=SPLITS, help="default: both, or test with --milebench")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all"
-    )
-    parser.add_argument(
-        "--count", type=int, default=200, help="rows a task and split (default: 200)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--milebench", action="store_true")
+    """Write the files. Returns 0, or 2 after one line on stderr if `--out` holds anything or cannot
+    be written."""
+    parser = Parser("python -m data_prep.digits", __doc__)
+    add, tasks = parser.add_argument, list(TASKS)
+    add("--out", type=Path, required=True, help="a new folder")
+    add("--split", choices=SPLITS, help="default: both, or test with --milebench")
+    add("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
+    add("--count", type=int, default=200, help="rows a task and split (default: 200)")
+    add("--seed", type=int, default=0)
+    add("--milebench", action="store_true")
     options = parser.parse_args(arguments)
+    return guarded(lambda: write(options))
 
-    def write() -> int:
-        if options.count < 1 or options.seed < 0:
-            raise ValueError(
-                f"--count is {options.count}, --seed {options.seed}: at least 1 row and a seed from 0 on are needed"
-            )
-        with new_folder(options.out) as folder:
-            if options.milebench:
-                for task in options.tasks:
-                    write_milebench(
-                        folder, options.split or "test", task, options.count, options.seed
-                    )
-            else:
-                for split in [options.split] if options.split else SPLITS:
-                    write_rows(folder / split, split, options.tasks, options.count, options.seed)
-        print(f"{options.out}: {options.count} rows each of {', '.join(options.tasks)}")
-        return 0
 
-    return guarded(write)
+def write(options: Namespace) -> None:
+    """Write the files that `options` ask for, or none. Raises `ValueError` as `new_folder`."""
+    count, seed = options.count, options.seed
+    if count < 1 or seed < 0:
+        raise ValueError(
+            f"--count is {count}, --seed {seed}: at least 1 row and a seed from 0 on are needed"
+        )
+    with new_folder(options.out) as folder:
+        if options.milebench:
+            for task in options.tasks:
+                write_milebench(folder, options.split or "test", task, count, seed)
+        else:
+            for split in [options.split] if options.split else SPLITS:
+                write_rows(folder / split, split, options.tasks, count, seed)
+    print(f"{options.out}: {count} rows each of {', '.join(options.tasks)}")
 
 
 @contextmanager
@@ -92,7 +87,7 @@ def write_rows(folder: Path, split: str, tasks: Iterable[str], count: int, seed:
                 made = row(split, task, seed, index)
                 names = _write_images(made, folder / "images")
                 made["images"] = [f"images/{name}" for name in names]
-                file.write(encoded({key: made[key] for key in KEYS}) + b"\n")
+                file.write(encoded({key: made[key] for key in COLUMNS}) + b"\n")
 
 
 def write_milebench(folder: Path, split: str, task: str, count: int, seed: int) -> None:

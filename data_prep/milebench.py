@@ -5,7 +5,7 @@ DATASET/DATASET.json is {"meta_data": {"task_instruction": [...], ...}, "data": 
 the context {image#k} and {table#k} stand for the k-th image; what the model is shown follows MileBench's own prompt.
 
 The rows' `source` begins with `evaluation_only/`, by which training and `data_prep.check` refuse them;
-`--force-training` leaves the mark out.
+`--force_training` leaves the mark out.
 """
 
 import re

@@ -20,10 +20,10 @@ SPLITS = ("train", "val", "test", "minitrain", "minival", "minitest")
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """`--split`, `--only-images` and `--prompt`."""
+    """`--split`, `--only_images` and `--prompt`."""
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument(
-        "--only-images", action="store_true", help="leave out the problems without an image"
+        "--only_images", action="store_true", help="leave out the problems without an image"
     )
     add_prompt_option(parser)
 
@@ -42,9 +42,8 @@ def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
             wanted.discard(key)
             yield SourceRecord(files[0], key, value)
     if wanted:
-        raise ValueError(
-            f"{files[0]}: {len(wanted)} problems of {options.split} are missing, such as {min(wanted)}"
-        )
+        missing = f"{len(wanted)} problems of {options.split}"
+        raise ValueError(f"{files[0]}: {missing} are missing, such as {min(wanted)}")
 
 
 def rows(record: SourceRecord, options: Options) -> Iterator[Row]:

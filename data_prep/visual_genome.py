@@ -8,6 +8,7 @@ that repeat a phrase and box of the same image are left out and counted, as are 
 
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from data_prep.converting.rows import Message, Row, image_part
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """`--turns`, `--task` and `--box-frame`."""
+    """`--turns`, `--task` and `--box_frame`."""
     parser.add_argument(
         "--turns",
         type=int,
@@ -64,9 +65,7 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row | str]:
         else:
             exchanges.append(exchange)
     for start in range(0, len(exchanges), options.turns):
-        messages = [
-            message for exchange in exchanges[start : start + options.turns] for message in exchange
-        ]
+        messages = list(chain.from_iterable(exchanges[start : start + options.turns]))
         messages[0]["content"].insert(0, image_part())
         yield {
             "id": f"{image}-{start // options.turns}",

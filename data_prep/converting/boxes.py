@@ -15,12 +15,12 @@ TASKS = ("locate", "describe", "both")
 
 
 def add_box_options(parser: ArgumentParser) -> None:
-    """`--task` and `--box-frame`, for data sets of regions and phrases."""
+    """`--task` and `--box_frame`, for data sets of regions and phrases."""
     parser.add_argument(
         "--task", choices=TASKS, default="locate", help="phrase to box, box to phrase, or both"
     )
     parser.add_argument(
-        "--box-frame", choices=FRAMES, default="square", help="what boxes are relative to"
+        "--box_frame", choices=FRAMES, default="square", help="what boxes are relative to"
     )
 
 
@@ -40,17 +40,10 @@ def normalised(box: Sequence[float], size: tuple[float, float], frame: str) -> s
     if frame == "square":
         side = max(width, height)
         dx, dy = (side - width) / 2, (side - height) / 2
-        left, right, top, bottom, width, height = (
-            left + dx,
-            right + dx,
-            top + dy,
-            bottom + dy,
-            side,
-            side,
-        )
-    return str(
-        [round(edge, 2) for edge in (left / width, top / height, right / width, bottom / height)]
-    )
+        left, right, top, bottom = left + dx, right + dx, top + dy, bottom + dy
+        width = height = side
+    edges = (left / width, top / height, right / width, bottom / height)
+    return str([round(edge, 2) for edge in edges])
 
 
 def turns(phrase: str, box: str, task: str) -> list[list[Message]]:

@@ -26,13 +26,13 @@ def parts(text: str) -> list[Part]:
     one_side = not any(piece.strip() for piece in pieces[1:]) or not any(
         piece.strip() for piece in pieces[:-1]
     )
-    found: list[Part] = []
+    content: list[Part] = []
     for number, piece in enumerate(pieces):
         if number:
-            found.append(image_part())
+            content.append(image_part())
         if piece.strip():
-            found.append(text_part(piece.strip() if one_side else piece))
-    return found
+            content.append(text_part(piece.strip() if one_side else piece))
+    return content
 
 
 def messages_of(turns: list[Any], with_images: bool) -> list[Message]:

@@ -21,11 +21,8 @@ def field(record: Any, key: str, kind: type | tuple[type, ...] = str) -> Any:
 def integer(record: Any, key: str) -> int:
     """A whole number, also when the source writes it as a string ("00042" is 42) or as a float without a fraction."""
     value = field(record, key, (int, str, float))
-    if (
-        isinstance(value, str)
-        and value.strip().lstrip("-").isascii()
-        and value.strip().lstrip("-").isdigit()
-    ):
+    digits = value.strip().lstrip("-") if isinstance(value, str) else ""
+    if digits.isascii() and digits.isdigit():
         return int(value)
     if isinstance(value, str) or not math.isfinite(value) or int(value) != value:
         raise unexpected(f"a whole number as field {key!r}", value)
@@ -40,12 +37,12 @@ def number(record: Any, key: str) -> float:
 def to_number(value: Any, name: str) -> float:
     """`value` as a finite number; `name` is what the error calls it."""
     try:
-        found = float(value)
+        converted = float(value)
     except (TypeError, ValueError):
-        found = math.nan
-    if isinstance(value, bool) or not math.isfinite(found):
+        converted = math.nan
+    if isinstance(value, bool) or not math.isfinite(converted):
         raise unexpected(f"a number as {name}", value)
-    return found
+    return converted
 
 
 def text_of(value: Any, name: str) -> str:

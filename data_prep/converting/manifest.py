@@ -21,8 +21,9 @@ _PLACES = ("source", "out", "reject")  # options that say where, not what
 
 
 @dataclass
-class Tally:
-    """What a conversion wrote and did not write: rows by source, parts of records by reason, records rejected."""
+class ConversionCounts:
+    """What a conversion wrote and did not write: rows by source, parts of records by reason, records
+    rejected."""
 
     rows: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -98,15 +99,19 @@ def image_digest(folder: Path, root: Path) -> str:
 
 
 def write_manifest(
-    folder: Path, fingerprint: Fingerprint, tally: Tally, images: str | None, evaluation_only: bool
+    folder: Path,
+    fingerprint: Fingerprint,
+    counts: ConversionCounts,
+    images: str | None,
+    evaluation_only: bool,
 ) -> None:
     """Write the manifest of a folder whose rows are complete; `images` is its `image_digest` if they are embedded."""
     manifest = {
         "fingerprint": vars(fingerprint),
-        "rows": tally.rows.total(),
-        "rows_by_source": dict(sorted(tally.rows.items())),
-        "rejected": tally.rejected,
-        "left_out": dict(sorted(tally.left_out.items())),
+        "rows": counts.rows.total(),
+        "rows_by_source": dict(sorted(counts.rows.items())),
+        "rejected": counts.rejected,
+        "left_out": dict(sorted(counts.left_out.items())),
         "evaluation_only": evaluation_only,
         "files": file_sizes(folder),
         "images": images,

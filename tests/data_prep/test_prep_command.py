@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.converting.benchmark import write_mix
-from data_prep.converting.rows import read_rows
+from data_prep.checking.reading import read_rows
+from data_prep.converting.conversion_speed import write_mix
 
 ROOT = Path(__file__).parent.parent.parent
 TURNS = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
@@ -62,11 +62,11 @@ def test_embedded_images_are_part_of_what_must_not_have_changed(
     source, out = mix(RECORDS), tmp_path / "out"
     for k in range(3):
         picture(source / f"coco/{k}.jpg", seed=k)
-    convert("llava_mix665k", source, out, "--embed-images")
-    convert("llava_mix665k", source, out, "--embed-images")
+    convert("llava_mix665k", source, out, "--embed_images")
+    convert("llava_mix665k", source, out, "--embed_images")
     assert "up to date" in capsys.readouterr().out
     picture(source / "coco/1.jpg", seed=9)
-    convert("llava_mix665k", source, out, "--embed-images")
+    convert("llava_mix665k", source, out, "--embed_images")
     assert "up to date" not in capsys.readouterr().out
     assert [*read_rows(out)][1]["images"][0]["bytes"] == (source / "coco/1.jpg").read_bytes()
 
@@ -80,10 +80,10 @@ def test_embedded_images_are_part_of_what_must_not_have_changed(
         ('{"a": 1}', [], "start of the file: expected '[', found '{'"),
         (
             RECORDS,
-            ["--question-twice", "--order", "dual"],
-            "--question-twice puts the question on both sides",
+            ["--question_twice", "--order", "dual"],
+            "--question_twice puts the question on both sides",
         ),
-        (RECORDS, ["--embed-images"], "row 1: image 'coco/0.jpg' does not exist"),
+        (RECORDS, ["--embed_images"], "row 1: image 'coco/0.jpg' does not exist"),
         ([{**RECORDS[0], "image": "https://host/x.jpg"}], [], "is in none of the folders"),
         (
             [{**RECORDS[0], "image": "coco/../../x.jpg"}],
@@ -147,7 +147,7 @@ def test_symbolic_links_out_of_the_root_are_not_embedded(mix, convert, picture, 
     outside = picture(tmp_path / "outside.jpg")
     (source / "coco").mkdir()
     (source / "coco/0.jpg").symlink_to(outside)
-    assert convert("llava_mix665k", source, tmp_path / "out", "--embed-images") == 2
+    assert convert("llava_mix665k", source, tmp_path / "out", "--embed_images") == 2
     assert "lies outside the image folder" in capsys.readouterr().err
 
 
@@ -214,7 +214,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(earlier, convert, t
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path, monkeypatch):
-    from data_prep.converting.benchmark import measure
+    from data_prep.converting.conversion_speed import measure
 
     monkeypatch.chdir(ROOT)
     peaks = []
@@ -245,7 +245,7 @@ def test_reject_must_not_lie_in_the_folder_that_is_replaced(mix, convert, tmp_pa
 
 
 def test_help_of_every_command(command, fixtures):
-    for name in ("vsr", "check", "benchmark"):
+    for name in ("vsr", "check", "digits", "converting.conversion_speed"):
         assert command(name, "--help").returncode == 0
     for path in fixtures.iterdir():
         converter = importlib.import_module(f"data_prep.{path.name}").CONVERTER

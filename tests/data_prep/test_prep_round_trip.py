@@ -7,7 +7,8 @@ import families
 import pytest
 from test_prep_converters import NAMES
 
-from data_prep.converting.rows import PLACEHOLDER, Row, read_rows
+from data_prep.checking.reading import read_rows
+from data_prep.converting.rows import PLACEHOLDER, Row
 from fmtrain.data.collator import encode_row
 from fmtrain.layout import Role
 
