@@ -1,4 +1,5 @@
-# make test: set up and pass the tests. make train: set up and run the main job on the embedded default.
+# make test: set up and pass the tests.
+# make train: set up and run the main job on the embedded default.
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -16,22 +17,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-lmms.txt
 	$(BIN)/pip install -q --no-deps -r requirements-lmms.txt
 	touch $@
 
-# Fast tests first; the slow ones (real kills, two processes) follow, so that a plain mistake shows early.
-test: setup
-	$(BIN)/python -m ruff check .
+test: check
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-# The main job: fine-tune the tiny pretrained LLaVA under v2v, export, reload in a new process, audit, ask.
+# The main job: fine-tune the tiny pretrained LLaVA under v2v, export, reload, audit, ask.
 train: setup
 	rm -rf $(RUN)
-	$(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		fmtrain/sft.py recipes/tiny_v2v_lora.yaml
-	$(BIN)/python -m fmtrain.export $(RUN) --out $(RUN)/exported
-	$(BIN)/python -m fmtrain.audit $(RUN)/exported
+	$(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no \
+		--dynamo_backend no fmtrain/sft.py recipes/tiny_v2v_lora.yaml
+	$(BIN)/fmtrain export $(RUN) --out $(RUN)/exported
+	$(BIN)/fmtrain audit $(RUN)/exported
 	$(BIN)/python -m eval.compare --before fmtrain/tiny_llava --after $(RUN)/exported
 
+# Style, format and types.
 check: setup
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/basedpyright
 
 clean:
 	rm -rf $(VENV) runs data build *.egg-info

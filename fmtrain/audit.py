@@ -24,7 +24,8 @@ ROWS = 4  # of a recipe's data
 
 
 def subject(name: str):
-    """Model with its mask, processor, a few rows and their image folder, of a checkpoint or a recipe."""
+    """Model with its mask, processor, a few rows and their image folder, of a checkpoint or a
+    recipe."""
     if Path(name).suffix not in (".yaml", ".yml"):
         model, processor = load(name)
         return model, processor, noise.rows(), "."
@@ -47,7 +48,8 @@ def table(results: list[Result], title: str) -> Table:
 
 
 def audit(name: str, out: str | None = None) -> int:
-    """Check, print and write the results to `out` (default: audit.json in the checkpoint, or here); 1 if one fails."""
+    """Check, print and write the results to `out` (default: audit.json in the checkpoint, or here);
+    1 if one fails."""
     model, processor, rows, image_root = subject(name)
     results = check(model, processor, rows, image_root)
     mask = attached(model).mask

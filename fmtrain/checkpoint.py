@@ -1,7 +1,7 @@
 """Checkpoints on disk: models, processors and adapters, with the mask that they carry.
 
-A checkpoint's `config.json` says under `fmtrain` which mask it was trained with; an adapter has such a `config.json`
-beside it.
+A checkpoint's `config.json` says under `fmtrain` which mask it was trained with; an adapter has
+such a `config.json` beside it.
 """
 
 import json
@@ -33,8 +33,8 @@ def recorded_mask(path: str | Path, trust_remote_code: bool = False) -> Mask | N
 def load_processor(path: str, config, **kwargs):
     """The processor of a checkpoint, told what it must know of the model to count image tokens.
 
-    Old checkpoints leave `patch_size` and its companions out, and 575 tokens would meet 576 features
-    (transformers#36002).
+    Old checkpoints leave `patch_size` and its companions out, and 575 tokens would meet 576
+    features (transformers#36002).
     """
     processor = AutoProcessor.from_pretrained(path, **kwargs)
     if "patch_size" in vars(processor) and processor.patch_size is None:
@@ -59,10 +59,11 @@ def load(
     backend: str = "auto",
     dtype: str | torch.dtype = "auto",
 ):
-    """(model, processor) of an exported checkpoint, or of a run with an adapter, with its mask attached.
+    """(model, processor) of an exported checkpoint, or of a run with an adapter, with its mask
+    attached.
 
-    mask (and merge, the options of its light form) replaces what the checkpoint carries. Raises `ValueError` where there
-    is no checkpoint, and where it carries no mask and none is given.
+    mask (and merge, the options of its light form) replaces what the checkpoint carries. Raises
+    `ValueError` where there is no checkpoint, and where it carries no mask and none is given.
     """
     if not Path(path).is_dir():
         raise ValueError(f"{path}: no such checkpoint folder")
@@ -70,7 +71,8 @@ def load(
         mask = recorded_mask(path)
         if mask is None:
             raise ValueError(
-                f"{path}: its config.json records no mask; say which one it is to run under, e.g. mask='causal'"
+                f"{path}: its config.json records no mask; say which one it is to run under, e.g. "
+                f"mask='causal'"
             )
     model, processor = load_plain(path, dtype)
     attach(model, mask, backend, merge)

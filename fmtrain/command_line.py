@@ -9,7 +9,8 @@ from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with the text of `--help` as it is written, and options that may be spelt with dashes or underscores."""
+    """argparse with the text of `--help` as it is written, and options that may be spelt with
+    dashes or underscores."""
 
     def __init__(self, command: str, description: str | None):
         super().__init__(
@@ -38,8 +39,8 @@ def one_line(error: Exception) -> str:
 
 
 def guarded(command: Callable[[], int | None]) -> int:
-    """Run `command` and return its exit code, 0 for None; bad input (`ValueError`) and disk or permissions (`OSError`)
-    become one line `error: ...` on stderr and 2."""
+    """Run `command` and return its exit code, 0 for None; bad input (`ValueError`) and disk or
+    permissions (`OSError`) become one line `error: ...` on stderr and 2."""
     try:
         return command() or 0
     except (ValueError, OSError) as error:
@@ -49,7 +50,8 @@ def guarded(command: Callable[[], int | None]) -> int:
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when the block ends and is removed when the block raises."""
+    """A file to write beside `path`, which takes its place when the block ends and is removed when
+    the block raises."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.partial")

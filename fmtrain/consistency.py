@@ -1,8 +1,10 @@
-"""Does the model see in training what it will see in inference? The checks, on a real model and real rows.
+"""Does the model see in training what it will see in inference? The checks, on a real model and
+real rows.
 
-The prompt ids of training are those of generation; teacher-forced logits equal those of prefill and cached decoding;
-changing any later token leaves earlier logits bit-identical; and what every layer computes is the reference attention of
-the mask, in training mode, in evaluation and inside `generate`.
+The prompt ids of training are those of generation; teacher-forced logits equal those of prefill and
+cached decoding; changing any later token leaves earlier logits bit-identical; and what every layer
+computes is the reference attention of the mask, in training mode, in evaluation and inside
+`generate`.
 """
 
 import contextlib
@@ -19,7 +21,8 @@ from fmtrain.data.encode import Encoded
 from fmtrain.layout import Layout, Role
 from fmtrain.patch import attached, unwrap
 
-# Agreement of logits, relative to the largest logit: rounding of the dtype, through a few dozen layers.
+# Agreement of logits, relative to the largest logit: rounding of the dtype, through a few dozen
+# layers.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-12}
 
 
@@ -48,13 +51,15 @@ def answer_spans(layout: Layout) -> list[tuple[int, int]]:
 def prompts(
     processor, row: dict, layout: Layout, image_root: str
 ) -> Iterator[tuple[int, int, Encoded]]:
-    """Each turn of an encoded row: start and stop of its answer, and what generation is fed before it."""
+    """Each turn of an encoded row: start and stop of its answer, and what generation is fed before
+    it."""
     for turn, (start, stop) in zip(turns(row), answer_spans(layout), strict=True):
         yield start, stop, encode_prompt(processor, row, turn, image_root)
 
 
 def prompt_ids(processor, rows: list[dict], image_root: str = ".") -> Result:
-    """The ids (and pixels) that precede an answer in a training row are those that generation is fed."""
+    """The ids (and pixels) that precede an answer in a training row are those that generation is
+    fed."""
     name, count = "prompt ids: training == generation", 0
     for row in rows:
         inputs, layout = encode_row(processor, row, image_root)
@@ -74,7 +79,8 @@ def prompt_ids(processor, rows: list[dict], image_root: str = ".") -> Result:
 
 @torch.no_grad()
 def decoding(model, processor, rows: list[dict], image_root: str = ".") -> Result:
-    """Teacher-forced logits against prefill and token-by-token decoding with a cache, at every answer position."""
+    """Teacher-forced logits against prefill and token-by-token decoding with a cache, at every
+    answer position."""
     worst, largest = 0.0, 1.0
     for row in rows:
         encoded = encode_row(processor, row, image_root)
@@ -97,7 +103,8 @@ def decoding(model, processor, rows: list[dict], image_root: str = ".") -> Resul
 
 @torch.no_grad()
 def leaks(model, encoded: Encoded) -> Result:
-    """Change every token from the start of each answer on, and look whether any earlier logit moves by a bit.
+    """Change every token from the start of each answer on, and look whether any earlier logit moves
+    by a bit.
 
     encoded: a batch as in training. All text and answer ids behind the cut are replaced.
     """
@@ -148,8 +155,8 @@ def recorded_attention(model) -> Iterator[list[tuple]]:
 
 
 def layers(model, encoded: Encoded, prompt: Encoded) -> list[Result]:
-    """What each layer computes against the reference attention of the mask: in training mode and in evaluation on
-    `encoded`, in `generate` on `prompt`."""
+    """What each layer computes against the reference attention of the mask: in training mode and in
+    evaluation on `encoded`, in `generate` on `prompt`."""
     results, training = [], model.training
     for mode in ("training mode", "evaluation", "generate"):
         model.train(mode == "training mode")
@@ -193,7 +200,8 @@ def _compare(model, calls: list[tuple], layout: Layout, mode: str) -> Result:
 
 
 def check(model, processor, rows: list[dict], image_root: str = ".") -> list[Result]:
-    """All checks on `model` with its mask attached. rows: a few, with two turns and several images among them."""
+    """All checks on `model` with its mask attached. rows: a few, with two turns and several images
+    among them."""
     was_training = model.training
     model.eval()
     results = [

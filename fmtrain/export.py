@@ -1,11 +1,13 @@
-"""Turn a run into a checkpoint that anybody can load: LoRA folded into the weights, the mask in `config.json`.
+"""Turn a run into a checkpoint that anybody can load: LoRA folded into the weights, the mask in
+`config.json`.
 
     python -m fmtrain.export RUN --out DIR
 
-Nothing is written unless the folded model gives the adapter's logits on real rows, and the weights that changed are
-just those that the adapter names (for full fine-tuning: some did). The base model's key names are kept, weights are
-safetensors, and both `fmtrain.load(DIR)` and plain `AutoModelForImageTextToText.from_pretrained(DIR)` load the result
-(the latter without the mask, which is then to be attached).
+Nothing is written unless the folded model gives the adapter's logits on real rows, and the weights
+that changed are just those that the adapter names (for full fine-tuning: some did). The base
+model's key names are kept, weights are safetensors, and both `fmtrain.load(DIR)` and plain
+`AutoModelForImageTextToText.from_pretrained(DIR)` load the result (the latter without the mask,
+which is then to be attached).
 """
 
 import shutil
@@ -31,11 +33,13 @@ from fmtrain.training.recipe import read
 from fmtrain.training.rows import rows_of
 from fmtrain.training.run_folder import RECIPE, read_record
 
-TOLERANCE = 1e-4  # of float32 logits, relative to the largest: (W + BA) x against W x + B (A x), through all layers
+# Of float32 logits, relative to the largest: (W + BA) x against W x + B (A x), through all layers
+TOLERANCE = 1e-4
 
 
 def rows_at_hand(run: Path, count: int = 4) -> tuple[list[dict], str]:
-    """A few real rows of a run and their image folder; noise where the run's data is not at hand."""
+    """A few real rows of a run and their image folder; noise where the run's data is not at
+    hand."""
     recipe = run / RECIPE
     if not recipe.is_file():
         return noise.rows(), "."
@@ -82,7 +86,8 @@ def compare(base: Path, folded: Path) -> int:
     missing, new = before.keys() - names(folded).keys(), names(folded).keys() - before.keys()
     if missing or new:
         raise ValueError(
-            f"the export would rename weights: {len(missing)} keys of the base are missing (e.g. {min(missing, default='-')}), "
+            f"the export would rename weights: {len(missing)} keys of the base are missing (e.g. "
+            f"{min(missing, default='-')}), "
             f"{len(new)} are new (e.g. {min(new, default='-')})"
         )
     changed = 0
@@ -108,10 +113,12 @@ def fold(model, processor, rows: list[dict], root: str) -> tuple[torch.nn.Module
     )
     if not off <= limit:
         raise ValueError(
-            f"folding moved the logits by {off:.1e}, over the limit of {limit:.1e}; nothing was written"
+            f"folding moved the logits by {off:.1e}, over the limit of {limit:.1e}; nothing was "
+            f"written"
         )
     print(
-        f"folded {targets} tensors; logits of adapter and folded model differ by at most {off:.1e} on {len(rows)} rows"
+        f"folded {targets} tensors; logits of adapter and folded model differ by at most {off:.1e} "
+        f"on {len(rows)} rows"
     )
     return folded, targets
 
@@ -132,11 +139,8 @@ def card(run: Path, mask: Mask, base: str, source: str) -> str:
     recipe = (run / RECIPE).read_text() if (run / RECIPE).is_file() else ""
     pooled, merge = "", ""
     if mask.merge:
-        options = f"prefix={mask.merge.prefix}, kernel_size={mask.merge.kernel_size}, normalize={mask.merge.normalize}"
-        pooled, merge = (
-            ", `o` pooled into the first positions, not attended to",
-            f", merge=fmtrain.Merge({options})",
-        )
+        pooled = ", `o` pooled into the first positions, not attended to"
+        merge = f", merge=fmtrain.{mask.merge}"
     return f"""---
 base_model: {base}
 library_name: transformers
@@ -156,8 +160,8 @@ model, processor = fmtrain.load("THIS_FOLDER")  # the mask is attached, generate
 `AutoModelForImageTextToText.from_pretrained` loads the same weights, causally: then
 `fmtrain.attach(model, "{mask}"{merge})`.
 
-On `{EXAMPLE}` (`T` text, `I J K` tokens of three images, `A` answer, `/` next turn), rows look at columns:
-`#` causal, `+` revealed by the mask{pooled}, `.` closed.
+On `{EXAMPLE}` (`T` text, `I J K` tokens of three images, `A` answer, `/` next turn), rows look
+at columns: `#` causal, `+` revealed by the mask{pooled}, `.` closed.
 
 ```
 {picture(mask, Layout.parse(EXAMPLE))}
@@ -171,13 +175,15 @@ Trained by fmtrain at revision {record.get("git_revision")} ({versions or "versi
 
 
 def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
-    """Write the checkpoint `out` from the run (or checkpoint of a run) `run`. Raises `ValueError`, writing nothing."""
+    """Write the checkpoint `out` from the run (or checkpoint of a run) `run`. Raises `ValueError`,
+    writing nothing."""
     run, out = Path(run), Path(out)
     if out.exists():
         raise ValueError(f"{out}: exists already")
     if not (run / "config.json").is_file():
         raise ValueError(
-            f"{run}: not a finished run (no config.json); a run in progress has its checkpoints in checkpoint-N"
+            f"{run}: not a finished run (no config.json); a run in progress has its checkpoints in "
+            f"checkpoint-N"
         )
     adapter = is_adapter(run)
     base = (
@@ -200,7 +206,8 @@ def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
         changed = compare(base_folder(base), staged)
         if changed == 0 or (expected is not None and changed != expected):
             raise ValueError(
-                f"{changed} tensors differ from the base, {expected or 'some'} should; nothing was written"
+                f"{changed} tensors differ from the base, {expected or 'some'} should; nothing was "
+                f"written"
             )
         (staged / "README.md").write_text(
             card(run, mask, base, "LoRA, folded" if adapter else "full fine-tuning")

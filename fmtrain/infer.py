@@ -16,23 +16,26 @@ def padded(kwargs: dict) -> bool:
 
 
 def repeated(layout: Layout, rows: int) -> Layout:
-    """The layout of a prompt for each of its `rows` beams or samples. Raises `ValueError` if they are no multiple."""
+    """The layout of a prompt for each of its `rows` beams or samples. Raises `ValueError` if they
+    are no multiple."""
     if rows % layout.shape[0]:
         raise ValueError(f"the layout has {layout.shape[0]} rows, the prompt {rows}")
     return layout.map(lambda tensor: tensor.repeat_interleave(rows // layout.shape[0], dim=0))
 
 
 def infer(kwargs: dict, config, mask: Mask, rows: int, length: int, seen: int) -> Layout:
-    """The layout [B, seen + length] of a forward with the keywords `kwargs` on a cache of `seen` tokens.
+    """The layout [B, seen + length] of a forward with the keywords `kwargs` on a cache of `seen`
+    tokens.
 
-    Raises `ValueError` for what the ids cannot tell: several tokens on a cache, embeddings without ids, images that do
-    not fit the runs of image tokens.
+    Raises `ValueError` for what the ids cannot tell: several tokens on a cache, embeddings without
+    ids, images that do not fit the runs of image tokens.
     """
     ids, padding = kwargs.get("input_ids"), kwargs.get("attention_mask")
     if seen and length > 1 and mask.looks_ahead:
         raise ValueError(
-            f"{length} tokens arrive on a cache of {seen} under policy {mask.policy.name!r}: a chunk of a prefill "
-            "would lose what the policy reveals; prefill in one go, or pass the layout of the whole row"
+            f"{length} tokens arrive on a cache of {seen} under policy {mask.policy.name!r}: a "
+            "chunk of a prefill would lose what the policy reveals; prefill in one go, or pass the "
+            "layout of the whole row"
         )
     if ids is None and not seen:
         raise ValueError("inputs_embeds say nothing about images: pass layout.model_inputs()")
@@ -41,7 +44,8 @@ def infer(kwargs: dict, config, mask: Mask, rows: int, length: int, seen: int) -
         padding = torch.ones(rows, seen + length, dtype=torch.bool, device=device)
     elif padding.ndim != 2:
         raise ValueError(
-            f"attention_mask has {padding.ndim} dimensions; with a policy attached it is the 2D padding mask"
+            f"attention_mask has {padding.ndim} dimensions; with a policy attached it is the 2D "
+            f"padding mask"
         )
     real = padding.bool()
     if seen:
@@ -66,8 +70,8 @@ def _image_index(visual: torch.Tensor, kwargs: dict, config, mask: Mask) -> torc
         images = None if features is None else features.pooler_output
     if mask.policy.within_image and images is not None and len(images) != int(starts.sum()):
         raise ValueError(
-            f"{len(images)} images make {int(starts.sum())} runs of image tokens, so the ids do not tell where one "
-            "image ends: pass layout.model_inputs()"
+            f"{len(images)} images make {int(starts.sum())} runs of image tokens, so the ids do "
+            "not tell where one image ends: pass layout.model_inputs()"
         )
     return starts.long().cumsum(1) - 1
 

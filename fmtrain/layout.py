@@ -1,7 +1,7 @@
 """What each token of a batch is: its role, its image, its prefill and its sample.
 
-Everything that differs between training and inference is derived from this one object: the attention mask, the
-labels, the windows of `merge`. Shape names: B rows, T tokens.
+Everything that differs between training and inference is derived from this one object: the
+attention mask, the labels, the windows of `merge`. Shape names: B rows, T tokens.
 """
 
 from dataclasses import dataclass, fields
@@ -23,9 +23,9 @@ class Role(IntEnum):
 class Layout:
     """Four integer tensors [B, T].
 
-    role: a `Role`. image: index of the image within its sample, -1 unless VISUAL. prefill: index, within its sample, of
-    the prefill in which the token is fed, -1 for answers and padding. sample: index of the training sample within the
-    row, -1 for padding.
+    role: a `Role`. image: index of the image within its sample, -1 unless VISUAL. prefill: index,
+    within its sample, of the prefill in which the token is fed, -1 for answers and padding. sample:
+    index of the training sample within the row, -1 for padding.
     """
 
     role: torch.Tensor
@@ -37,13 +37,14 @@ class Layout:
     def parse(cls, picture: str) -> "Layout":
         """A layout [1, T] from a picture, one character a token.
 
-        `T` text, `I J K L` tokens of four images (a letter means one image within one turn), `A` answer, `.` padding,
-        `/` next turn, `|` next packed sample; blanks mean nothing.
+        `T` text, `I J K L` tokens of four images (a letter means one image within one turn), `A`
+        answer, `.` padding, `/` next turn, `|` next packed sample; blanks mean nothing.
 
         >>> Layout.parse("TIIT A / TJT AA").prefill.tolist()
         [[0, 0, 0, 0, -1, 1, 1, 1, -1, -1]]
 
-        Raises `ValueError` for any other character, and for a prefill token behind an answer of the same turn.
+        Raises `ValueError` for any other character, and for a prefill token behind an answer of the
+        same turn.
         """
         columns: list[tuple[int, int, int, int]] = []
         sample, turn, answered, images = 0, 0, False, {}
@@ -60,7 +61,8 @@ class Layout:
             elif character in "TIJKL":
                 if answered:
                     raise ValueError(
-                        f"{character!r} stands behind an answer in turn {turn} of {picture!r}: write / first"
+                        f"{character!r} stands behind an answer in turn {turn} of {picture!r}: "
+                        f"write / first"
                     )
                 image = (
                     -1 if character == "T" else images.setdefault((turn, character), len(images))
@@ -70,7 +72,8 @@ class Layout:
                 )
             else:
                 raise ValueError(
-                    f"{character!r} in the picture {picture!r}; known are T I J K L A . / | and blanks"
+                    f"{character!r} in the picture {picture!r}; known are T I J K L A . / | and "
+                    f"blanks"
                 )
         if not columns:
             raise ValueError(f"the picture {picture!r} holds no token")
@@ -78,7 +81,8 @@ class Layout:
 
     @classmethod
     def from_model_inputs(cls, inputs: dict) -> "Layout | None":
-        """Take a layout out of a model's keyword arguments (which lose it); None where there is none."""
+        """Take a layout out of a model's keyword arguments (which lose it); None where there is
+        none."""
         found = [inputs.pop(PREFIX + field.name, None) for field in fields(cls)]
         if all(tensor is None for tensor in found):
             return None
@@ -90,12 +94,14 @@ class Layout:
         return cls(*found)
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
-        """The keyword tensors [B, T] that carry this layout to an attached model's `forward` and `generate`."""
+        """The keyword tensors [B, T] that carry this layout to an attached model's `forward` and
+        `generate`."""
         return {PREFIX + field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def shape(self) -> tuple[int, int]:
-        return tuple(self.role.shape)
+        rows, tokens = self.role.shape
+        return rows, tokens
 
     @property
     def packed(self) -> bool:

@@ -1,10 +1,11 @@
-"""What a recipe names and a checkpoint records: a policy, perhaps in its light form; and what it allows on a layout.
+"""What a recipe names and a checkpoint records: a policy, perhaps in its light form; and what it
+allows on a layout.
 
     Mask.parse("v2v+merge", prefix=1, kernel_size=3)
 
-A mask in its light form attends to nothing ahead: the pairs that its policy reveals are pooled into the first positions
-(`fmtrain.merge`). Shape names: B rows, Q queries, K keys, T tokens. Queries are the last Q of the K tokens; the ones before
-them are in a cache.
+A mask in its light form attends to nothing ahead: the pairs that its policy reveals are pooled into
+the first positions (`fmtrain.merge`). Shape names: B rows, Q queries, K keys, T tokens. Queries are
+the last Q of the K tokens; the ones before them are in a cache.
 """
 
 import sys
@@ -43,26 +44,31 @@ class Mask:
 
     @classmethod
     def parse(cls, name: str, **options) -> "Mask":
-        """The mask called `name`: a policy, or POLICY+merge with the options of `Merge` (a prefix may be a text).
+        """The mask called `name`: a policy, or POLICY+merge with the options of `Merge` (a prefix
+        may be a text).
 
         >>> str(Mask.parse("v2v+merge", kernel_size=5))
         'v2v+merge'
 
-        Raises `ValueError` for an unknown policy, and for options beside a mask that is no light form.
+        Raises `ValueError` for an unknown policy, and for options beside a mask that is no light
+        form.
         """
+        if "+" in name.removesuffix(LIGHT):
+            raise ValueError(f"mask {name!r} is neither a policy nor POLICY{LIGHT}")
         policy = get_policy(name.removesuffix(LIGHT))
         if name.endswith(LIGHT):
             return cls(policy, Merge.parse(**options))
         if options:
             raise ValueError(
-                f"{', '.join(options)}: options of a light form, but the mask is {name!r}, not '{name}{LIGHT}'"
+                f"{', '.join(options)}: options of a light form, but the mask is {name!r}, not "
+                f"'{name}{LIGHT}'"
             )
         return cls(policy)
 
     @classmethod
     def of(cls, mask: "str | Policy | Mask", merge: Merge | None = None) -> "Mask":
-        """The mask that is meant by a name, a policy or a mask; `merge` gives the options of a light form, which it makes
-        of a bare policy too."""
+        """The mask that is meant by a name, a policy or a mask; `merge` gives the options of a
+        light form, which it makes of a bare policy too."""
         if isinstance(mask, str):
             mask = cls.parse(mask)
         elif isinstance(mask, Policy):
@@ -78,7 +84,8 @@ class Mask:
         return bool(self.policy.reveals)
 
     def record(self) -> dict:
-        """What a checkpoint's `config.json` says under `fmtrain`: the whole table of the policy, not only its name."""
+        """What a checkpoint's `config.json` says under `fmtrain`: the whole table of the policy,
+        not only its name."""
         return {
             "policy": self.policy.name,
             "reveals": sorted([query.name, key.name] for query, key in self.policy.reveals),
@@ -95,7 +102,8 @@ class Mask:
         """
         if record.get("version") != VERSION:
             raise ValueError(
-                f"the checkpoint's mask definitions have version {record.get('version')}, this fmtrain has {VERSION}"
+                f"the checkpoint's mask definitions have version {record.get('version')}, this "
+                f"fmtrain has {VERSION}"
             )
         merge = None if record.get("merge") is None else Merge(**record["merge"])
         if "reveals" not in record:  # as fmtrain 0.1 wrote it
@@ -103,17 +111,19 @@ class Mask:
         reveals = frozenset((Role[query], Role[key]) for query, key in record["reveals"])
         policy = Policy(record["policy"], reveals, record["within_image"])
         known = POLICIES.get(policy.name)
-        return cls(known if known == policy else policy, merge)
+        return cls(known if known is not None and known == policy else policy, merge)
 
 
 def parse_masks(names: Iterable[str], **options) -> list[Mask]:
-    """The masks of several names; `options` are those of their light forms. Raises `ValueError` as `Mask.parse`."""
+    """The masks of several names; `options` are those of their light forms. Raises `ValueError` as
+    `Mask.parse`."""
     return [Mask.parse(name, **(options if name.endswith(LIGHT) else {})) for name in names]
 
 
 @dataclass(frozen=True)
 class Allowed:
-    """What queries may attend to, True = may attend: the past, and what the policy reveals of the future (None: nothing)."""
+    """What queries may attend to, True = may attend: the past, and what the policy reveals of the
+    future (None: nothing)."""
 
     past_B1QK: torch.Tensor
     revealed_B1QK: torch.Tensor | None
@@ -136,8 +146,8 @@ def allowed(mask: "str | Policy | Mask", layout: Layout, start: int = 0) -> torc
 
         allowed(q, k) = same sample and (k <= q or (same prefill and (role[q], role[k]) in reveals))
 
-    Of a light form the first half alone. Queries are the tokens from `start` on (the ones before are in the cache). A
-    padded query attends to itself only.
+    Of a light form the first half alone. Queries are the tokens from `start` on (the ones before
+    are in the cache). A padded query attends to itself only.
     """
     mask = Mask.of(mask)
     pairs = Allowed.of(mask.policy, layout, start)
@@ -145,7 +155,8 @@ def allowed(mask: "str | Policy | Mask", layout: Layout, start: int = 0) -> torc
 
 
 def picture(mask: "str | Policy | Mask", layout: Layout) -> str:
-    """The mask of the first row as text: `#` causal, `+` revealed, `o` pooled (a light form), `.` closed, `x` padding.
+    """The mask of the first row as text: `#` causal, `+` revealed, `o` pooled (a light form), `.`
+    closed, `x` padding.
 
     >>> print(picture("v2v", Layout.parse("TIIT A")))
       TIITA

@@ -1,14 +1,16 @@
 """Attach a mask to a transformers vision-language model, and take it off again.
 
-Three public seams of transformers carry it: the attention function is registered in `AttentionInterface` (and in
-`AttentionMaskInterface`, or padding and policy would vanish without a word), a forward pre-hook on the multimodal model
-turns the layout into a plan that travels as one keyword argument to every layer (also when gradient checkpointing
-recomputes), and `generate` of this one instance takes the layout tensors that it would otherwise reject.
+Three public seams of transformers carry it: the attention function is registered in
+`AttentionInterface` (and in `AttentionMaskInterface`, or padding and policy would vanish without a
+word), a forward pre-hook on the multimodal model turns the layout into a plan that travels as one
+keyword argument to every layer (also when gradient checkpointing recomputes), and `generate` of
+this one instance takes the layout tensors that it would otherwise reject.
 """
 
 import contextlib
 import functools
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +25,10 @@ from fmtrain.policies import Policy
 
 ATTENTION = "fmtrain"  # the name of our attention function in the registries of transformers
 PLAN = "fmtrain_plan"  # the keyword that carries the plan of a forward to every layer
+HANDLE = "_fmtrain_handle"  # the attribute of a model that holds what is attached to it
 SECTION = "fmtrain"  # of config.json, where a checkpoint records its mask
-# Options of `generate` that a policy cannot be run with: the values that are fine, and why no other is.
+# Options of `generate` that a policy cannot be run with: the values that are fine, and why no other
+# is.
 LOSES_THE_MASK = {
     "cache_implementation": (
         (None, "dynamic", "dynamic_full", "offloaded", "quantized"),
@@ -60,7 +64,8 @@ def _attention(
     sliding_window=None,
     **kwargs,
 ):
-    """Our entry in `AttentionInterface`; the plan comes with the keyword arguments of the forward."""
+    """Our entry in `AttentionInterface`; the plan comes with the keyword arguments of the
+    forward."""
     plan = kwargs.get(PLAN)
     if plan is None:
         raise ValueError(
@@ -68,7 +73,8 @@ def _attention(
         )
     if sliding_window is not None and key.shape[2] > sliding_window:
         raise ValueError(
-            f"{key.shape[2]} keys exceed the sliding window of {sliding_window}, over which no policy is defined"
+            f"{key.shape[2]} keys exceed the sliding window of {sliding_window}, over which no "
+            f"policy is defined"
         )
     if dropout:
         raise ValueError(
@@ -96,7 +102,7 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 def attached(model: nn.Module) -> "Handle | None":
     """The handle of the policy attached to `model`, if any."""
-    return getattr(unwrap(model), "_fmtrain_handle", None)
+    return vars(unwrap(model)).get(HANDLE)
 
 
 def recorded(config) -> Mask | None:
@@ -112,43 +118,44 @@ def check_host(mask: Mask, implementation: str) -> None:
     """Raises `ValueError` for a model whose attention implementation would drop `mask`."""
     if mask.looks_ahead and "flash" in implementation:
         raise ValueError(
-            f"policy {mask.policy.name!r} with attn_implementation {implementation!r}: it would silently become causal; "
-            "load the model with attn_implementation='sdpa'"
+            f"policy {mask.policy.name!r} with attn_implementation {implementation!r}: it would "
+            "silently become causal; load the model with attn_implementation='sdpa'"
         )
 
 
 def attach(
     model: nn.Module, mask: str | Policy | Mask, backend: str = "auto", merge: Merge | None = None
 ) -> "Handle":
-    """Give `model` (a transformers VLM, wrapped by PEFT or not) a mask, in training, evaluation and `generate` alike.
+    """Give `model` (a transformers VLM, wrapped by PEFT or not) a mask, in training, evaluation and
+    `generate` alike.
 
-    mask: a name ("v2v", "v2v+merge"), a policy or a `Mask`; merge: options of its light form, which it makes of a bare
-    policy too. backend: `auto`, or a name of `fmtrain.attention.BACKENDS`. With `auto`, a policy that reveals nothing
-    leaves the model's own attention in place. Returns a handle that is a context manager and has `.detach()`.
+    mask: a name ("v2v", "v2v+merge"), a policy or a `Mask`; merge: options of its light form, which
+    it makes of a bare policy too. backend: `auto`, or a name of `fmtrain.attention.BACKENDS`. With
+    `auto`, a policy that reveals nothing leaves the model's own attention in place. Returns a
+    handle that is a context manager and has `.detach()`.
 
-    Raises `ValueError` for an unknown name, a model that already carries a mask, and a model loaded with
-    flash_attention_2 or another implementation that would drop the mask.
+    Raises `ValueError` for an unknown name, a model that already carries a mask, and a model loaded
+    with flash_attention_2 or another implementation that would drop the mask.
     """
     mask, inner = Mask.of(mask, merge), unwrap(model)
-    if attached(inner) is not None:
-        raise ValueError(
-            f"the model already carries the mask {str(attached(inner).mask)!r}: detach it first"
-        )
+    before = attached(inner)
+    if before is not None:
+        raise ValueError(f"the model already carries the mask '{before.mask}': detach it first")
     return Handle(inner, mask, backend)
 
 
 class Handle:
-    """A mask on a model. `.detach()`, or leaving its `with` block, makes the model what it was, bit for bit."""
+    """A mask on a model. `.detach()`, or leaving its `with` block, makes the model what it was, bit
+    for bit."""
 
     def __init__(self, inner: PreTrainedModel, mask: Mask, backend: str):
         self.mask = mask
-        self.host = (
-            backend == "auto" and not mask.looks_ahead
-        )  # the model's own causal attention serves
+        # Whether the model's own causal attention serves.
+        self.host = backend == "auto" and not mask.looks_ahead
         self.backend = attention.get_backend(backend)
         self._inner = inner
         self._before = inner.config.get_text_config()._attn_implementation
-        check_host(mask, self._before)
+        check_host(mask, self._before or "")
         if not self.host:
             inner.set_attn_implementation({"text_config": ATTENTION})
         self._hooks = [
@@ -156,14 +163,14 @@ class Handle:
         ]
         if not self.host:
             self._hooks.append(inner.register_forward_pre_hook(self._before_loss, with_kwargs=True))
-        self._had_generate = inner.__dict__.get("generate")
-        inner.generate = functools.wraps(inner.generate)(
-            functools.partial(self._generate, inner.generate)
-        )
+        self._had_generate = vars(inner).get("generate")
+        generate: Any = inner.generate
+        ours = functools.partial(self._generate, generate)
+        vars(inner)["generate"] = functools.update_wrapper(ours, generate)
         self._had_section = getattr(inner.config, SECTION, None)
         setattr(inner.config, SECTION, mask.record())
         self._for_generate: Layout | None = None
-        inner._fmtrain_handle = self
+        vars(inner)[HANDLE] = self
 
     def detach(self) -> None:
         inner = self._inner
@@ -173,9 +180,9 @@ class Handle:
             hook.remove()
         if not self.host:
             inner.set_attn_implementation({"text_config": self._before})
-        del inner.generate, inner._fmtrain_handle
+        del vars(inner)["generate"], vars(inner)[HANDLE]
         if self._had_generate is not None:
-            inner.generate = self._had_generate
+            vars(inner)["generate"] = self._had_generate
         delattr(inner.config, SECTION)
         if self._had_section is not None:
             setattr(inner.config, SECTION, self._had_section)
@@ -216,25 +223,26 @@ class Handle:
             return (), kwargs
         if isinstance(cache, StaticCache):
             raise ValueError(
-                f"policy {self.mask.policy.name!r} with a static cache: its prefill builds no mask; use a dynamic cache"
+                f"policy {self.mask.policy.name!r} with a static cache: its prefill builds no "
+                "mask; use a dynamic cache"
             )
-        source = (
-            kwargs.get("input_ids")
-            if kwargs.get("input_ids") is not None
-            else kwargs.get("inputs_embeds")
-        )
-        if layout is None and seen and source.shape[1] == 1 and not padded(kwargs):
+        source = kwargs.get("input_ids")
+        source = kwargs["inputs_embeds"] if source is None else source
+        rows, new = source.shape[:2]
+        if layout is None and seen and new == 1 and not padded(kwargs):
             kwargs[PLAN] = attention.step(self.backend)
             return (), kwargs
         if layout is None:
             if module.training and torch.is_grad_enabled():
                 raise ValueError(
-                    "training without a layout: answers would be read as part of the prefill; pass layout.model_inputs()"
+                    "training without a layout: answers would be read as part of the prefill; pass "
+                    "layout.model_inputs()"
                 )
-            layout = self._layout_of(kwargs, *source.shape[:2], seen)
-        if layout.shape != (source.shape[0], seen + source.shape[1]):
+            layout = self._layout_of(kwargs, rows, new, seen)
+        if layout.shape != (rows, seen + new):
             raise ValueError(
-                f"the layout has shape {layout.shape}, the forward {source.shape[0]} rows of {seen} cached + {source.shape[1]} new tokens"
+                f"the layout has shape {layout.shape}, the forward {rows} rows of {seen} cached "
+                f"+ {new} new tokens"
             )
         layout = layout.to(source.device)
         if kwargs.get("position_ids") is None and layout.packed:
@@ -252,7 +260,8 @@ class Handle:
         return infer(kwargs, self._inner.config, self.mask, rows, length, seen)
 
     def _generate(self, generate, *args, **kwargs):
-        """`generate` that also takes the tensors of `layout.model_inputs()`, and refuses what would lose the mask."""
+        """`generate` that also takes the tensors of `layout.model_inputs()`, and refuses what would
+        lose the mask."""
         config = kwargs.get("generation_config") or self._inner.generation_config
         if self.mask.looks_ahead:
             for option, (kept, reason) in LOSES_THE_MASK.items():
@@ -269,8 +278,10 @@ class Handle:
             self._for_generate = None
 
     def _before_loss(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A loss without a layout would be that of another mask: answers read as part of the prefill."""
+        """A loss without a layout would be that of another mask: answers read as part of the
+        prefill."""
         if kwargs.get("labels") is not None and PREFIX + "role" not in kwargs:
             raise ValueError(
-                "labels without a layout: answers would be read as part of the prefill; pass layout.model_inputs()"
+                "labels without a layout: answers would be read as part of the prefill; pass "
+                "layout.model_inputs()"
             )

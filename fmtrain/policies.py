@@ -1,11 +1,13 @@
-"""Who may look ahead at whom: every policy, as one table, and the predicates that make pairs of tokens of it.
+"""Who may look ahead at whom: every policy, as one table, and the predicates that make pairs of
+tokens of it.
 
     python -m fmtrain.policies                    all policies on a two-turn row
     python -m fmtrain.policies v2v "TIITJJT AA"   one policy (or mask) on a row of your own
 
-Sources: M^c, M^f, M^v2v, M^v2t are the future-aware masks of arXiv 2505.18605 (flags `original`, `future`, `future_v2v`,
-`future_v2t` of its code); `mma` and `mma_interleaved` are modality-mutual attention, arXiv 2503.02597; `image` is the
-bidirectional image block of Gemma 3 (transformers' `blockwise_overlay`); `prefix_lm` is PaliGemma's prompt, turn by turn.
+Sources: M^c, M^f, M^v2v, M^v2t are the future-aware masks of arXiv 2505.18605 (flags `original`,
+`future`, `future_v2v`, `future_v2t` of its code); `mma` and `mma_interleaved` are modality-mutual
+attention, arXiv 2503.02597; `image` is the bidirectional image block of Gemma 3 (transformers'
+`blockwise_overlay`); `prefix_lm` is PaliGemma's prompt, turn by turn.
 """
 
 import sys
@@ -63,14 +65,16 @@ def get_policy(policy: "str | Policy") -> Policy:
         from difflib import get_close_matches
 
         near = get_close_matches(str(policy), POLICIES, n=1, cutoff=0)
+        known = ", ".join(POLICIES)
         raise ValueError(
-            f"unknown policy {policy!r}; the nearest is {near[0]!r}, known are {', '.join(POLICIES)}"
+            f"unknown policy {policy!r}; the nearest is {near[0]!r}, known are {known}"
         )
     return POLICIES[policy]
 
 
 class Tokens(NamedTuple):
-    """Fields of some tokens, in shapes that broadcast against those of others; `index` is the position in the row."""
+    """Fields of some tokens, in shapes that broadcast against those of others; `index` is the
+    position in the row."""
 
     role: torch.Tensor
     image: torch.Tensor
@@ -97,13 +101,15 @@ def revealed(policy: Policy, q: Tokens, k: Tokens) -> torch.Tensor:
 
 
 def past(q: Tokens, k: Tokens) -> torch.Tensor:
-    """Causal attention inside each sample; a padded token attends to itself, so that no row is empty."""
+    """Causal attention inside each sample; a padded token attends to itself, so that no row is
+    empty."""
     same = (q.sample == k.sample) & (q.sample >= 0)
     return (same & (k.index <= q.index)) | (q.index == k.index)
 
 
 def tokens(layout: Layout, index: torch.Tensor, dim: int) -> Tokens:
-    """The fields of the tokens at `index` (1-D), laid along dimension `dim` (1 for queries, 2 for keys) of [B, Q, K]."""
+    """The fields of the tokens at `index` (1-D), laid along dimension `dim` (1 for queries, 2 for
+    keys) of [B, Q, K]."""
     other = 3 - dim
     chosen = layout[:, index].map(lambda tensor: tensor.unsqueeze(other))
     return Tokens(

@@ -34,7 +34,8 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str | None:
-    """Git revision of this checkout, "-dirty" where files were changed; None for an installed package."""
+    """Git revision of this checkout, "-dirty" where files were changed; None for an installed
+    package."""
     command = ["git", "describe", "--always", "--dirty"]
     git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     return git.stdout.strip() or None

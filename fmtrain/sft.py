@@ -2,7 +2,8 @@
 
     accelerate launch fmtrain/sft.py recipes/llava7b_v2v_lora.yaml [--any_trl_argument value]
 
-Reads top to bottom: recipe, run folder, model, mask, rows, trainer, training (which audits a real batch first), saving.
+Reads top to bottom: recipe, run folder, model, mask, rows, trainer, training (which audits a real
+batch first), saving.
 """
 
 import os
@@ -30,7 +31,8 @@ from fmtrain.training.trainer import SaveOnTerm, build_trainer
 
 
 def main(arguments: list[str]) -> int:
-    """Train as a recipe says; returns 0. Raises `ValueError`, in one line, for what does not fit."""
+    """Train as a recipe says; returns 0. Raises `ValueError`, in one line, for what does not
+    fit."""
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(
             "usage: accelerate launch fmtrain/sft.py RECIPE.yaml [--any_trl_argument value]"

@@ -1,4 +1,5 @@
-"""Common to all tests: nothing is downloaded, one thread per worker, and a warning raised by our own code is an error."""
+"""Common to all tests: nothing is downloaded, one thread per worker, and a warning raised by our
+own code is an error."""
 
 import functools
 import os
@@ -40,5 +41,6 @@ def _model(family: str, lora: bool):
 
 @pytest.fixture(scope="session")
 def model_of():
-    """`model_of(family, lora=False)`: one random model for the whole session. Attach in a `with`, leave it as it was."""
+    """`model_of(family, lora=False)`: one random model for the whole session. Attach in a `with`,
+    leave it as it was."""
     return lambda family, lora=False: _model(family, lora)

@@ -1,8 +1,9 @@
 """Attention under a mask, computed by one of several backends.
 
-A backend is a module with `prepare(layout, mask, start)`, run once per forward, `attend(q, k, v, plan, scale)`,
-run in every layer, and `STEP`, what it prepares for one token that sees everything. `reference` defines what is correct;
-the others are tested against it. Optional packages are imported inside the backend that needs them.
+A backend is a module with `prepare(layout, mask, start)`, run once per forward, `attend(q, k, v,
+plan, scale)`, run in every layer, and `STEP`, what it prepares for one token that sees everything.
+`reference` defines what is correct; the others are tested against it. Optional packages are
+imported inside the backend that needs them.
 
 Shape names: B rows, H query heads, G key heads (H is a multiple), Q queries, K keys, D head size.
 """
@@ -24,7 +25,8 @@ BACKENDS = ("reference", "sdpa")
 
 @dataclass(frozen=True)
 class Plan:
-    """What one forward needs to attend in every layer: the backend and what it prepared from the layout."""
+    """What one forward needs to attend in every layer: the backend and what it prepared from the
+    layout."""
 
     backend: ModuleType
     prepared: Any
@@ -68,8 +70,9 @@ def attend(
 ) -> torch.Tensor:
     """One attention call under a mask: what `attach` runs in every layer. Returns [B, H, T, D].
 
-    `layout` describes the keys; with fewer queries than keys the queries are the last ones. `merge` gives the options of
-    a light form, `scale` defaults to D ** -0.5. Raises `ValueError` for shapes that do not fit each other.
+    `layout` describes the keys; with fewer queries than keys the queries are the last ones. `merge`
+    gives the options of a light form, `scale` defaults to D ** -0.5. Raises `ValueError` for shapes
+    that do not fit each other.
     """
     (B, H, Q, D), (G, K) = q_BHTD.shape, k_BGTD.shape[1:3]
     if (

@@ -1,7 +1,9 @@
-"""Rows into batches: encoded dialogues, padded on one side, pixels of all images behind one another.
+"""Rows into batches: encoded dialogues, padded on one side, pixels of all images behind one
+another.
 
-A row is a dict with `messages` and `images` (names below the image folder, `datasets.Image` cells or PIL images), and
-perhaps an `id` and an `image_root`, its own image folder (in a mix of several sets).
+A row is a dict with `messages` and `images` (names below the image folder, `datasets.Image` cells
+or PIL images), and perhaps an `id` and an `image_root`, its own image folder (in a mix of several
+sets).
 """
 
 from collections.abc import Sequence
@@ -47,7 +49,8 @@ def batch(processor, rows: Sequence[Encoded], padding_side: str = "right") -> En
     pad_id = processor.tokenizer.pad_token_id
     if pad_id is None:
         raise ValueError(
-            "the tokenizer has no padding token; set one, e.g. processor.tokenizer.pad_token = '</s>'"
+            "the tokenizer has no padding token; set one, e.g. processor.tokenizer.pad_token = "
+            "'</s>'"
         )
     ids = torch.cat(
         [pad(row.inputs["input_ids"], side, value=pad_id) for row, side in zip(rows, sides)]
@@ -61,7 +64,8 @@ def batch(processor, rows: Sequence[Encoded], padding_side: str = "right") -> En
 
 
 def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Pixels (and sizes) of several rows along the first dimension; llava-next pads images to the most tiles."""
+    """Pixels (and sizes) of several rows along the first dimension; llava-next pads images to the
+    most tiles."""
     if tensors[0].ndim == 5:
         tiles = max(tensor.shape[1] for tensor in tensors)
         tensors = [
@@ -72,11 +76,13 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 @dataclass
 class Collator:
-    """A list of rows into one training batch: ids, padding mask, pixels, labels and the tensors of the layout.
+    """A list of rows into one training batch: ids, padding mask, pixels, labels and the tensors of
+    the layout.
 
-    blank: model inputs of any row with an image. With several processes, a batch without images gets that image in its
-    padding, where nothing attends to it and no gradient comes from: every rank must run the same modules in the same
-    order, or ZeRO-3 and FSDP wait for ever (DeepSpeed#7170).
+    blank: model inputs of any row with an image. With several processes, a batch without images
+    gets that image in its padding, where nothing attends to it and no gradient comes from: every
+    rank must run the same modules in the same order, or ZeRO-3 and FSDP wait for ever
+    (DeepSpeed#7170).
     """
 
     processor: object
@@ -114,6 +120,7 @@ class Collator:
         encoded = encode_row(self.processor, row, self.image_root, self.max_pixels)
         if (labels(encoded.inputs["input_ids"], encoded.layout) == IGNORED).all():
             raise ValueError(
-                f"row {row.get('id', '?')}: no assistant's turn, so there is nothing to learn from it"
+                f"row {row.get('id', '?')}: no assistant's turn, so there is nothing to learn from "
+                f"it"
             )
         return encoded

@@ -1,6 +1,7 @@
 """A dialogue as its messages say it: what makes one well-formed, and the assistant's turns in it.
 
-Nothing here knows a processor: roles, parts and images are those of TRL's conversational vision format.
+Nothing here knows a processor: roles, parts and images are those of TRL's conversational vision
+format.
 """
 
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ class Malformed(ValueError):
 
 
 def typed(messages: list[dict], images: int) -> list[dict]:
-    """The messages with every content a list of typed parts; `images` is how many images the row has.
+    """The messages with every content a list of typed parts; `images` is how many images the row
+    has.
 
-    Raises `Malformed` for an unknown role, a content that is neither a text nor a list of text and image parts, an image
-    in an assistant's turn, one such turn right behind another, and parts that are not as many as the images.
+    Raises `Malformed` for an unknown role, a content that is neither a text nor a list of text and
+    image parts, an image in an assistant's turn, one such turn right behind another, and parts that
+    are not as many as the images.
     """
     found = [_typed(k, message) for k, message in enumerate(messages)]
     if not found:
@@ -70,7 +73,8 @@ def _part(k: int, part: dict[str, Any]) -> dict[str, str]:
 
 
 class Turn(NamedTuple):
-    """One assistant turn of a row: the question, the reference answer, and what generation is fed before it."""
+    """One assistant turn of a row: the question, the reference answer, and what generation is fed
+    before it."""
 
     index: int  # among the row's assistant turns, from 0
     question: str  # text of the message before the answer

@@ -1,15 +1,17 @@
-"""From a dialogue to ids, pixels and layout: the only way, in training, in evaluation and in the audit.
+"""From a dialogue to ids, pixels and layout: the only way, in training, in evaluation and in the
+audit.
 
-The processor's own chat template is rendered turn by turn, so that each prefill is exactly the text that generation
-feeds: the template's generation prompt, never its rendering of a finished assistant turn (llava-onevision's, for one,
-puts another space into the header). An answer is followed by its end token: the template's own, or the tokenizer's end
-of sequence where the template has none (llava-1.5). What the template puts behind the end token opens the next prefill.
+The processor's own chat template is rendered turn by turn, so that each prefill is exactly the text
+that generation feeds: the template's generation prompt, never its rendering of a finished assistant
+turn (llava-onevision's, for one, puts another space into the header). An answer is followed by its
+end token: the template's own, or the tokenizer's end of sequence where the template has none
+(llava-1.5). What the template puts behind the end token opens the next prefill.
 """
 
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jinja2 import TemplateError
@@ -20,6 +22,20 @@ from fmtrain.layout import Layout, Role
 IGNORED = -100  # the label that cross entropy skips
 
 
+class Processor(Protocol):
+    """What is used of a transformers processor for images and text."""
+
+    tokenizer: Any
+    image_token: str
+    image_token_id: int
+
+    def __call__(self, *args, **kwargs) -> Any:
+        """Ids, pixels and offsets of texts and images."""
+
+    def apply_chat_template(self, conversation: list[dict], **kwargs) -> Any:
+        """The dialogue as the model reads it."""
+
+
 class Encoded(NamedTuple):
     """Model inputs of some rows and their layout, together: inputs, layout = encoded."""
 
@@ -28,7 +44,8 @@ class Encoded(NamedTuple):
 
     @classmethod
     def from_batch(cls, batch: dict[str, torch.Tensor]) -> "Encoded":
-        """A collator's batch, with its labels among the inputs. Raises `ValueError` for one without a layout."""
+        """A collator's batch, with its labels among the inputs. Raises `ValueError` for one without
+        a layout."""
         inputs = dict(batch)
         layout = Layout.from_model_inputs(inputs)
         if layout is None:
@@ -58,16 +75,18 @@ class Segment:
 
 
 def encode(
-    processor, messages: list[dict], images: list, add_generation_prompt: bool = False
+    processor: Processor, messages: list[dict], images: list, add_generation_prompt: bool = False
 ) -> Encoded:
     """Model inputs of one dialogue and its layout [1, T].
 
-    messages: `{"role": system | user | assistant, "content": text, or a list of {"type": "text", "text": ...} and
-    {"type": "image"} parts}`. images: PIL images, the k-th image part shows images[k]. With `add_generation_prompt` the
-    dialogue ends in the header of the assistant's next turn, otherwise it ends with the last answer's end token.
+    messages: `{"role": system | user | assistant, "content": text, or a list of {"type": "text",
+    "text": ...} and {"type": "image"} parts}`. images: PIL images, the k-th image part shows
+    images[k]. With `add_generation_prompt` the dialogue ends in the header of the assistant's next
+    turn, otherwise it ends with the last answer's end token.
 
-    Raises `ValueError`, in one line, for images that do not fit the parts, an order of roles that the template refuses,
-    an empty answer, and a text that contains the processor's image placeholder.
+    Raises `ValueError`, in one line, for images that do not fit the parts, an order of roles that
+    the template refuses, an empty answer, and a text that contains the processor's image
+    placeholder.
     """
     messages = placed(processor, messages, len(images))
     segments = render(processor, messages, add_generation_prompt)
@@ -93,8 +112,11 @@ def labels(input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
     return torch.where(layout.role == Role.ANSWER, input_ids, IGNORED)
 
 
-def render(processor, messages: list[dict], add_generation_prompt: bool = False) -> list[Segment]:
-    """The dialogue as the model reads it, cut into prefills and answers; their texts joined are the whole row."""
+def render(
+    processor: Processor, messages: list[dict], add_generation_prompt: bool = False
+) -> list[Segment]:
+    """The dialogue as the model reads it, cut into prefills and answers; their texts joined are the
+    whole row."""
     special = [
         t.content
         for t in processor.tokenizer.added_tokens_decoder.values()
@@ -142,11 +164,13 @@ def render(processor, messages: list[dict], add_generation_prompt: bool = False)
 
 
 def _around(answer: str, turn: str, header: str, k: int) -> tuple[str, str]:
-    """What the template puts between its generation prompt and the answer, and behind the answer."""
+    """What the template puts between its generation prompt and the answer, and behind the
+    answer."""
     exact = turn.startswith(header)
     if not exact and not turn.startswith(header.rstrip()):
         raise ValueError(
-            f"message {k}: the chat template's generation prompt {header!r} does not open its turn {turn[:80]!r}"
+            f"message {k}: the chat template's generation prompt {header!r} does not open its turn "
+            f"{turn[:80]!r}"
         )
     body = turn[len(header if exact else header.rstrip()) :]
     lead, found, tail = body.partition(answer)
@@ -157,7 +181,7 @@ def _around(answer: str, turn: str, header: str, k: int) -> tuple[str, str]:
     return (lead if exact else ""), tail
 
 
-def _apply(processor, messages: list[dict], add_generation_prompt: bool = False) -> str:
+def _apply(processor: Processor, messages: list[dict], add_generation_prompt: bool = False) -> str:
     if not messages:
         return ""
     try:
@@ -169,26 +193,30 @@ def _apply(processor, messages: list[dict], add_generation_prompt: bool = False)
         raise ValueError(f"the chat template refuses the roles {roles}: {error}") from error
 
 
-def placed(processor, messages: list[dict], images: int) -> list[dict]:
-    """The messages with typed parts, fit for the chat template; `images` is how many images there are.
+def placed(processor: Processor, messages: list[dict], images: int) -> list[dict]:
+    """The messages with typed parts, fit for the chat template; `images` is how many images there
+    are.
 
-    Use `image_count` to count a message's images afterwards. Raises `ValueError`, in one line, for what `encode` says it
-    does.
+    Use `image_count` to count a message's images afterwards. Raises `ValueError`, in one line, for
+    what `encode` says it does.
     """
     messages = typed(messages, images)
     for message in messages:
         if any(processor.image_token in part.get("text", "") for part in message["content"]):
             raise ValueError(
-                f"a text contains the placeholder {processor.image_token!r}; an image is a part of its own"
+                f"a text contains the placeholder {processor.image_token!r}; an image is a part of "
+                f"its own"
             )
     return [_in_place(processor, message) for message in messages]
 
 
-def _in_place(processor, message: dict) -> dict:
-    """A message in which text precedes an image, such that the chat template leaves each where it stands.
+def _in_place(processor: Processor, message: dict) -> dict:
+    """A message in which text precedes an image, such that the chat template leaves each where it
+    stands.
 
-    llava-1.5's and others' print all images first. For such a template the placeholders become part of the text, a line
-    each, as LLaVA's own interleaved data has them; one that keeps the order (InternVL's) is left to itself.
+    llava-1.5's and others' print all images first. For such a template the placeholders become part
+    of the text, a line each, as LLaVA's own interleaved data has them; one that keeps the order
+    (InternVL's) is left to itself.
     """
     kinds = tuple(part["type"] for part in message["content"])
     if kinds == tuple(sorted(kinds)) or _keeps_order(
@@ -203,7 +231,7 @@ def _in_place(processor, message: dict) -> dict:
 
 
 @lru_cache
-def _keeps_order(processor, role: str, kinds: tuple[str, ...]) -> bool:
+def _keeps_order(processor: Processor, role: str, kinds: tuple[str, ...]) -> bool:
     """Whether the chat template leaves text and image parts of this order where they stand."""
     marks = [
         processor.image_token if kind == "image" else f"[[part {k}]]"
@@ -222,7 +250,7 @@ def _keeps_order(processor, role: str, kinds: tuple[str, ...]) -> bool:
     return True
 
 
-def image_count(processor, message: dict) -> int:
+def image_count(processor: Processor, message: dict) -> int:
     """How many images a message of `placed` shows, as parts or as placeholders in its text."""
     return sum(
         1 if part["type"] == "image" else part["text"].count(processor.image_token)
@@ -230,9 +258,10 @@ def image_count(processor, message: dict) -> int:
     )
 
 
-def _by_prefill(processor, messages: list[dict], images: list) -> list[list[Any]]:
-    """The images of each prefill. llava-onevision tiles an image only when it is alone in its group; grouped like this,
-    an image is encoded in the same way whether later turns exist or not."""
+def _by_prefill(processor: Processor, messages: list[dict], images: list) -> list[list[Any]]:
+    """The images of each prefill. llava-onevision tiles an image only when it is alone in its
+    group; grouped like this, an image is encoded in the same way whether later turns exist or
+    not."""
     groups, group, position = [], [], 0
     for message in messages:
         if message["role"] == "assistant" and group:
@@ -243,7 +272,7 @@ def _by_prefill(processor, messages: list[dict], images: list) -> list[list[Any]
 
 
 def _layout(
-    processor,
+    processor: Processor,
     segments: list[Segment],
     ids: list[int],
     offsets: list[tuple[int, int]],
@@ -265,9 +294,10 @@ def _layout(
             current += 1
         if end > ends[current]:
             word = processor.tokenizer.decode([token])
+            left, right = segments[current].text[-20:], segments[current + 1].text[:20]
             raise ValueError(
-                f"the tokenizer joins {segments[current].text[-20:]!r} and {segments[current + 1].text[:20]!r} in one token "
-                f"({word!r}), so the prompt in training would not be the prompt in generation"
+                f"the tokenizer joins {left!r} and {right!r} in one token ({word!r}), so the "
+                "prompt in training would not be the prompt in generation"
             )
         while image + 1 < len(spans) and begin >= spans[image + 1]["new_span"][0] and end > begin:
             image += 1

@@ -12,7 +12,8 @@ def picture(seed: int, size: tuple[int, int]) -> Image.Image:
 
 
 def turn(images: int, question: str, answer: str = "") -> list[dict]:
-    """A user's message with so many images before its text and, if there is one, the assistant's answer."""
+    """A user's message with so many images before its text and, if there is one, the assistant's
+    answer."""
     content = [{"type": "image"}] * images + [{"type": "text", "text": question}]
     messages = [{"role": "user", "content": content}]
     if answer:

@@ -1,1 +1,5 @@
-"""The embedded default: questions about handwritten digits, and a tiny LLaVA that can answer them."""
+"""The embedded default: questions about handwritten digits, and a tiny LLaVA that answers them."""
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent.parent / "tiny_llava"  # made by recipes/tiny_pretrain.yaml

@@ -26,7 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     model.save_pretrained(options.out)
     processor.save_pretrained(options.out)
     print(
-        f"{options.out}: {model.num_parameters():,} random weights, {len(processor.tokenizer)} tokens"
+        f"{options.out}: {model.num_parameters():,} random weights, {len(processor.tokenizer)} "
+        f"tokens"
     )
     return 0
 

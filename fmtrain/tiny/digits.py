@@ -1,7 +1,8 @@
 """The embedded default's questions about pictures of real handwritten digits.
 
-A picture is a 3 x 3 grid of scans (scikit-learn's bundled digits, 8 x 8 pixels each), so with a patch size of 8 a visual
-token is one digit. Train and test never share a scan, and a row is the same whenever it is asked for.
+A picture is a 3 x 3 grid of scans (scikit-learn's bundled digits, 8 x 8 pixels each), so with a
+patch size of 8 a visual token is one digit. Train and test never share a scan, and a row is the
+same whenever it is asked for.
 """
 
 import functools
@@ -34,7 +35,8 @@ class Turn(NamedTuple):
 
 @functools.cache
 def scans(split: str) -> dict[int, np.ndarray]:
-    """The scans of a split by digit, each uint8 [N, 8, 8]. One in five is for testing, always the same ones.
+    """The scans of a split by digit, each uint8 [N, 8, 8]. One in five is for testing, always the
+    same ones.
 
     Raises `ValueError` for an unknown split.
     """
@@ -50,7 +52,8 @@ def scans(split: str) -> dict[int, np.ndarray]:
 
 @dataclass
 class Artist:
-    """Draws one row: a random generator, the scans it may use, and how many cells of a picture it fills."""
+    """Draws one row: a random generator, the scans it may use, and how many cells of a picture it
+    fills."""
 
     rng: np.random.Generator
     scans: dict[int, np.ndarray]
@@ -70,7 +73,8 @@ class Artist:
         return {cell: self.digit() for cell in self.cells()}
 
     def put(self, digits: dict[int, int], on: np.ndarray | None = None) -> np.ndarray:
-        """A copy of the picture `on` (None: a black one) with a random scan of each digit in its cell."""
+        """A copy of the picture `on` (None: a black one) with a random scan of each digit in its
+        cell."""
         picture = np.zeros((SIDE * CELL, SIDE * CELL), np.uint8) if on is None else on.copy()
         for cell, digit in digits.items():
             top, left = CELL * (cell // SIDE), CELL * (cell % SIDE)
@@ -153,7 +157,8 @@ TASKS: dict[str, Callable[[Artist], list[Turn]]] = {
 LESSONS = {
     "list": _list
 }  # of pretraining only: many answer tokens a row, from which it learns to see
-# the share of an answer that needs no look at the pictures: all of a task's answers are equally likely
+# the share of an answer that needs no look at the pictures: all of a task's answers are equally
+# likely
 CHANCE = {
     "read": 1 / 10,
     "count": 1 / (MOST + 1),
@@ -212,7 +217,8 @@ def rows(split: str, tasks: Sequence[str], count: int, seed: int = 0) -> Dataset
     return Dataset.from_list(list(made), features=FEATURES)
 
 
-# until this share of the rows: how often each task comes. First to see; then to compare, which is hardly found in a mixture
+# until this share of the rows: how often each task comes. First to see; then to compare, which is
+# hardly found in a mixture
 CURRICULUM = (
     (0.20, {"list": 1, "read": 2, "count": 1}),
     (0.46, {"changed": 1}),
@@ -221,8 +227,8 @@ CURRICULUM = (
 
 
 def curriculum(count: int, seed: int = 0, first: int | None = None) -> Dataset:
-    """`count` training rows for pretraining, to be read in order, or the first ones of them; one to all cells of a picture
-    are filled."""
+    """`count` training rows for pretraining, to be read in order, or the first ones of them; one to
+    all cells of a picture are filled."""
     rng, made = np.random.default_rng(seed), []
     for index in range(count if first is None else min(first, count)):
         weights = next(weights for until, weights in CURRICULUM if index < until * count)
@@ -234,8 +240,8 @@ def curriculum(count: int, seed: int = 0, first: int | None = None) -> Dataset:
 def training_rows(
     config: str | None, count: int | None, seed: int = 0, first: int | None = None
 ) -> Dataset:
-    """What `dataset_name: digits` means in a recipe; config: tasks joined by +, `curriculum`, or None for all tasks;
-    first: only so many of the `count` rows are needed."""
+    """What `dataset_name: digits` means in a recipe; config: tasks joined by +, `curriculum`, or
+    None for all tasks; first: only so many of the `count` rows are needed."""
     count = count or DEFAULT_ROWS
     if config == "curriculum":
         return curriculum(count, seed, first)

@@ -1,7 +1,7 @@
-"""A tiny LLaVA that can answer the questions of `fmtrain.tiny.digits`: classes and conventions of LLaVA-1.5."""
+"""A tiny LLaVA that can answer the questions of `fmtrain.tiny.digits`: classes and conventions of
+LLaVA-1.5."""
 
 import string
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -17,29 +17,31 @@ from transformers import (
 
 from fmtrain.tiny.digits import CELL, CELLS, SIDE
 
-CHECKPOINT = (
-    Path(__file__).parent.parent / "tiny_llava"
-)  # pretrained, made with recipes/tiny_pretrain.yaml
 # that of llava-hf/llava-1.5-7b-hf
 TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
-    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
-    "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
-    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "{{ message['role'].upper() + ': '}}{% endif %}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\\n' }}{% endfor %}{# Render all text next #}"
+    "{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' '}}{% endfor %}{% else %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 WORDS = (
-    "▁USER ▁ASSISTANT ▁digit ▁digits ▁is ▁in ▁cell ▁often ▁do ▁you ▁see ▁change ▁changed ▁from ▁to ▁same ▁what ▁order ▁the ▁appear "
-    "▁0 ▁1 ▁2 ▁3 ▁4 ▁5 ▁6 ▁7 ▁8 ▁9 Which How In What"
+    "▁USER ▁ASSISTANT ▁digit ▁digits ▁is ▁in ▁cell ▁often ▁do ▁you ▁see ▁change ▁changed ▁from "
+    "▁to ▁same ▁what ▁order ▁the ▁appear ▁0 ▁1 ▁2 ▁3 ▁4 ▁5 ▁6 ▁7 ▁8 ▁9 Which How In What"
 ).split()
 
 
 def tokenizer() -> LlamaTokenizer:
     """A LlamaTokenizer with one token for each of our words; any other text is letters and bytes.
 
-    A merge adds one letter to the beginning of a word, so the merges of different words do not meet.
+    A merge adds one letter to the beginning of a word, so the merges of different words do not
+    meet.
     """
     tokens = [
         "<unk>",
@@ -69,11 +71,13 @@ TEXT_SIZES = dict(
 VISION_SIZES = dict(
     hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4
 )
-SPREAD = 0.08  # of the language model's random weights; with Llama's own 0.02 these few layers learn much later
+# Of the language model's random weights; with Llama's own 0.02 these few layers learn much later
+SPREAD = 0.08
 
 
 def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A tiny LLaVA that has learnt nothing, and its processor, in the classes and conventions of LLaVA-1.5."""
+    """A tiny LLaVA that has learnt nothing, and its processor, in the classes and conventions of
+    LLaVA-1.5."""
     words, size = tokenizer(), SIDE * CELL
     ids = dict(
         bos_token_id=words.bos_token_id,

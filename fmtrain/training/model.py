@@ -10,12 +10,14 @@ from fmtrain.training.recipe import Recipe
 
 
 def load_model(recipe: Recipe):
-    """The starting model and its processor, before anything is attached. Raises `ValueError` for what does not fit."""
+    """The starting model and its processor, before anything is attached. Raises `ValueError` for
+    what does not fit."""
     arguments, training = recipe.model, recipe.training
     name = arguments.model_name_or_path
     if name is None:
         raise ValueError(
-            f"{recipe.path}: names no model; add e.g. `model_name_or_path: llava-hf/llava-1.5-7b-hf`"
+            f"{recipe.path}: names no model; add e.g. `model_name_or_path: "
+            f"llava-hf/llava-1.5-7b-hf`"
         )
     check_host(recipe.mask, arguments.attn_implementation or "")
     hub = dict(revision=arguments.model_revision, trust_remote_code=training.trust_remote_code)
@@ -39,7 +41,8 @@ def load_model(recipe: Recipe):
 
 
 def check_start(recipe: Recipe) -> None:
-    """Raises `ValueError` for a start that records another mask than the recipe's or causal, unless the recipe says so."""
+    """Raises `ValueError` for a start that records another mask than the recipe's or causal, unless
+    the recipe says so."""
     name = recipe.model.model_name_or_path
     start = recorded_mask(name, recipe.training.trust_remote_code)
     if (
@@ -49,6 +52,7 @@ def check_start(recipe: Recipe) -> None:
     ):
         return
     raise ValueError(
-        f"{name} records the mask {str(start)!r}, the recipe says {str(recipe.mask)!r}; if that is meant, "
+        f"{name} records the mask {str(start)!r}, the recipe says {str(recipe.mask)!r}; if that is "
+        f"meant, "
         f"say `base_mask: {start.policy.name}`"
     )

@@ -1,8 +1,9 @@
 """A recipe: one flat YAML file that describes one training run.
 
-Keys are TRL's own argument names (`ModelConfig`, `SFTConfig`) plus the ones of `MaskArguments` and `DataArguments`
-below; the command line overrides them (`--learning_rate 1e-4`). Unknown keys are errors that name the nearest known
-one, and every value goes through TRL's parser, so a wrong type is an error as well.
+Keys are TRL's own argument names (`ModelConfig`, `SFTConfig`) plus the ones of `MaskArguments` and
+`DataArguments` below; the command line overrides them (`--learning_rate 1e-4`). Unknown keys are
+errors that name the nearest known one, and every value goes through TRL's parser, so a wrong type
+is an error as well.
 """
 
 import difflib
@@ -17,39 +18,38 @@ import torch
 import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
+import fmtrain
 from fmtrain.data.images import MAX_PIXELS
 from fmtrain.data.mixing import entries
 from fmtrain.masks import LIGHT, Mask, parse_masks
+from fmtrain.tiny import CHECKPOINT
 
 PARTS = ("language_model", "projector", "vision_tower")
+PACKAGE = Path(fmtrain.__file__).parent
+SHIPPED = (PACKAGE / "recipes", PACKAGE.parent / "recipes")  # of a wheel, of a checkout
+EMBEDDED = "tiny"  # as model_name_or_path: the model inside the package; ./tiny is a folder
+
+
+def _argument(default, text: str):
+    """A key of the recipe with its default and its line in `--help`."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class MaskArguments:
     """Which attention mask the model is trained with."""
 
-    mask: str | None = field(
-        default=None, metadata={"help": "A policy (`python -m fmtrain.policies`), or POLICY+merge."}
+    mask: str | None = _argument(None, "A policy (`fmtrain policies` lists them), or POLICY+merge.")
+    attention_backend: str = _argument("auto", "auto, reference or sdpa.")
+    base_mask: str | None = _argument(
+        None, "The mask that the starting checkpoint records, if neither causal nor `mask`."
     )
-    attention_backend: str = field(default="auto", metadata={"help": "auto, reference or sdpa."})
-    base_mask: str | None = field(
-        default=None,
-        metadata={
-            "help": "The mask that the starting checkpoint records, if it is neither causal nor `mask`."
-        },
+    merge_prefix: str = _argument(
+        "1",
+        "Of +merge: how many first positions share: a count (4), or a part of a prefill (0.1).",
     )
-    merge_prefix: str = field(
-        default="1",
-        metadata={
-            "help": "Of +merge: how many first positions share, a count (4) or a fraction of the prefill (0.1)."
-        },
-    )
-    merge_kernel_size: int = field(
-        default=3, metadata={"help": "Of +merge: the kernel of the max pooling."}
-    )
-    merge_normalize: bool = field(
-        default=True, metadata={"help": "Of +merge: make each row of weights add up to 1."}
-    )
+    merge_kernel_size: int = _argument(3, "Of +merge: the kernel of the max pooling.")
+    merge_normalize: bool = _argument(True, "Of +merge: make each row of weights add up to 1.")
 
     def parse(self) -> Mask:
         """The mask with its merge options. Raises `ValueError` for an unknown or unfit one."""
@@ -68,50 +68,35 @@ class MaskArguments:
 class DataArguments:
     """What the model is trained on and which of its parts learn."""
 
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "`digits`, a .jsonl or .parquet file, or a folder of them."}
+    dataset_name: str | None = _argument(
+        None, "`digits`, a .jsonl or .parquet file, or a folder of them."
     )
-    datasets: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Instead: several, {path: ..., epochs: 1} or {path: ..., weight: 0.3, image_root: ...} each."
-        },
+    datasets: list[str] | None = _argument(
+        None, "Instead, several: {path: .., epochs: 1} or {path: .., weight: 0.3, image_root: ..}."
     )
-    streaming: bool = field(
-        default=False,
-        metadata={"help": "Read the files as training goes; no copy, no check ahead, no end."},
+    streaming: bool = _argument(
+        False, "Read the files as training goes; no copy, no check ahead, no end."
     )
-    shuffle_buffer: int = field(
-        default=1000,
-        metadata={"help": "Of a stream: rows of a set to draw from; 1 keeps their order."},
+    shuffle_buffer: int = _argument(
+        1000, "Of a stream: rows of a set to draw from; 1 keeps their order."
     )
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Of `digits`: its tasks, joined by +, or `curriculum`."}
+    dataset_config: str | None = _argument(
+        None, "Of `digits`: its tasks, joined by +, or `curriculum`."
     )
-    dataset_rows: int | None = field(
-        default=None,
-        metadata={"help": "Use this many rows (the first ones; `digits` makes as many)."},
+    dataset_rows: int | None = _argument(
+        None, "Use this many rows (the first ones; `digits` makes as many)."
     )
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Rows for the evaluation loss, like dataset_name."}
+    eval_dataset_name: str | None = _argument(
+        None, "Rows for the evaluation loss, like dataset_name."
     )
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder of the images; by default the one of dataset_name."}
+    image_root: str | None = _argument(
+        None, "Folder of the images; by default the one of dataset_name."
     )
-    max_pixels: int = field(
-        default=MAX_PIXELS, metadata={"help": "Images with more pixels are refused."}
-    )
-    check_images: bool = field(
-        default=True, metadata={"help": "Decode every image once before training starts."}
-    )
-    allow_evaluation_data: bool = field(
-        default=False, metadata={"help": "Train on rows marked as evaluation data."}
-    )
-    train_parts: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": f"Parts that learn, of {', '.join(PARTS)}; LoRA: language_model, full: language_model projector."
-        },
+    max_pixels: int = _argument(MAX_PIXELS, "Images with more pixels are refused.")
+    check_images: bool = _argument(True, "Decode every image once before training starts.")
+    allow_evaluation_data: bool = _argument(False, "Train on rows marked as evaluation data.")
+    train_parts: list[str] | None = _argument(
+        None, f"What learns, of {', '.join(PARTS)}; LoRA: the first, full: the first two."
     )
 
     def __post_init__(self):
@@ -120,13 +105,10 @@ class DataArguments:
                 raise ValueError(f"train_parts names {part!r}; known are {', '.join(PARTS)}")
         if self.datasets is not None:
             self.datasets = [entry.plain() for entry in entries(self.datasets)]
-            if (
-                self.dataset_name is not None
-                or self.image_root is not None
-                or self.dataset_config is not None
-            ):
+            if {self.dataset_name, self.image_root, self.dataset_config} != {None}:
                 raise ValueError(
-                    "datasets takes the place of dataset_name and dataset_config, and each entry has its own image_root"
+                    "datasets takes the place of dataset_name and dataset_config, and each entry "
+                    "has its own image_root"
                 )
         if self.streaming and (self.dataset_rows is not None or self.dataset_name == "digits"):
             raise ValueError(
@@ -134,7 +116,7 @@ class DataArguments:
             )
         if self.shuffle_buffer < 1:
             raise ValueError(
-                f"shuffle_buffer {self.shuffle_buffer} is less than 1, which keeps the order of the files"
+                f"shuffle_buffer {self.shuffle_buffer} is less than 1, which keeps the files' order"
             )
 
 
@@ -168,8 +150,8 @@ class _Parser(TrlParser):
         raise ValueError(message)
 
 
-# Where a vision-language run differs from TRL's defaults: rows are never cut, so there is no default length limit;
-# the collator needs all columns; nothing is tokenized ahead.
+# Where a vision-language run differs from TRL's defaults: rows are never cut, so there is no
+# default length limit; the collator needs all columns; nothing is tokenized ahead.
 DEFAULTS = {
     "max_length": None,
     "remove_unused_columns": False,
@@ -180,71 +162,64 @@ DEFAULTS = {
 
 
 def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
-    """The recipe of a YAML file with `--key value` overrides. Raises `ValueError`, in one line, for anything odd."""
-    values = _load(path)
-    named = list(values)
-    parser = _Parser(
-        (MaskArguments, DataArguments, SFTConfig, ModelConfig), allow_abbrev=False, add_help=False
-    )
-    parser.set_defaults_with_config(**DEFAULTS)
-    known = {action.dest: action for action in parser._actions}
-    for key, value in list(values.items()):
-        if key not in known:
-            raise ValueError(
-                f"{path}: unknown key {key!r}; the nearest known one is {_nearest(key, known)!r}"
-            )
-        if (
-            isinstance(value, list) and known[key].nargs is None
-        ):  # report_to: a list in YAML, one value on the command line
-            parser.set_defaults_with_config(**{key: value})
-            values = {k: v for k, v in values.items() if k != key}
-    try:
-        *arguments, unknown = parser.parse_args_into_dataclasses(
-            [*_as_arguments(values), *overrides], return_remaining_strings=True
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
-    if unknown:
-        key = unknown[0].lstrip("-").split("=")[0]
-        raise ValueError(
-            f"unknown argument {unknown[0]!r}; the nearest known one is '--{_nearest(key, known)}'"
-        )
-    masking, data, training, model = arguments
-    changed = {
-        option.lstrip("-").split("=")[0].replace("-", "_")
-        for option in overrides
-        if option.startswith("--")
-    }
-    training.output_dir = os.path.expandvars(
-        training.output_dir
-    )  # a sweep's runs differ in $WANDB_RUN_ID
+    """The recipe of a YAML file, or one that is shipped under this name, with `--key value`
+    overrides. Raises `ValueError`, in one line, for anything odd."""
+    path = find(path)
+    values = read_mapping(path)
+    masking, data, training, model = arguments = _parsed(path, values, overrides)
+    options = [option for option in overrides if option.startswith("--")]
+    changed = {option.lstrip("-").split("=")[0].replace("-", "_") for option in options}
+    training.output_dir = os.path.expandvars(training.output_dir)  # a sweep has $WANDB_RUN_ID
     if "$" in training.output_dir:
         raise ValueError(
             f"{path}: output_dir {training.output_dir!r} names a variable that is not set"
         )
-    pooling = sorted(key for key in {*named, *changed} if key.startswith("merge_"))
     mask = masking.parse()
+    pooling = sorted(key for key in {*values, *changed} if key.startswith("merge_"))
     if pooling and mask.merge is None:
         raise ValueError(
-            f"{path}: {', '.join(pooling)} belong to the light form, but the mask is '{mask}', not '{mask}{LIGHT}'"
+            f"{path}: {', '.join(pooling)} belong to the light form, but the mask is '{mask}', not "
+            f"'{mask}{LIGHT}'"
         )
-    found = {
-        key: getattr(group, key)
-        for group in arguments
-        for key in [*named, *changed]
-        if hasattr(group, key)
-    }
-    resolved = {
-        key: value.value if isinstance(value, Enum) else value for key, value in found.items()
-    }
+    if model.model_name_or_path == EMBEDDED:
+        model.model_name_or_path = str(CHECKPOINT)
+    resolved = {}
+    for key in [*values, *changed]:
+        for group in arguments:
+            if hasattr(group, key):
+                value = getattr(group, key)
+                resolved[key] = value.value if isinstance(value, Enum) else value
     return Recipe(str(path), mask, masking, data, training, model, resolved)
 
 
-def _load(path: str | os.PathLike) -> dict:
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such recipe")
+def find(name: str | os.PathLike) -> Path:
+    """A recipe's file: as named, or a shipped one (`tiny_v2v_lora`, `recipes/tiny_v2v_lora.yaml`).
+
+    Raises `ValueError` for none, with the nearest shipped one.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = shipped()
+    bare = path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml")
+    if bare and path.stem in known:
+        return known[path.stem]
+    near = _nearest(path.stem, known)
+    raise ValueError(f"{name}: no such recipe; the nearest shipped one is {near!r}")
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with fmtrain, by name."""
+    folder = next(folder for folder in SHIPPED if folder.is_dir())
+    return {path.stem: path for path in folder.glob("*.yaml")}
+
+
+def read_mapping(path: str | os.PathLike) -> dict:
+    """The keys and values of a YAML file. Raises `ValueError` for anything else."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: no such recipe") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -252,22 +227,40 @@ def _load(path: str | os.PathLike) -> dict:
     return values
 
 
-def _as_arguments(values: dict) -> list[str]:
-    """YAML values as command line arguments, so that one parser checks both."""
-    arguments = []
+def _parsed(path: Path, values: dict, overrides: list[str]) -> list:
+    """The groups of arguments, each value checked by TRL's parser."""
+    groups = (MaskArguments, DataArguments, SFTConfig, ModelConfig)
+    parser = _Parser(groups, allow_abbrev=False, add_help=False)
+    parser.set_defaults_with_config(**DEFAULTS)
+    known = {action.dest: action for action in parser._actions}
+    words = []
     for key, value in values.items():
-        if value is None:
-            continue  # the default
-        if isinstance(value, list):
-            arguments += [
-                f"--{key}",
-                *(json.dumps(item) if isinstance(item, dict) else str(item) for item in value),
-            ]
-        else:
-            arguments.append(
-                f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}"
-            )
+        if key not in known:
+            near = _nearest(key, known)
+            raise ValueError(f"{path}: unknown key {key!r}; the nearest known one is {near!r}")
+        if isinstance(value, list) and known[key].nargs is None:
+            # report_to: a list in YAML, one value on the command line
+            parser.set_defaults_with_config(**{key: value})
+        elif value is not None:  # None: the default
+            words += _as_words(key, value)
+    try:
+        *arguments, unknown = parser.parse_args_into_dataclasses(
+            [*words, *overrides], return_remaining_strings=True
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+    if unknown:
+        near = _nearest(unknown[0].lstrip("-").split("=")[0], known)
+        raise ValueError(f"unknown argument {unknown[0]!r}; the nearest known one is '--{near}'")
     return arguments
+
+
+def _as_words(key: str, value) -> list[str]:
+    """A YAML value as command line arguments, so that one parser checks both."""
+    if isinstance(value, list):
+        items = [json.dumps(item) if isinstance(item, dict) else str(item) for item in value]
+        return [f"--{key}", *items]
+    return [f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}"]
 
 
 def _nearest(key: str, known: Iterable[str]) -> str:

@@ -10,7 +10,8 @@ from fmtrain.training.recipe import Recipe
 
 
 def rows_of(recipe: Recipe, first: int | None = None) -> Rows:
-    """The rows that a recipe trains on, unchecked; with `first` only so many of them, and of a stream no more is read.
+    """The rows that a recipe trains on, unchecked; with `first` only so many of them, and of a
+    stream no more is read.
 
     Raises `ValueError` for a recipe without data, and for data that cannot be read.
     """

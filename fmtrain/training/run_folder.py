@@ -1,4 +1,5 @@
-"""The output folder of a run: what it was made with, whether it may be written, and from where it is resumed."""
+"""The output folder of a run: what it was made with, whether it may be written, and from where it
+is resumed."""
 
 import json
 from pathlib import Path
@@ -16,16 +17,18 @@ RECORD, RECIPE = "run.json", "recipe.yaml"
 
 
 def checkpoint_of(recipe: Recipe) -> str | None:
-    """The checkpoint to resume from: the one named, or the newest whole one (its trainer state is written last).
+    """The checkpoint to resume from: the one named, or the newest whole one (its trainer state is
+    written last).
 
-    Raises `ValueError` if the output folder holds a run and resuming was not asked for, or holds none and it was, and for
-    a checkpoint that was trained with another mask than the recipe's.
+    Raises `ValueError` if the output folder holds a run and resuming was not asked for, or holds
+    none and it was, and for a checkpoint that was trained with another mask than the recipe's.
     """
     wanted, folder = recipe.training.resume_from_checkpoint, Path(recipe.training.output_dir)
     if wanted in (None, "False", "false", False):
         if (folder / RECORD).exists() or any(folder.glob("checkpoint-*")):
             raise ValueError(
-                f"{folder}: holds a run already; resume it (--resume_from_checkpoint true) or name another output_dir"
+                f"{folder}: holds a run already; resume it (--resume_from_checkpoint true) or name "
+                f"another output_dir"
             )
         return None
     checkpoint = str(wanted) if str(wanted) not in ("True", "true") else _newest(folder)

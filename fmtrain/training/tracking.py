@@ -15,7 +15,8 @@ def say(message) -> None:
 
 
 def wandb_mode() -> str:
-    """`WANDB_MODE`, or else online where there is a key and offline where there is none: W&B never asks."""
+    """`WANDB_MODE`, or else online where there is a key and offline where there is none: W&B never
+    asks."""
     key = os.environ.get("WANDB_API_KEY") or any(
         (Path.home() / name).exists() for name in (".netrc", "_netrc")
     )

@@ -1,7 +1,7 @@
 """The parts of a vision-language model, and which of their parameters learn.
 
-A LLaVA has three: the language model (with its head), the projector (with the newline feature of the tiled models) and
-the vision tower.
+A LLaVA has three: the language model (with its head), the projector (with the newline feature of
+the tiled models) and the vision tower.
 """
 
 import re
@@ -32,10 +32,11 @@ def part_of(name: str) -> str:
 def lora_targets(
     model: nn.Module, parts: list[str], wanted: list[str] | str | None = None
 ) -> list[str]:
-    """Full names of the linear layers of `parts` that LoRA adapts: all but the head, or those ending in `wanted`.
+    """Full names of the linear layers of `parts` that LoRA adapts: all but the head, or those
+    ending in `wanted`.
 
-    (PEFT's "all-linear" would also take the projector and the tower; a bare "q_proj" would also match the tower's.)
-    Raises `ValueError` for a wanted name that matches nothing there.
+    (PEFT's "all-linear" would also take the projector and the tower; a bare "q_proj" would also
+    match the tower's.) Raises `ValueError` for a wanted name that matches nothing there.
     """
     head = unwrap(model).get_output_embeddings()
     linear = [
@@ -53,7 +54,8 @@ def lora_targets(
     for want, names in chosen.items():
         if not names:
             raise ValueError(
-                f"lora_target_modules names {want!r}, which no linear layer of {', '.join(parts)} is called"
+                f"lora_target_modules names {want!r}, which no linear layer of {', '.join(parts)} "
+                f"is called"
             )
     return [name for name in linear if any(name in names for names in chosen.values())]
 
@@ -64,9 +66,11 @@ def choose(
     parts: list[str] | None,
     pixels: dict[str, torch.Tensor],
 ) -> list[str]:
-    """Decide what learns: the layers that LoRA adapts (spelled out in `config`), or the parameters left trainable.
+    """Decide what learns: the layers that LoRA adapts (spelled out in `config`), or the parameters
+    left trainable.
 
-    What no gradient can reach is left out; returns the names of such parameters among the chosen parts.
+    What no gradient can reach is left out; returns the names of such parameters among the chosen
+    parts.
     """
     parts = parts or DEFAULT["full" if config is None else "lora"]
     inner = unwrap(model)
@@ -83,8 +87,9 @@ def choose(
 def idle(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:
     """Names of the parameters on the way from pixels to features that can never get a gradient.
 
-    LLaVA reads the tower's last layer but one, so its last layer is idle. Found by a backward pass through a copy of the
-    model on the meta device, which costs neither memory nor arithmetic. `pixels`: image inputs of one encoded row.
+    LLaVA reads the tower's last layer but one, so its last layer is idle. Found by a backward pass
+    through a copy of the model on the meta device, which costs neither memory nor arithmetic.
+    `pixels`: image inputs of one encoded row.
     """
     with (
         torch.device("meta"),
@@ -110,8 +115,9 @@ def idle(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:
 def without_graph(model: nn.Module) -> None:
     """Run a frozen vision tower without recording a graph.
 
-    transformers' `enable_input_require_grads` (LoRA with gradient checkpointing) asks for gradients at the tower's
-    patch embedding as well, and autograd would then keep every activation of a tower that learns nothing.
+    transformers' `enable_input_require_grads` (LoRA with gradient checkpointing) asks for gradients
+    at the tower's patch embedding as well, and autograd would then keep every activation of a tower
+    that learns nothing.
     """
     tower = unwrap(model).base_model.vision_tower
     if any(parameter.requires_grad for parameter in tower.parameters()):
@@ -150,10 +156,12 @@ def summary(model: nn.Module) -> Table:
 
 
 class EveryParameterLearns(TrainerCallback):
-    """Stops the run after its first step if a trainable parameter has had no gradient, and names it.
+    """Stops the run after its first step if a trainable parameter has had no gradient, and names
+    it.
 
-    Parameters that only images reach are judged at the first step that had one. Gradients are seen by hooks on the
-    parameters (also under DDP and ZeRO) or on the sharded parameters before the optimizer steps (FSDP).
+    Parameters that only images reach are judged at the first step that had one. Gradients are seen
+    by hooks on the parameters (also under DDP and ZeRO) or on the sharded parameters before the
+    optimizer steps (FSDP).
     """
 
     def __init__(self, model: nn.Module):
@@ -192,7 +200,8 @@ class EveryParameterLearns(TrainerCallback):
                 f" and {len(missing) - 8} more" if len(missing) > 8 else ""
             )
             raise ValueError(
-                f"after step {state.global_step} {len(missing)} trainable parameters have had no gradient: {shown}"
+                f"after step {state.global_step} {len(missing)} trainable parameters have had no "
+                f"gradient: {shown}"
             )
         if not self.waiting:
             for hook in self._hooks:

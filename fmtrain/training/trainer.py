@@ -1,4 +1,5 @@
-"""TRL's trainer as fmtrain runs it: what learns, what is audited before step 0, what every checkpoint carries."""
+"""TRL's trainer as fmtrain runs it: what learns, what is audited before step 0, what every
+checkpoint carries."""
 
 import copy
 import signal
@@ -20,11 +21,13 @@ from fmtrain.training.tracking import say
 
 
 class MaskedSFTTrainer(SFTTrainer):
-    """TRL's trainer; every checkpoint of it, adapters included, carries the mask in a `config.json`."""
+    """TRL's trainer; every checkpoint of it, adapters included, carries the mask in a
+    `config.json`."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """transformers looks for the module's own parameter names, but a LLaVA is saved under the hub's: it would load
-        nothing, warn, and go on from the base weights. So read the checkpoint as `from_pretrained` does."""
+        """transformers looks for the module's own parameter names, but a LLaVA is saved under the
+        hub's: it would load nothing, warn, and go on from the base weights. So read the checkpoint
+        as `from_pretrained` does."""
         target = unwrap(model or self.model)
         if is_adapter(resume_from_checkpoint) or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -38,7 +41,8 @@ class MaskedSFTTrainer(SFTTrainer):
 
 
 class AuditFirstBatch(TrainerCallback):
-    """Before step 0: a real batch is searched for leaks, and its loss stands beside its causal loss."""
+    """Before step 0: a real batch is searched for leaks, and its loss stands beside its causal
+    loss."""
 
     def __init__(self, trainer: SFTTrainer, rows: list[dict]):
         self.trainer, self.rows = trainer, rows
@@ -58,7 +62,8 @@ class AuditFirstBatch(TrainerCallback):
                 causal = model(**batch.kwargs()).loss.item()
         model.train(training)
         say(
-            f"audit of the first {len(self.rows)} rows: {leak.figure}; loss {loss:.4f} under the policy, "
+            f"audit of the first {len(self.rows)} rows: {leak.figure}; loss {loss:.4f} under the "
+            f"policy, "
             f"{causal:.4f} causal"
         )
         if not leak.passed:

@@ -1,6 +1,8 @@
-"""Attention under a policy: `reference` against sums written out in Python, `sdpa` against `reference`, values and gradients.
+"""Attention under a policy: `reference` against sums written out in Python, `sdpa` against
+`reference`, values and gradients.
 
-Shape names: B rows, H query heads, G key heads, T tokens (keys), Q queries (the last of the T), D head size.
+Shape names: B rows, H query heads, G key heads, T tokens (keys), Q queries (the last of the T), D
+head size.
 """
 
 import random
@@ -59,7 +61,8 @@ def inputs(
     queries: int | None = None,
     seed: int = 0,
 ):
-    """Seeded queries [B, H, Q, D], keys and values [B, G, T, D], which require gradients; scores reach about +-5."""
+    """Seeded queries [B, H, Q, D], keys and values [B, G, T, D], which require gradients; scores
+    reach about +-5."""
     generator = torch.Generator().manual_seed(seed)
     rows, length = layout.shape
 
@@ -80,7 +83,8 @@ def as_tuple(merge: Merge | None):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name, merge", CASES, ids=label)
 def test_reference_is_the_definition(name, merge, layout):
-    """float32: scores of up to 10 carry an error of 10 eps, weights therefore a relative one, values stay below 5: 10 * 5 eps."""
+    """float32: scores of up to 10 carry an error of 10 eps, weights therefore a relative one,
+    values stay below 5: 10 * 5 eps."""
     layout = layout_of(layout)
     q, k, v = inputs(layout)
     expected = oracle.attend(name, layout, q, k, v, SCALE, as_tuple(merge))
@@ -93,7 +97,8 @@ def test_reference_is_the_definition(name, merge, layout):
 @pytest.mark.parametrize("heads", GROUPS, ids=label)
 @pytest.mark.parametrize("name, merge", CASES, ids=label)
 def test_sdpa_is_reference_in_values_and_gradients(name, merge, heads, layout):
-    """float64 would hide nothing and float32 little: both sides round every sum, whose terms stay below 30, to 2**-24."""
+    """float64 would hide nothing and float32 little: both sides round every sum, whose terms stay
+    below 30, to 2**-24."""
     layout = layout_of(layout)
     results = []
     for backend in ("reference", "sdpa"):
@@ -149,7 +154,8 @@ def test_the_default_scale_is_one_over_the_root_of_the_head_size():
 )
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_fewer_queries_than_keys(name, backend, merge):
-    """The queries are the last tokens: one answer token on a cache, and a whole next turn on a cache."""
+    """The queries are the last tokens: one answer token on a cache, and a whole next turn on a
+    cache."""
     layout = Layout.cat([Layout.parse("..TIIT AA / IJT A"), Layout.parse("TIJTTT AA / JJT A")])
     q, k, v = inputs(layout)
     whole = oracle.attend(name, layout, q, k, v, SCALE, as_tuple(merge))
@@ -207,8 +213,9 @@ def test_gradcheck_in_float64(name, merge, backend):
 )
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_bfloat16(name, backend, merge):
-    """Weights, their sums and the output are each rounded to 8 bits (2**-9 relative), scores are summed in float32: four
-    roundings of the largest value for the output; twice as many, of the norm, through the backward."""
+    """Weights, their sums and the output are each rounded to 8 bits (2**-9 relative), scores are
+    summed in float32: four roundings of the largest value for the output; twice as many, of the
+    norm, through the backward."""
     layout = layout_of("two turns")
     low, high = (
         inputs(layout, dtype=torch.bfloat16),
@@ -232,8 +239,9 @@ def test_bfloat16(name, backend, merge):
 )
 @pytest.mark.parametrize("backend", ["reference", "sdpa"])
 def test_what_is_closed_is_not_read_at_all(name, backend, merge):
-    """Outputs stay bit-identical where a closed key or value changes, and do move where an open one does. Under merge a
-    revealed value is not read, and with a kernel above 1 a revealed score only where it is the largest of a window."""
+    """Outputs stay bit-identical where a closed key or value changes, and do move where an open one
+    does. Under merge a revealed value is not read, and with a kernel above 1 a revealed score only
+    where it is the largest of a window."""
     layout = Layout.parse("TIJT A / TIT A | IT A .")
     mask = oracle.allowed(name, layout)[0]
     causal = oracle.allowed("causal", layout)[0]
@@ -304,7 +312,8 @@ def test_large_scores_do_not_overflow(backend):
     for merge in (None, Merge(), Merge(kernel_size=1)):
         out = attend(q * 100, k * 100, v, layout, "prefix_lm", backend, merge)
         expected = oracle.attend("prefix_lm", layout, q * 100, k * 100, v, 8**-0.5, as_tuple(merge))
-        # scores reach 3e4, whose last bit is 2e-3: weights of two keys that nearly tie may be off by that much
+        # scores reach 3e4, whose last bit is 2e-3: weights of two keys that nearly tie may be off
+        # by that much
         assert torch.isfinite(out).all() and (out.double() - expected).abs().max() < 0.05
 
 
@@ -347,7 +356,8 @@ def test_shapes_that_do_not_fit_the_layout_are_errors():
 
 
 def test_attend_takes_the_mask_from_allowed_and_nowhere_else(monkeypatch):
-    """`allowed` and what a backend does are one definition: weights (values one-hot) are positive exactly where it is True."""
+    """`allowed` and what a backend does are one definition: weights (values one-hot) are positive
+    exactly where it is True."""
     layout = Layout.parse(".TIJT A / LTL A | IT A ")
     size = layout.shape[1]
     q, k, _ = inputs(layout, heads=(1, 1), size=size)

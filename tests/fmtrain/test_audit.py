@@ -11,8 +11,9 @@ import torch
 import training
 
 import fmtrain
-from fmtrain import audit, patch
+from fmtrain import consistency, patch
 from fmtrain.checkpoint import load
+from fmtrain.data import noise
 from fmtrain.layout import Layout
 
 
@@ -20,7 +21,7 @@ def results(family, policy, merge=None):
     model, processor = families.model(family), families.processor(family)
     with fmtrain.attach(model, policy, merge=merge):
         return {
-            result.check: result for result in audit.audit(model, processor, audit.sample_rows())
+            result.check: result for result in consistency.check(model, processor, noise.rows())
         }
 
 
@@ -40,7 +41,8 @@ def failed(found) -> set[str]:
 
 
 def test_a_leak_is_found(monkeypatch):
-    """Without the prefill law (one prefill for the whole row, answers in it) later turns show in earlier logits."""
+    """Without the prefill law (one prefill for the whole row, answers in it) later turns show in
+    earlier logits."""
 
     def lawless(layout: Layout) -> dict:
         prefill = torch.where(layout.sample >= 0, 0, -1)
@@ -57,14 +59,9 @@ def test_a_leak_is_found(monkeypatch):
 def test_a_lost_mask_is_found_in_each_mode(monkeypatch):
     """A backend that drops the policy: causal where v2v was asked for."""
     from fmtrain.attention import sdpa
-    from fmtrain.policies import POLICIES
 
-    prepare = sdpa.prepare
-    monkeypatch.setattr(
-        sdpa,
-        "prepare",
-        lambda layout, policy, merge, start: prepare(layout, POLICIES["causal"], None, start),
-    )
+    prepare, causal = sdpa.prepare, fmtrain.Mask.parse("causal")
+    monkeypatch.setattr(sdpa, "prepare", lambda layout, mask, start: prepare(layout, causal, start))
     found = results("llava", "v2v")
     assert [name for name, result in found.items() if not result.passed] == [
         f"mask in each layer: {mode}" for mode in ("training mode", "evaluation", "generate")
@@ -72,10 +69,11 @@ def test_a_lost_mask_is_found_in_each_mode(monkeypatch):
 
 
 def test_a_mask_lost_in_generate_alone_is_found(monkeypatch):
-    """Generation that ignores padding and the layout: what registering only in AttentionInterface did."""
+    """Generation that ignores padding and the layout: what registering only in AttentionInterface
+    did."""
     monkeypatch.setattr(
         patch.Handle,
-        "_infer",
+        "_layout_of",
         lambda self, kwargs, rows, length, seen: Layout(
             *torch.zeros(4, rows, seen + length).long()
         ),
@@ -131,10 +129,8 @@ def test_the_command_line_on_checkpoint_and_recipe(tmp_path):
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["passed"] and found["policy"] == "v2v" and len(found["checks"]) == 6
     run = subprocess.run([*path, str(tmp_path / "base")], **options)
-    assert (
-        run.returncode == 2 and "records no policy" in run.stderr and "Traceback" not in run.stderr
-    )
-    model, processor = load(str(tmp_path / "base"), policy="v2v")
+    assert run.returncode == 2 and "records no mask" in run.stderr and "Traceback" not in run.stderr
+    model, processor = load(str(tmp_path / "base"), mask="v2v")
     model.save_pretrained(tmp_path / "carrying")
     processor.save_pretrained(tmp_path / "carrying")
     run = subprocess.run([*path, str(tmp_path / "carrying")], **options)

@@ -1,4 +1,5 @@
-"""Exports: folded weights answer like the adapter, keep the base's names, load plainly, and nothing is written if not."""
+"""Exports: folded weights answer like the adapter, keep the base's names, load plainly, and nothing
+is written if not."""
 
 import json
 import shutil
@@ -55,7 +56,7 @@ def test_folded_equals_adapter_and_loads_everywhere(trained, tmp_path):
     expected = logits(adapter, processor, trained)
     # float32 rounding of W + BA against W x + B (A x), through four layers
     torch.testing.assert_close(logits(folded, again, trained), expected, atol=1e-4, rtol=1e-4)
-    assert fmtrain.attached(folded).policy.name == "v2v"
+    assert str(fmtrain.attached(folded).mask) == "v2v"
     plain = AutoModelForImageTextToText.from_pretrained(out)
     causal, loaded = logits(plain, again, trained), logits(folded, again, trained)
     assert not torch.allclose(causal, loaded, atol=1e-3)
@@ -72,6 +73,8 @@ def test_folded_equals_adapter_and_loads_everywhere(trained, tmp_path):
     )
     assert json.loads((out / "config.json").read_text())["fmtrain"] == {
         "policy": "v2v",
+        "reveals": [["VISUAL", "VISUAL"]],
+        "within_image": False,
         "merge": None,
         "version": 1,
     }
@@ -88,7 +91,7 @@ def test_a_full_run_is_exported_as_it_is(trained, tmp_path):
         torch.equal(run[name], exported[name]) for name in run
     )
     model, _ = fmtrain.load(str(tmp_path / "exported"))
-    assert fmtrain.attached(model).policy.name == "future"
+    assert str(fmtrain.attached(model).mask) == "future"
 
 
 def test_merge_options_come_back(trained, tmp_path):
@@ -99,7 +102,7 @@ def test_merge_options_come_back(trained, tmp_path):
     (run / "config.json").write_text(json.dumps(config))
     export(run, tmp_path / "exported")
     model, _ = fmtrain.load(str(tmp_path / "exported"))
-    assert fmtrain.attached(model).merge == fmtrain.Merge(
+    assert fmtrain.attached(model).mask.merge == fmtrain.Merge(
         prefix=0.1, kernel_size=5, normalize=False
     )
 
@@ -145,10 +148,10 @@ def test_nothing_is_written_when_something_is_off(trained, tmp_path, monkeypatch
 
 
 def test_a_checkpoint_without_a_policy_is_not_loaded_silently(trained):
-    with pytest.raises(ValueError, match="records no policy"):
+    with pytest.raises(ValueError, match="records no mask"):
         fmtrain.load(str(trained / "base"))
-    model, _ = fmtrain.load(str(trained / "base"), policy="v2v")
-    assert fmtrain.attached(model).policy.name == "v2v"
+    model, _ = fmtrain.load(str(trained / "base"), mask="v2v")
+    assert str(fmtrain.attached(model).mask) == "v2v"
     with pytest.raises(ValueError, match="no such checkpoint"):
         fmtrain.load(str(trained / "nowhere"))
 

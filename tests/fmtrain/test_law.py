@@ -1,7 +1,9 @@
-"""The prefill law: what training sees is what inference sees, on the four families, and nothing leaks through the layers.
+"""The prefill law: what training sees is what inference sees, on the four families, and nothing
+leaks through the layers.
 
-Everything here runs in float32 on models of four layers. 1e-4 is the tolerance of DESIGN 2 for logits of about 1: one pass and
-many short ones sum in other orders, about 1e-6 a layer, grown by sharp attention.
+Everything here runs in float32 on models of four layers. 1e-4 is the tolerance of DESIGN 2 for
+logits of about 1: one pass and many short ones sum in other orders, about 1e-6 a layer, grown by
+sharp attention.
 """
 
 import contextlib
@@ -22,8 +24,8 @@ VARIANTS = [*POLICIES, *(f"{name}+merge" for name in POLICIES if name != "causal
 
 
 def parts(variant: str) -> dict:
-    name, light, _ = variant.partition("+merge")
-    return {"policy": name, "merge": Merge(prefix=2) if light else None, "backend": "sdpa"}
+    merge = Merge(prefix=2) if variant.endswith("+merge") else None
+    return {"mask": variant, "merge": merge, "backend": "sdpa"}
 
 
 def forward(model, inputs: dict, layout: Layout | None = None, **options) -> torch.Tensor:
@@ -38,8 +40,8 @@ def pixels(inputs: dict) -> dict:
 
 
 def served(model, processor, messages: list[dict], images: list) -> torch.Tensor:
-    """Logits [1, T, V] of a dialogue as a server computes them, in one growing cache: for each turn, one prefill with the
-    images of that turn alone, then the answer token by token."""
+    """Logits [1, T, V] of a dialogue as a server computes them, in one growing cache: for each
+    turn, one prefill with the images of that turn alone, then the answer token by token."""
     cache, logits, seen, known, used = None, [], 0, {}, 0
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -141,7 +143,8 @@ def test_a_left_padded_batch_decodes_as_its_single_rows_were_taught(family, vari
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_dialogue_prefilled_again_is_the_dialogue_continued(family, variant, model_of):
-    """The other way of serving: for its second answer the whole dialogue is fed again, in one forward with its layout."""
+    """The other way of serving: for its second answer the whole dialogue is fed again, in one
+    forward with its layout."""
     model, processor = model_of(family), families.processor(family)
     messages, images = families.dialogues()["two_turns"]
     again = encode(processor, messages[:-1], images, add_generation_prompt=True)
@@ -158,7 +161,8 @@ def test_a_dialogue_prefilled_again_is_the_dialogue_continued(family, variant, m
 def test_training_mode_with_gradient_checkpointing(
     family, variant, reentrant, lora, model_of, rows
 ):
-    """Logits in training mode, with checkpointing off and on, are those of evaluation, and the gradients are the same."""
+    """Logits in training mode, with checkpointing off and on, are those of evaluation, and the
+    gradients are the same."""
     model = model_of(family, lora)
     inputs, layout = batch(families.processor(family), list(rows.values()), "right")
     results = []
@@ -190,7 +194,8 @@ def training(model, checkpointing: bool, reentrant: bool):
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.enable_input_require_grads()  # as trainers do: frozen inputs would hide LoRA from a reentrant checkpoint
+        # As trainers do: frozen inputs would hide LoRA from a reentrant checkpoint
+        model.enable_input_require_grads()
     try:
         yield
     finally:
@@ -221,7 +226,8 @@ def test_causal_attached_is_the_unpatched_model_exactly(family, side, backend, m
             found = generate(model, {**prompt, **kwargs})
             assert torch.equal(found.sequences, unpatched[2].sequences)
             for ours, theirs in zip(found.logits, unpatched[2].logits, strict=True):
-                # on padded decoding steps transformers repeats the grouped keys and our sdpa backend does not
+                # on padded decoding steps transformers repeats the grouped keys and our sdpa
+                # backend does not
                 torch.testing.assert_close(
                     ours, theirs, rtol=0, atol=0 if backend == "auto" else 1e-4
                 )
@@ -304,7 +310,8 @@ def leak(family):
 
 
 def changed(inputs: dict, layout: Layout, token: int) -> dict:
-    """The inputs with the text token at `token`, or the image that it belongs to, replaced by another."""
+    """The inputs with the text token at `token`, or the image that it belongs to, replaced by
+    another."""
     image = int(layout.image[0, token])
     if image >= 0:
         size = len(inputs["pixel_values"]) // 2  # two images of one size: as many tiles each
@@ -333,8 +340,8 @@ def moved_by(model, inputs: dict, layout: Layout, token: int, before: torch.Tens
     indirect=["family"],
 )
 def test_no_logit_moves_but_those_that_the_policy_lets_move(family, variant, model_of, leak):
-    """Each token (and image) in turn is changed: exactly bit-identical wherever four layers of the mask cannot reach, and
-    moved wherever one look reaches from the query's own prefill."""
+    """Each token (and image) in turn is changed: exactly bit-identical wherever four layers of the
+    mask cannot reach, and moved wherever one look reaches from the query's own prefill."""
     model, (inputs, layout) = model_of(family), leak
     name = variant.removesuffix("+merge")
     assert model.config.get_text_config().num_hidden_layers >= 4
@@ -392,7 +399,8 @@ def test_images_of_one_prefill_see_each_other_as_the_policy_says(family, variant
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_later_turns_and_answers_move_no_earlier_logit(family, variant, model_of, leak):
-    """All later tokens changed at once, and cut off: whatever an earlier turn predicts stays, bit for bit (cut off: to rounding)."""
+    """All later tokens changed at once, and cut off: whatever an earlier turn predicts stays, bit
+    for bit (cut off: to rounding)."""
     model, (inputs, layout) = model_of(family), leak
     answers = (layout.role[0] == Role.ANSWER).nonzero().flatten().tolist()
     with attach(model, **parts(variant)):
@@ -410,7 +418,8 @@ def test_later_turns_and_answers_move_no_earlier_logit(family, variant, model_of
 
 
 def unbounded(layout: Layout, name: str) -> Layout:
-    """What the law forbids: the whole row as one prefill; for policies that open text, its answers as text."""
+    """What the law forbids: the whole row as one prefill; for policies that open text, its answers
+    as text."""
     role = (
         layout.role
         if name == "v2v"
@@ -423,8 +432,8 @@ def unbounded(layout: Layout, name: str) -> Layout:
     "variant", ["v2v", "future", "v2t", "prefix_lm", "v2v+merge", "future+merge", "v2t+merge"]
 )
 def test_the_unbounded_form_does_leak_so_the_tests_can_see(family, variant, model_of, leak):
-    """Changing the last token of answer 1 moves the logits that predict answer 1: through image 1 that has seen image 2
-    (v2v), or the answer itself (the others)."""
+    """Changing the last token of answer 1 moves the logits that predict answer 1: through image 1
+    that has seen image 2 (v2v), or the answer itself (the others)."""
     model, (inputs, layout) = model_of(family), leak
     answers = (layout.role[0] == Role.ANSWER).nonzero().flatten()
     last = next(int(t) for t in answers if layout.role[0, t + 1] != Role.ANSWER)

@@ -41,8 +41,9 @@ def weights(
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("name", LIGHT)
 def test_double_loop_on_random_layouts(name, prefix, kernel_size, normalize, backend):
-    """float64 scores and values; the shares of the prefix may be float32, 2**-25 of up to C |v| = 8. Random turns of 1 to 15
-    tokens hold fewer future keys than the kernel, prefixes longer than the past, and rows with nothing revealed."""
+    """float64 scores and values; the shares of the prefix may be float32, 2**-25 of up to C |v| =
+    8. Random turns of 1 to 15 tokens hold fewer future keys than the kernel, prefixes longer than
+    the past, and rows with nothing revealed."""
     rng = random.Random(f"{name} {prefix} {kernel_size} {normalize}")
     layout = oracle.random_layout(rng, rows=2, samples=2, turns=2)
     q, k, v = inputs(layout)
@@ -71,8 +72,9 @@ def test_the_random_layouts_hold_the_hard_cases():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_by_hand(backend):
-    """Equal scores, T I I I T, v2t: image 1 gives 1/3 to each of T, itself and the last T, which kernel 3 counts once in the
-    only window that holds it (F = 0 0 1/3, one window); two positions of prefix share it."""
+    """Equal scores, T I I I T, v2t: image 1 gives 1/3 to each of T, itself and the last T, which
+    kernel 3 counts once in the only window that holds it (F = 0 0 1/3, one window); two positions
+    of prefix share it."""
     layout = Layout.parse("TIIIT A")
     zero, one_hot = (
         torch.zeros(1, 1, 6, 6, dtype=torch.float64),
@@ -103,7 +105,8 @@ def test_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pooling_by_hand_counts_a_peak_in_every_window_that_holds_it(backend):
-    """T I T T T T, v2t, equal scores: F = 1/6 four times; kernel 3 has two windows, so C = 2/6, not 4/6."""
+    """T I T T T T, v2t, equal scores: F = 1/6 four times; kernel 3 has two windows, so C = 2/6, not
+    4/6."""
     layout = Layout.parse("TITTTT")
     zero, one_hot = (
         torch.zeros(1, 1, 6, 6, dtype=torch.float64),

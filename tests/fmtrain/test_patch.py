@@ -1,4 +1,5 @@
-"""Attach and detach: nothing is left behind, `generate` in its forms, and refusals of what would lose the mask without a word."""
+"""Attach and detach: nothing is left behind, `generate` in its forms, and refusals of what would
+lose the mask without a word."""
 
 import copy
 
@@ -34,7 +35,8 @@ def prompt(family: str, dialogue=SINGLE):
 
 
 def greedy(model, inputs: dict, **options):
-    """Eight tokens; a random model would also write image placeholders, which have a test of their own."""
+    """Eight tokens; a random model would also write image placeholders, which have a test of their
+    own."""
     placeholder = {"suppress_tokens": [model.config.image_token_id]}
     options = {
         "max_new_tokens": 8,
@@ -151,7 +153,7 @@ def test_detaching_twice_does_no_harm(model_of):
     assert_same_model(model, before)
     with attach(model, "v2t") as second:
         first.detach()  # an old handle does not take the new policy off
-        assert second.policy.name == "v2t"
+        assert str(second.mask) == "v2t"
         inputs, layout = prompt("llava")
         with torch.no_grad():
             attached = model(**inputs, **layout.model_inputs()).logits
@@ -238,8 +240,8 @@ def test_config_records_the_policy_while_attached(model_of):
 
 @pytest.mark.parametrize("name, merge", AHEAD, ids=label)
 def test_plain_generate_of_a_single_turn_needs_no_layout(family, name, merge, model_of):
-    """`generate(**processor(...))`, the call of every transformers user; image tokens stand apart here, except in
-    llava-onevision under `image`, which is refused (below)."""
+    """`generate(**processor(...))`, the call of every transformers user; image tokens stand apart
+    here, except in llava-onevision under `image`, which is refused (below)."""
     model, processor = model_of(family), families.processor(family)
     messages, images = OTHER if family == "llava_onevision" and name == "image" else SINGLE
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -259,7 +261,8 @@ def test_plain_generate_of_a_single_turn_needs_no_layout(family, name, merge, mo
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name, merge", VARIANTS, ids=label)
 def test_generate_is_what_teacher_forcing_says(family, name, merge, lora, model_of):
-    """The logits that generate saw are those of one forward over prompt and answer, in a dialogue of two turns."""
+    """The logits that generate saw are those of one forward over prompt and answer, in a dialogue
+    of two turns."""
     model, processor = model_of(family, lora), families.processor(family)
     messages = [user(IMAGE, "what is it?"), assistant("red"), user(IMAGE, "and now?")]
     inputs, layout = encode(processor, messages, [photo(1), photo(2)], add_generation_prompt=True)
@@ -300,7 +303,8 @@ def test_generate_of_a_left_padded_batch_is_its_single_rows(
 
 @pytest.mark.parametrize("name, merge", VARIANTS[1:], ids=label)
 def test_beams(name, merge, model_of):
-    """Two beams of a left-padded batch, with the layout and without; the score of the best is what teacher forcing gives it."""
+    """Two beams of a left-padded batch, with the layout and without; the score of the best is what
+    teacher forcing gives it."""
     model = model_of("llava")
     prompts = [prompt("llava"), prompt("llava", OTHER)]
     inputs, layout = batch(families.processor("llava"), prompts, "left")
@@ -354,7 +358,8 @@ def test_several_samples_of_one_prompt(name, merge, model_of):
 def test_generate_without_a_cache_is_generate_with_one_or_refused(
     name, merge, with_layout, model_of
 ):
-    """Without a cache the whole row is fed again at every step; read as one prefill, images would look at the answer."""
+    """Without a cache the whole row is fed again at every step; read as one prefill, images would
+    look at the answer."""
     model, (inputs, layout) = model_of("llava"), prompt("llava")
     given = {**inputs, **layout.model_inputs()} if with_layout else inputs
     with attach(model, name, "sdpa", merge):
@@ -369,7 +374,8 @@ def test_generate_without_a_cache_is_generate_with_one_or_refused(
 
 @pytest.mark.parametrize("name, merge", VARIANTS, ids=label)
 def test_generate_continues_a_cache_with_the_layout_of_the_whole_row(name, merge, model_of):
-    """A chat server keeps its cache: the next turn is prefilled on it, and the layout covers cached and new tokens."""
+    """A chat server keeps its cache: the next turn is prefilled on it, and the layout covers cached
+    and new tokens."""
     model, processor = model_of("llava"), families.processor("llava")
     messages, images = (
         [user(IMAGE, "what?"), assistant("red"), user(IMAGE, "and now?")],
@@ -401,7 +407,8 @@ def test_the_layout_of_one_call_does_not_stay_for_the_next(model_of):
 
 @pytest.mark.parametrize("name", ["v2v", "prefix_lm"])
 def test_flash_attention_2_is_refused(name, model_of):
-    """transformers' flash_attention_mask ignores a mask function: the policy would be causal without a word."""
+    """transformers' flash_attention_mask ignores a mask function: the policy would be causal
+    without a word."""
     model = families.model("llava")
     model.config.get_text_config()._attn_implementation_internal = (
         "flash_attention_2"  # as a model loaded with it has it
@@ -451,7 +458,8 @@ class TestGenerateRefuses:
 
     @pytest.mark.parametrize("max_new_tokens", [2, 6])
     def test_speculative_decoding(self, name, merge, with_layout, max_new_tokens, model_of):
-        """The candidates of an assistant arrive together with the prompt, or several at a time on a cache."""
+        """The candidates of an assistant arrive together with the prompt, or several at a time on a
+        cache."""
         assistant_model = families.model("llava", seed=1)
         self.refused(
             model_of,
@@ -469,7 +477,8 @@ class TestGenerateRefuses:
 def test_prompt_lookup_is_greedy_search_or_refused(
     name, merge, max_new_tokens, with_layout, model_of
 ):
-    """Its candidates, found by the header's earlier place in the prompt, arrive together with the prompt."""
+    """Its candidates, found by the header's earlier place in the prompt, arrive together with the
+    prompt."""
     model, (inputs, layout) = (
         model_of("llava"),
         prompt("llava", ([user(IMAGE, "after ASSISTANT: from 3 to 7 comes")], [photo(1)])),
@@ -587,7 +596,8 @@ def test_on_a_cache_a_layout_of_the_new_tokens_alone_is_refused(model_of):
 
 
 def adjacent(family: str):
-    """Two images whose tokens touch: llava-onevision's template writes them so, in llava-1.5 someone's own prompt may."""
+    """Two images whose tokens touch: llava-onevision's template writes them so, in llava-1.5
+    someone's own prompt may."""
     inputs, layout = prompt(family)
     if family == "llava":  # the template puts a line break between: leave it out
         visual = layout.role[0] == Role.VISUAL

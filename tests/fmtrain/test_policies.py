@@ -1,4 +1,5 @@
-"""Policies: literal masks, a quadruple loop over random layouts, Gemma 3's mask, the command, and what an import loads."""
+"""Policies: literal masks, a quadruple loop over random layouts, Gemma 3's mask, the command, and
+what an import loads."""
 
 import doctest
 import importlib.metadata
@@ -17,30 +18,39 @@ from transformers import Gemma3TextConfig
 from transformers.masking_utils import create_causal_mask
 
 import fmtrain
-from fmtrain import POLICIES, Layout, Role, allowed, policies
+from fmtrain import POLICIES, Layout, Role, allowed, masks
 
 ROOT = Path(fmtrain.__file__).parent.parent
 
 # T I I J T A / L T L A, the second turn with one image around a word
 MATRICES = {
     "causal": """
-        1.........  11........  111.......  1111......  11111.....  111111....  1111111...  11111111..  111111111.  1111111111""",
+        1.........  11........  111.......  1111......  11111.....
+        111111....  1111111...  11111111..  111111111.  1111111111""",
     "future": """
-        1.........  11111.....  11111.....  11111.....  11111.....  111111....  111111111.  11111111..  111111111.  1111111111""",
+        1.........  11111.....  11111.....  11111.....  11111.....
+        111111....  111111111.  11111111..  111111111.  1111111111""",
     "v2v": """
-        1.........  1111......  1111......  1111......  11111.....  111111....  1111111.1.  11111111..  111111111.  1111111111""",
+        1.........  1111......  1111......  1111......  11111.....
+        111111....  1111111.1.  11111111..  111111111.  1111111111""",
     "v2t": """
-        1.........  11..1.....  111.1.....  11111.....  11111.....  111111....  11111111..  11111111..  111111111.  1111111111""",
+        1.........  11..1.....  111.1.....  11111.....  11111.....
+        111111....  11111111..  11111111..  111111111.  1111111111""",
     "mma": """
-        1.........  11..1.....  111.1.....  11111.....  11111.....  111111....  11111111..  11111111..  111111111.  1111111111""",
+        1.........  11..1.....  111.1.....  11111.....  11111.....
+        111111....  11111111..  11111111..  111111111.  1111111111""",
     "mma_interleaved": """
-        1111......  11..1.....  111.1.....  11111.....  11111.....  111111....  11111111..  111111111.  111111111.  1111111111""",
+        1111......  11..1.....  111.1.....  11111.....  11111.....
+        111111....  11111111..  111111111.  111111111.  1111111111""",
     "image": """
-        1.........  111.......  111.......  1111......  11111.....  111111....  1111111.1.  11111111..  111111111.  1111111111""",
+        1.........  111.......  111.......  1111......  11111.....
+        111111....  1111111.1.  11111111..  111111111.  1111111111""",
     "prefix_lm": """
-        11111.....  11111.....  11111.....  11111.....  11111.....  111111....  111111111.  111111111.  111111111.  1111111111""",
+        11111.....  11111.....  11111.....  11111.....  11111.....
+        111111....  111111111.  111111111.  111111111.  1111111111""",
     "text_future": """
-        11111.....  11........  111.......  1111......  11111.....  111111....  1111111...  111111111.  111111111.  1111111111""",
+        11111.....  11........  111.......  1111......  11111.....
+        111111....  1111111...  111111111.  111111111.  1111111111""",
 }
 PADDED_AND_PACKED = {  # . I T A | J T .
     "causal": "1...... .1..... .11.... .111... ....1.. ....11. ......1",
@@ -114,7 +124,8 @@ def test_a_policy_itself_does_for_its_name(name):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("seed", range(10))
 def test_image_is_the_mask_that_transformers_builds_for_gemma3(seed, side):
-    """`create_causal_mask` with `block_sequence_ids` is the call that Gemma 3's full-attention layers make."""
+    """`create_causal_mask` with `block_sequence_ids` is the call that Gemma 3's full-attention
+    layers make."""
     rng = random.Random(seed)
     pictures = [oracle.random_picture(rng) for _ in range(3)]
     single = [Layout.parse(picture) for picture in pictures]
@@ -157,7 +168,7 @@ def test_an_unknown_policy_is_an_error_with_the_nearest_name(unknown, near):
 
 
 def test_pictures_in_the_docstrings_are_true():
-    result = doctest.testmod(policies)
+    result = doctest.testmod(masks)
     assert result.attempted > 0 and result.failed == 0
 
 
@@ -216,7 +227,8 @@ def test_no_module_shadows_another_when_sft_is_launched_by_its_path():
     assert not (inside - {"__init__"}) & (installed | set(sys.stdlib_module_names))
 
 
-EVERYTHING = "import fmtrain; [getattr(fmtrain, name) for name in fmtrain.__all__]; import fmtrain.data.collator"
+NAMES = "import fmtrain; [getattr(fmtrain, name) for name in fmtrain.__all__]"
+EVERYTHING = f"{NAMES}; import fmtrain.data.collator"
 
 
 @pytest.mark.slow
@@ -234,16 +246,19 @@ EVERYTHING = "import fmtrain; [getattr(fmtrain, name) for name in fmtrain.__all_
 def test_an_import_loads_no_optional_package(statement, optional):
     done = run(
         "-c",
-        f"{statement}; import sys; print(*(name for name in {optional.split()} if name in sys.modules))",
+        f"{statement}; import sys; print(*(name for name in {optional.split()} if name in "
+        f"sys.modules))",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
 
 
 def test_names_of_the_package_do_not_depend_on_what_was_imported_before():
-    """`fmtrain.encode` is the function, also where some module has imported the submodule of the same name first."""
+    """`fmtrain.encode` is the function, also where some module has imported the submodule of the
+    same name first."""
     done = run(
         "-c",
-        "import fmtrain.data.collator, fmtrain; from fmtrain import encode; assert callable(fmtrain.encode) and callable(encode)",
+        "import fmtrain.data.collator, fmtrain; from fmtrain import encode; assert "
+        "callable(fmtrain.encode) and callable(encode)",
     )
     assert done.returncode == 0, done.stderr

@@ -1,8 +1,11 @@
-"""Tiny random models of the real classes, with real processors and the families' own chat templates.
+# ruff: noqa: E501 (the chat templates are those of the hub's checkpoints, line by line)
+"""Tiny random models of the real classes, with real processors and the families' own chat
+templates.
 
-The templates are those of llava-hf/llava-1.5-7b-hf, llava-hf/llava-v1.6-mistral-7b-hf (its literal `<\\s>` included),
-llava-hf/llava-onevision-qwen2-0.5b-ov-hf and OpenGVLab/InternVL3-1B-hf. Tokenizers are byte-level BPE or
-SentencePiece-like BPE trained here on a few sentences, so that no file is downloaded.
+The templates are those of llava-hf/llava-1.5-7b-hf, llava-hf/llava-v1.6-mistral-7b-hf (its literal
+`<\\s>` included), llava-hf/llava-onevision-qwen2-0.5b-ov-hf and OpenGVLab/InternVL3-1B-hf.
+Tokenizers are byte-level BPE or SentencePiece-like BPE trained here on a few sentences, so that no
+file is downloaded.
 """
 
 import functools
@@ -121,7 +124,8 @@ def _qwen_tokenizer(**special) -> Qwen2Tokenizer:
 
 
 class ImagesOnly:
-    """transformers cannot build a video processor without torchvision, which has no CPU build here; images need none."""
+    """transformers cannot build a video processor without torchvision, which has no CPU build here;
+    images need none."""
 
     def check_argument_for_proper_class(self, argument_name, argument):
         return (
@@ -267,7 +271,8 @@ def config(family: str):
 
 
 def model(family: str, seed: int = 0):
-    """A fresh random model in evaluation mode, float32, weights large enough that attention is far from uniform."""
+    """A fresh random model in evaluation mode, float32, weights large enough that attention is far
+    from uniform."""
     torch.manual_seed(seed)
     fresh = AutoModelForImageTextToText.from_config(config(family)).eval()
     with torch.no_grad():
@@ -283,7 +288,8 @@ IMAGE = {"type": "image"}
 
 
 def photo(seed: int, width: int = 16, height: int = 16) -> Image.Image:
-    """Noise of one's own: no two seeds share a pixel, so that every image is told from every other."""
+    """Noise of one's own: no two seeds share a pixel, so that every image is told from every
+    other."""
     return Image.fromarray(
         np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     )
@@ -304,7 +310,8 @@ def assistant(text: str) -> dict:
 
 
 def dialogues() -> dict[str, tuple[list[dict], list[Image.Image]]]:
-    """Single- and multi-turn rows with 0, 1, 2 and 3 images; wide and tall ones make several tiles in the families that tile."""
+    """Single- and multi-turn rows with 0, 1, 2 and 3 images; wide and tall ones make several tiles
+    in the families that tile."""
     return {
         "text": ([user("which digit changed?"), assistant("7")], []),
         "single": ([user(IMAGE, "which digit?"), assistant("from 3 to 7")], [photo(1, 32, 16)]),

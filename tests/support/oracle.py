@@ -1,6 +1,8 @@
-"""What DESIGN 4 and 5 say, computed slowly and without any of fmtrain's own masks: the oracles of the core tests.
+"""What DESIGN 4 and 5 say, computed slowly and without any of fmtrain's own masks: the oracles of
+the core tests.
 
-A row here is four lists of T entries: roles as letters (P padding, T text, V visual, A answer), image, prefill, sample.
+A row here is four lists of T entries: roles as letters (P padding, T text, V visual, A answer),
+image, prefill, sample.
 """
 
 import math
@@ -66,7 +68,8 @@ def allowed(name: str, layout: Layout) -> torch.Tensor:
 
 
 def reach(name: str, layout: Layout, layers: int) -> torch.Tensor:
-    """bool [B, T, T]: whether the state of a query after so many layers can depend on the input token at a key."""
+    """bool [B, T, T]: whether the state of a query after so many layers can depend on the input
+    token at a key."""
     step = allowed(name, layout).double()
     state = step
     for _ in range(layers - 1):
@@ -86,7 +89,8 @@ def sinks(row: tuple, q: int, prefix: int | float) -> list[int]:
 
 
 def weights(name: str, row: tuple, scores: list[float], q: int, merge=None) -> list[float]:
-    """The attention weights of query q on every key; `scores` are its scaled scores, `merge` is (prefix, kernel, normalize)."""
+    """The attention weights of query q on every key; `scores` are its scaled scores, `merge` is
+    (prefix, kernel, normalize)."""
     length = len(row[0])
     past = [k for k in range(length) if is_past(row, q, k)]
     revealed = [k for k in range(length) if is_revealed(name, row, q, k)]
@@ -113,7 +117,8 @@ def weights(name: str, row: tuple, scores: list[float], q: int, merge=None) -> l
 
 
 def attend(name: str, layout: Layout, q, k, v, scale: float, merge=None) -> torch.Tensor:
-    """float64 [B, H, Q, D], element by element; query heads share key heads in order (GQA); Q may be the last few of T."""
+    """float64 [B, H, Q, D], element by element; query heads share key heads in order (GQA); Q may
+    be the last few of T."""
     out = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64)
     q_, k_, v_ = (x.double().tolist() for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
@@ -130,7 +135,8 @@ def attend(name: str, layout: Layout, q, k, v, scale: float, merge=None) -> torc
 
 
 def random_picture(rng: random.Random, turns: int = 3) -> str:
-    """One sample: turns with text, images (a letter may come twice, at a distance) and perhaps an answer."""
+    """One sample: turns with text, images (a letter may come twice, at a distance) and perhaps an
+    answer."""
     written = []
     for _ in range(rng.randint(1, turns)):
         runs = []

@@ -1,4 +1,5 @@
-"""A tiny base checkpoint, rows with images and a recipe in a folder, and runs of the trainer on them."""
+"""A tiny base checkpoint, rows with images and a recipe in a folder, and runs of the trainer on
+them."""
 
 import json
 import os

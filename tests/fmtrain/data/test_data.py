@@ -1,4 +1,5 @@
-"""Rows from files: what loads, what is refused, how long rows are without looking at their images."""
+"""Rows from files: what loads, what is refused, how long rows are without looking at their
+images."""
 
 import io
 import json
@@ -12,6 +13,7 @@ import pytest
 import training
 
 from fmtrain import sft
+from fmtrain.data import checks, length
 from fmtrain.data import files as data
 from fmtrain.data.collator import Collator, encode_row
 from fmtrain.data.encode import encode
@@ -48,10 +50,10 @@ def prepared(rows: list[dict], folder: Path, **options) -> data.Rows:
     name = str(write(folder / "rows.jsonl", rows))
     for image in {image for row in rows for image in row["images"]}:
         training.picture(len(image)).save(folder / image)
-    return data.prepare(data.load(name), families.processor("llava"), name, **options)
+    return checks.prepare(data.load(name), families.processor("llava"), name, **options)
 
 
-# --- types -------------------------------------------------------------------------------------------------------------
+# --- types ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("last", [1, 0], ids=["an_image_after_10_MB", "no_image_at_all"])
@@ -105,11 +107,12 @@ def test_mistakes_are_one_line(tmp_path):
         data.load(None)
 
 
-# --- Parquet with images -----------------------------------------------------------------------------------------------
+# --- Parquet with images --------------------------------------------------------------------------
 
 
 def embedded(path: Path, rows: list[dict], decode: bool | None) -> Path:
-    """Rows with their images in a Parquet shard; decode: as the `datasets.Image` metadata says, None for no metadata."""
+    """Rows with their images in a Parquet shard; decode: as the `datasets.Image` metadata says,
+    None for no metadata."""
 
     def content(seed: int) -> bytes:
         training.picture(seed).save(file := io.BytesIO(), "PNG")
@@ -138,13 +141,13 @@ def test_parquet_with_images(tmp_path, decode):
     assert found.size == 5 and found.rows.features == datasets.Features.from_dict(
         features(embed_images=True)
     )
-    ready = data.prepare(found, families.processor("llava"), "set", max_length=500)
+    ready = checks.prepare(found, families.processor("llava"), "set", max_length=500)
     assert (
         ready.size == 5
         and Collator(families.processor("llava"))(list(ready.rows))["pixel_values"].shape[0] == 4
     )
     with pytest.raises(ValueError, match=r"set, row r1: .*480 pixels, over the limit of 100"):
-        data.prepare(found, families.processor("llava"), "set", max_pixels=100)
+        checks.prepare(found, families.processor("llava"), "set", max_pixels=100)
 
 
 def test_training_on_parquet_with_images(tmp_path):
@@ -157,7 +160,7 @@ def test_training_on_parquet_with_images(tmp_path):
     assert json.loads((tmp_path / "out" / "run.json").read_text())["rows"] == 6
 
 
-# --- checks ------------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def test_evaluation_data_is_refused(tmp_path):
@@ -180,7 +183,8 @@ def test_evaluation_data_is_refused(tmp_path):
 
 
 def test_token_count_is_the_length_of_encode(family):
-    """Of 0 to 3 images, alone and several in a prefill, wide and tall, before, between and after texts, one turn and more."""
+    """Of 0 to 3 images, alone and several in a prefill, wide and tall, before, between and after
+    texts, one turn and more."""
     processor = families.processor(family)
     image, photo, user, assistant = (
         families.IMAGE,
@@ -208,7 +212,7 @@ def test_token_count_is_the_length_of_encode(family):
     for name, (messages, images) in cases.items():
         expected = encode(processor, messages, images)[1].shape[1]
         assert (
-            data.token_count(processor, messages, [image.size for image in images]) == expected
+            length.token_count(processor, messages, [image.size for image in images]) == expected
         ), name
 
 
@@ -219,5 +223,6 @@ def test_token_count_looks_at_no_pixel(tmp_path):
     processor, row = families.processor("llava_onevision"), simple(0)
     expected = encode_row(processor, row | {"images": ["whole.jpg"]}, tmp_path)[1].shape[1]
     assert (
-        data.token_count(processor, row["messages"], [image_size("half.jpg", tmp_path)]) == expected
+        length.token_count(processor, row["messages"], [image_size("half.jpg", tmp_path)])
+        == expected
     )

@@ -1,4 +1,5 @@
-"""Encode: training prompt == generation prompt, labels are the answers and nothing else, on the four families' own templates."""
+"""Encode: training prompt == generation prompt, labels are the answers and nothing else, on the
+four families' own templates."""
 
 import copy
 import re
@@ -88,7 +89,8 @@ def answers(messages: list[dict]) -> list[str]:
 
 
 def test_the_prompt_of_every_turn_opens_the_training_row(processor, row):
-    """Ids, roles and pixels that generation feeds before an answer are the row's up to the answer's first token."""
+    """Ids, roles and pixels that generation feeds before an answer are the row's up to the answer's
+    first token."""
     messages, images = row
     inputs, layout = encode(processor, messages, images)
     turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
@@ -173,7 +175,8 @@ def test_visual_tokens_are_the_placeholders_and_each_image_is_in_its_turn(family
 
 
 def test_the_model_has_a_feature_for_every_image_token(family, processor, row, model_of):
-    """transformers raises where features and placeholders differ; also for all rows in one batch."""
+    """transformers raises where features and placeholders differ; also for all rows in one
+    batch."""
     inputs, layout = encode(processor, *row)
     with torch.no_grad():
         assert model_of(family)(**inputs).logits.shape[:2] == layout.shape
@@ -197,7 +200,8 @@ def test_a_batch_of_all_rows(family, processor, side, model_of):
 
 
 def as_written(family: str, processor, ids: torch.Tensor) -> str:
-    """Ids as text without the special tokens that no template writes, each image's tokens as one placeholder."""
+    """Ids as text without the special tokens that no template writes, each image's tokens as one
+    placeholder."""
     text = processor.tokenizer.decode(ids)
     text = (
         re.sub(f"(?:{PLACEHOLDER[family]})+", PLACEHOLDER[family], text)
@@ -213,7 +217,8 @@ IMAGES_FIRST = [name for name in ROWS if name not in ("odd text", "three", "syst
 @pytest.mark.parametrize("name", IMAGES_FIRST)
 @pytest.mark.parametrize("family", ["llava", "internvl"])
 def test_a_row_reads_as_the_template_writes_it(family, name):
-    """llava-1.5's template has no end token (ours is the tokenizer's), InternVL's ends with a line break that no one learns."""
+    """llava-1.5's template has no end token (ours is the tokenizer's), InternVL's ends with a line
+    break that no one learns."""
     processor, (messages, images) = families.processor(family), ROWS[name]
     inputs, _ = encode(processor, messages, images)
     text = as_written(family, processor, inputs["input_ids"][0])
@@ -235,7 +240,8 @@ def test_a_row_reads_as_the_template_writes_it(family, name):
     ids=lambda parts: "".join(part if isinstance(part, str) else "I" for part in parts),
 )
 def test_images_stay_where_the_text_puts_them(family, processor, parts):
-    """Most templates print a turn's images first; "the left one <image> or the right one <image>" would lose its meaning."""
+    """Most templates print a turn's images first; "the left one <image> or the right one <image>"
+    would lose its meaning."""
     messages = [user(*parts), assistant("red"), user(*parts), assistant("red")]
     images = [photo(1)] * images_until(messages, 4)
     inputs, _ = encode(processor, messages, images)
@@ -246,7 +252,8 @@ def test_images_stay_where_the_text_puts_them(family, processor, parts):
 
 @pytest.mark.parametrize("with_system", [False, True])
 def test_a_prompt_is_what_transformers_makes_of_the_template(family, processor, with_system):
-    """`apply_chat_template(..., add_generation_prompt=True)` and the processor, by hand: the ids that any server would feed."""
+    """`apply_chat_template(..., add_generation_prompt=True)` and the processor, by hand: the ids
+    that any server would feed."""
     messages = [*([SYSTEM] if with_system else []), user(IMAGE, IMAGE, "which?")]
     images = [photo(1, 32, 16), photo(2)]
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -258,7 +265,8 @@ def test_a_prompt_is_what_transformers_makes_of_the_template(family, processor, 
 
 
 def test_tiles_of_an_image_do_not_depend_on_later_turns(processor):
-    """llava-onevision tiles an image that stands alone in its turn, and not one of several: later turns change neither."""
+    """llava-onevision tiles an image that stands alone in its turn, and not one of several: later
+    turns change neither."""
     messages = [
         user(IMAGE, "what?"),
         assistant("red"),
@@ -314,7 +322,8 @@ def test_encode_changes_none_of_its_arguments(processor, row):
 
 
 def test_the_end_of_a_dialogue_without_a_generation_prompt_is_no_answer(processor):
-    """A dialogue that ends with the user is a row of prefill; with the generation prompt it only grows by the header."""
+    """A dialogue that ends with the user is a row of prefill; with the generation prompt it only
+    grows by the header."""
     messages, images = [user(IMAGE, "what?"), assistant("red"), user("sure?")], [photo(1)]
     without, its = encode(processor, messages, images)
     inputs, layout = encode(processor, messages, images, add_generation_prompt=True)
@@ -386,7 +395,8 @@ def test_an_unknown_role(processor, role):
 
 
 def test_roles_that_the_template_refuses(family):
-    """A template that demands turns to alternate, as Mistral's does: its own words reach the user."""
+    """A template that demands turns to alternate, as Mistral's does: its own words reach the
+    user."""
     strict = copy.copy(families.processor(family))
     strict.chat_template = (
         "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -440,7 +450,8 @@ def test_a_part_that_is_neither_text_nor_image(processor, part):
     ],
 )
 def test_a_malformed_message(message):
-    """Rows come from files: a missing key or a null is the user's error, not a traceback of ours."""
+    """Rows come from files: a missing key or a null is the user's error, not a traceback of
+    ours."""
     with pytest.raises(ValueError) as error:
         encode(families.processor("llava"), [message, assistant("red")], [])
     one_line(error, "0")
@@ -460,10 +471,12 @@ def test_a_tokenizer_that_joins_header_and_answer_in_one_token(joined):
 
 
 def test_a_template_that_rewrites_earlier_turns():
-    """Some templates drop the reasoning of earlier answers: the cache of generation would hold another row than training."""
+    """Some templates drop the reasoning of earlier answers: the cache of generation would hold
+    another row than training."""
     processor = copy.copy(families.processor("internvl"))
     processor.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last or m['role'] != 'assistant' %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if loop.last or m['role'] != 'assistant' %}"
         "{{ m['content'][0]['text'] }}{% else %}...{% endif %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )

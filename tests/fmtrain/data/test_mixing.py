@@ -1,4 +1,5 @@
-"""Several sets in one run, and sets that are streamed: the rows, their order, and what a resumed run leaves unopened."""
+"""Several sets in one run, and sets that are streamed: the rows, their order, and what a resumed
+run leaves unopened."""
 
 import json
 import subprocess
@@ -18,13 +19,16 @@ from fmtrain import sft
 from fmtrain.data import files as data
 from fmtrain.data import mixing, stream
 from fmtrain.training.recipe import read
+from fmtrain.training.rows import training_rows
+from fmtrain.training.trainer import SaveOnTerm, build_trainer
 
 own_cache = test_data.own_cache
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """base/, and three sets a (12 rows), b (8) and c (5, Parquet with images); all name their images alike."""
+    """base/, and three sets a (12 rows), b (8) and c (5, Parquet with images); all name their
+    images alike."""
     folder = tmp_path_factory.mktemp("mix")
     training.workplace(folder, rows=1)
     for seed, (name, count) in enumerate({"a": 12, "b": 8}.items()):
@@ -47,7 +51,7 @@ def ids(rows) -> list[str]:
     return [row["id"] for row in rows]
 
 
-# --- what a recipe says ------------------------------------------------------------------------------------------------
+# --- what a recipe says ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,7 +124,13 @@ def test_a_set_that_would_give_nothing():
         mixing.shares([mixing.Entry("small", epochs=0.01)], [10])
 
 
-# --- map-style ---------------------------------------------------------------------------------------------------------
+def mixed(mixture: list[dict], seed: int = 0) -> data.Rows:
+    entries = mixing.entries(mixture)
+    sets = [data.load(entry.path, image_root=entry.image_root) for entry in entries]
+    return data.mix(sets, entries, seed)
+
+
+# --- map-style ------------------------------------------------------------------------------------
 
 
 def test_a_mix_is_what_its_entries_say_and_depends_on_the_seed_alone(place):
@@ -129,7 +139,7 @@ def test_a_mix_is_what_its_entries_say_and_depends_on_the_seed_alone(place):
         entry(place, "b", epochs=2),
         entry(place, "c", epochs=0.6),
     ]
-    found = data.load(None, mixture=mixture, seed=3)
+    found = mixed(mixture, 3)
     times = Counter(ids(found.rows))
     assert found.size == 18 + 16 + 3 and Counter(name[0] for name in times.elements()) == {
         "a": 18,
@@ -140,8 +150,8 @@ def test_a_mix_is_what_its_entries_say_and_depends_on_the_seed_alone(place):
         2
     }
     assert max(times[f"c{k}"] for k in range(5)) == 1
-    assert ids(data.load(None, mixture=mixture, seed=3).rows) == ids(found.rows)
-    other = data.load(None, mixture=mixture, seed=4)
+    assert ids(mixed(mixture, 3).rows) == ids(found.rows)
+    other = mixed(mixture, 4)
     assert ids(other.rows) != ids(found.rows) and Counter(ids(other.rows)) != times
 
 
@@ -154,7 +164,7 @@ def test_every_row_opens_the_images_of_its_own_set(place):
         entry(place, "b", image_root=str(place / "elsewhere")),
         entry(place, "c"),
     ]
-    found, widths = data.load(None, mixture=mixture), {"a": set(), "b": set(), "c": set()}
+    found, widths = mixed(mixture), {"a": set(), "b": set(), "c": set()}
     opened = fmtrain.data.collator.open_image
     for row in found.rows:
         widths[row["id"][0]] |= {opened(image, row["image_root"]).width for image in row["images"]}
@@ -177,20 +187,20 @@ def test_long_rows_are_dropped_before_sets_are_mixed(place, tmp_path):
     processor = families.processor("llava")
     lengths = {
         row["id"]: fmtrain.data.collator.encode_row(processor, row)[1].shape[1]
-        for row in data.load(None, mixture=mixture).rows
+        for row in mixed(mixture).rows
     }
     limit = max(lengths.values()) - 1  # two digits make the longest rows: a10, a11
     recipe = recipe_of(place, tmp_path, datasets=mixture, max_length=limit)
-    found = sft.load_rows(recipe, processor, None, recipe.data.datasets)
+    found = training_rows(recipe, processor)
     kept = [name for name, length in lengths.items() if length <= limit]
     assert found.dropped == len(lengths) - len(kept) > 0 and set(ids(found.rows)) == set(kept)
     bad = test_data.write(tmp_path / "bad" / "rows.jsonl", [test_data.simple(0)])
     recipe = recipe_of(place, tmp_path, datasets=[*mixture, {"path": str(bad)}])
     with pytest.raises(ValueError, match=r"bad/rows.jsonl, row r0: image '0_0.png' does not exist"):
-        sft.load_rows(recipe, processor, None, recipe.data.datasets)
+        training_rows(recipe, processor)
 
 
-# --- the same order, whatever the workers ------------------------------------------------------------------------------
+# --- the same order, whatever the workers ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
@@ -207,11 +217,9 @@ def test_workers_do_not_change_the_order(place, tmp_path, streaming):
             max_steps=9,
             dataloader_num_workers=workers,
         )
-        if streaming:
-            rows = sft.stream_rows(recipe, processor, None)
-        else:
-            rows = sft.load_rows(recipe, processor, None, recipe.data.datasets)
-        trainer = sft.build_trainer(recipe, families.model("llava"), processor, rows, None)
+        rows = training_rows(recipe, processor)
+        model = families.model("llava")
+        trainer = build_trainer(recipe, model, processor, rows, None, SaveOnTerm())
         trainer.data_collator = ids
         found.append(list(islice(trainer.get_train_dataloader(), 7)))
     assert found[0] == found[1] == found[2] and all(len(batch) == 4 for batch in found[0])
@@ -275,7 +283,7 @@ def test_what_a_stream_refuses(place, tmp_path):
             **({"dataset_name": str(file), "streaming": True, "max_steps": 3} | changes),
         )
         with pytest.raises(ValueError) as error:
-            list(islice(sft.stream_rows(recipe, processor, None).rows, 9))
+            list(islice(training_rows(recipe, processor).rows, 9))
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -292,7 +300,7 @@ def test_what_a_stream_refuses(place, tmp_path):
     )
 
 
-# --- resuming ----------------------------------------------------------------------------------------------------------
+# --- resuming -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
@@ -348,7 +356,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twi
     )
 
 
-# --- in processes of their own -----------------------------------------------------------------------------------------
+# --- in processes of their own --------------------------------------------------------------------
 
 
 @pytest.mark.slow

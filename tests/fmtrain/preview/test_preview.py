@@ -1,4 +1,5 @@
-"""The preview: its counts, colours and pictures against counts and matrices written out here; and its command line."""
+"""The preview: its counts, colours and pictures against counts and matrices written out here; and
+its command line."""
 
 import io
 import subprocess
@@ -12,9 +13,10 @@ from PIL import Image
 from rich.console import Console
 
 from fmtrain.layout import Layout, Role
+from fmtrain.masks import Mask
 from fmtrain.policies import POLICIES, get_policy
 from fmtrain.preview import command as preview
-from fmtrain.preview import drawing
+from fmtrain.preview import drawing, spans, terminal
 
 REVEALS = {
     "causal": "",
@@ -30,6 +32,7 @@ REVEALS = {
 COLOURS = {
     "causal": (0x9A, 0xA7, 0xB8),
     "revealed": (0xE8, 0x59, 0x0C),
+    "pooled": (0xFB, 0xD0, 0xAE),
     "closed": (0xF1, 0xF3, 0xF5),
 }
 STRIP = {
@@ -77,7 +80,8 @@ def matrix(name: str, picture: str) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A checkpoint, rows with one and two images, a row of two turns, one without an answer, and a recipe."""
+    """A checkpoint, rows with one and two images, a row of two turns, one without an answer, and a
+    recipe."""
     folder = tmp_path_factory.mktemp("preview")
     training.workplace(folder, rows=3)
     rows = training.read_rows(folder)
@@ -103,10 +107,9 @@ def shown(*arguments: str) -> str:
     return console.export_text()
 
 
-def rows_of(place, number: int, **options) -> tuple[preview.Source, preview.Row]:
-    source = preview.from_rows(
-        str(place / "data" / "rows.jsonl"), str(place / "base"), "v2v", 100, None, None
-    )
+def rows_of(place, number: int) -> tuple[preview.Subject, terminal.EncodedRow]:
+    rows = str(place / "data" / "rows.jsonl")
+    source = preview.from_rows(rows, str(place / "base"), Mask.parse("v2v"), 100)
     return source, preview.encode(source, [number])
 
 
@@ -114,7 +117,7 @@ def rows_of(place, number: int, **options) -> tuple[preview.Source, preview.Row]
 @pytest.mark.parametrize("picture", [PACKED, "TTTT A", "IIII", "TIJT A / IT A / KKKTIII AAA"])
 def test_pairs_are_those_of_the_matrix(name, picture):
     states = [each for row in matrix(name, picture) for each in row]
-    assert preview.pairs(Layout.parse(picture), get_policy(name)) == (
+    assert spans.pairs(Layout.parse(picture), get_policy(name)) == (
         states.count("causal"),
         states.count("revealed"),
     )
@@ -127,11 +130,11 @@ def test_figures_are_those_of_the_processor(place):
         len(processor.tokenizer(text, add_special_tokens=False).input_ids) + 1
         for text in ("from 3 to 7", "9")
     )  # and </s>
-    found = preview.figures(row, get_policy("v2v"))
+    found = spans.figures(row.ids, row.layout, Mask.parse("v2v"))
     assert found.tokens == row.ids.shape[1] and found.label_tokens == answers
     assert found.image_tokens == (row.ids == processor.image_token_id).sum() == 8
     assert (found.images, found.prefills, found.samples) == (2, 2, 1)
-    assert found.causal == found.tokens * (found.tokens + 1) // 2 and found.revealed == 2 * (
+    assert found.causal == found.tokens * (found.tokens + 1) // 2 and found.ahead == 2 * (
         4 * 3 // 2
     )
 
@@ -167,8 +170,8 @@ def test_what_is_printed(place):
 def test_colours_and_labels(place):
     source, row = rows_of(place, TWO_TURNS)
     marked = (row.layout.role[0] == Role.ANSWER).tolist()
-    text = preview.content(
-        source.processor.tokenizer, row.ids[0].tolist(), drawing.runs(row.layout), marked
+    text = terminal.content(
+        source.processor.tokenizer, row.ids[0].tolist(), spans.spans(row.layout), marked
     )
     console = screen()
     seen = {
@@ -188,7 +191,7 @@ def test_colours_and_labels(place):
         underlined == " from 3 to 7</s> 9</s>"
     )  # the labels, end tokens included, and nothing else
     printed = screen()
-    printed.print(preview.report(row, source))
+    printed.print(terminal.report(row, source.mask, source.processor.tokenizer))
     assert "\x1b[1;4;35m from 3 to 7</s>" in printed.export_text(
         styles=True
     )  # bold, underlined, magenta
@@ -201,8 +204,8 @@ def test_several_rows_are_packed(place):
     assert torch.equal(packed.ids, torch.cat([row.ids for row in single], 1))
     assert str(packed.layout) == "|".join(str(row.layout) for row in single)
     alone, together = (
-        [preview.figures(row, source.policy) for row in single],
-        preview.figures(packed, source.policy),
+        [spans.figures(row.ids, row.layout, source.mask) for row in single],
+        spans.figures(packed.ids, packed.layout, source.mask),
     )
     for field in (
         "tokens",
@@ -212,11 +215,11 @@ def test_several_rows_are_packed(place):
         "prefills",
         "samples",
         "causal",
-        "revealed",
+        "ahead",
     ):
         assert getattr(together, field) == sum(getattr(found, field) for found in alone), field
     console = screen()
-    console.print(preview.listing(packed, source.processor.tokenizer))
+    console.print(terminal.listing(packed, source.processor.tokenizer))
     numbers = [
         line.split()[:2]
         for line in console.export_text().splitlines()
@@ -233,8 +236,8 @@ def test_several_rows_are_packed(place):
 
 
 def test_text_grid():
-    policy = get_policy("v2v")
-    short = preview.grid(Layout.parse("TIIT A"), policy).plain
+    mask = Mask.parse("v2v")
+    short = terminal.grid(Layout.parse("TIIT A"), mask).plain
     assert short.splitlines()[:6] == [
         "  TIITA",
         "T #....",
@@ -243,19 +246,39 @@ def test_text_grid():
         "T ####.",
         "A #####",
     ]
-    long = preview.grid(Layout.parse("T" * 40 + "I" * 576 + "T" + "A" * 9), policy).plain
+    long = terminal.grid(Layout.parse("T" * 40 + "I" * 576 + "T" + "A" * 9), mask).plain
     assert (
         long.splitlines()[:4] == ["  TTIITAA", "T #......", "T ##.....", "I ###+..."]
         and "shortened" in long
     )
-    assert preview.grid(Layout.parse("TI" * 40), policy) is None
+    assert terminal.grid(Layout.parse("TI" * 40), mask) is None
 
 
-@pytest.mark.parametrize("name", ["v2v", "image", "mma_interleaved", "prefix_lm"])
+def test_a_light_form_is_shown_as_causal_with_its_pooled_pairs():
+    text = terminal.grid(Layout.parse("TIIT A"), Mask.parse("future+merge")).plain
+    assert text.splitlines()[:6] == [
+        "  TIITA",
+        "T #....",
+        "I ##oo.",
+        "I ###o.",
+        "T ####.",
+        "A #####",
+    ]
+    assert "pooled, not attended to" in text and "+" not in text
+
+
+@pytest.mark.parametrize(
+    "name", ["v2v", "image", "mma_interleaved", "prefix_lm", "v2v+merge", "prefix_lm+merge"]
+)
 def test_picture_of_a_packed_row(name, tmp_path):
     box = drawing.draw_row(Layout.parse(PACKED), name, tmp_path / "row.png", "a title")
     picture = Image.open(tmp_path / "row.png").convert("RGB")
-    expected = matrix(name, PACKED)
+    policy, _, light = name.partition("+")
+    ahead = "pooled" if light else "revealed"
+    expected = [
+        [ahead if each == "revealed" else each for each in states]
+        for states in matrix(policy, PACKED)
+    ]
     for q, states in enumerate(expected):
         for k, wanted in enumerate(states):
             assert picture.getpixel(box.centre(q, k)) == COLOURS[wanted], (q, k, wanted)
@@ -275,7 +298,7 @@ def test_picture_of_a_long_row(tmp_path):
         "T" * 9 + "I" * 576 + "T" * 20 + "A" * 400,
     )
     layout = Layout.parse("/".join(text))
-    parts = drawing.runs(layout)
+    parts = spans.spans(layout)
     index = drawing.sampled(parts)
     assert len(index) == drawing.LIMIT and (index.diff() > 0).all()
     assert all(
@@ -298,7 +321,7 @@ def test_picture_of_a_long_row(tmp_path):
 
 
 def test_picture_of_all_policies(tmp_path):
-    boxes = drawing.draw_policies(tmp_path / "policies.png")
+    boxes = drawing.draw_masks(POLICIES, tmp_path / "policies.png")
     picture = Image.open(tmp_path / "policies.png")
     assert len(boxes) == len(POLICIES) == 9
     assert picture.width == 1800 and picture.getpixel((0, 0)) == picture.getpixel(
@@ -324,6 +347,7 @@ def test_recipe(place, tmp_path):
         and "future+merge" in text
         and "fits max_length 4,096" in text
         and "first positions" in text
+        and "pairs pooled" in text
     )
     assert Image.open(tmp_path / "mask.png").format == "PNG"
     text = shown(recipe, "--mask", "image", "--max_length", "16", "--learning_rate", "0.1")

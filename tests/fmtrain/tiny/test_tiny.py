@@ -1,4 +1,5 @@
-"""The embedded default: what its rows say is what its pictures show, and its splits share no scan."""
+"""The embedded default: what its rows say is what its pictures show, and its splits share no
+scan."""
 
 import io
 import json
@@ -18,12 +19,12 @@ from data_prep.converting.rows import format_problems
 from eval import answers as asking
 from eval.milebench.prompt import require_inputs
 from eval.milebench.tasks import read_task
-from fmtrain.checkpoint import load, recorded_policy
+from fmtrain.checkpoint import load, recorded_mask
 from fmtrain.data import files as data
 from fmtrain.data.collator import encode_row
 from fmtrain.data.encode import labels
 from fmtrain.layout import Role
-from fmtrain.tiny import digits
+from fmtrain.tiny import CHECKPOINT, digits
 from fmtrain.tiny import model as tiny_model
 from fmtrain.tiny.__main__ import main as tiny_main
 
@@ -141,7 +142,8 @@ def test_answers_are_what_the_pictures_show(task):
 
 @pytest.mark.parametrize("task", digits.TASKS)
 def test_the_question_does_not_give_the_answer_away(task):
-    """The most frequent answer to each question is right no more often than it is among shuffled answers."""
+    """The most frequent answer to each question is right no more often than it is among shuffled
+    answers."""
     made = [digits.turns("train", task, 0, index) for index in range(1000)]
     questions = [" ".join(turn.question for turn in turns) for turns in made]
     answers = [" ".join(turn.answer for turn in turns) for turns in made]
@@ -158,10 +160,12 @@ def test_the_question_does_not_give_the_answer_away(task):
 
 
 def test_the_earlier_turn_does_not_give_the_change_away():
-    """That the old digit is the one just read is as likely as that both asked for the same cell: 1 in 9."""
+    """That the old digit is the one just read is as likely as that both asked for the same cell: 1
+    in 9."""
     made = [digits.turns("train", "dialogue", 0, index) for index in range(1000)]
     told = sum(change.answer.startswith(f"from {read.answer} ") for read, change in made)
-    # the same cell in 1/9, another cell with the same digit in 8/9 x 1/10: 0.2, with a standard deviation of 0.0127
+    # the same cell in 1/9, another cell with the same digit in 8/9 x 1/10: 0.2, with a standard
+    # deviation of 0.0127
     assert abs(told / 1000 - 0.2) < 0.05
 
 
@@ -211,7 +215,7 @@ def test_the_curriculum_begins_with_lessons_and_is_reproducible():
 def test_a_random_checkpoint_is_written_and_loads(tmp_path, capsys):
     out = tmp_path / "random"
     assert tiny_main(["--out", str(out)]) == 0
-    loaded, processor = load(str(out), policy="causal")
+    loaded, processor = load(str(out), mask="causal")
     assert 1e6 < loaded.num_parameters() < 2e6
     assert (
         json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"]
@@ -230,16 +234,16 @@ def test_a_random_checkpoint_is_written_and_loads(tmp_path, capsys):
 
 def test_the_code_still_describes_the_shipped_model():
     """Its vocabulary and sizes are those that a pretraining today would start from."""
-    shipped, processor = load(str(tiny_model.CHECKPOINT))
+    shipped, processor = load(str(CHECKPOINT))
     assert processor.tokenizer.get_vocab() == tiny_model.tokenizer().get_vocab()
     assert {name: p.shape for name, p in shipped.named_parameters()} == {
         name: p.shape for name, p in model()[0].named_parameters()
     }
-    assert recorded_policy(str(tiny_model.CHECKPOINT)) == ("causal", None)
+    assert str(recorded_mask(CHECKPOINT)) == "causal"
 
 
 def test_the_shipped_model_is_far_above_chance_on_every_task():
-    shipped, processor = load(str(tiny_model.CHECKPOINT))
+    shipped, processor = load(str(CHECKPOINT))
     for task in digits.TASKS:
         asked = list(asking.questions(processor, digits.rows("test", [task], 40, seed=9)))
         said = asking.answer(shipped, processor, asked, batch_size=40)
@@ -248,7 +252,8 @@ def test_the_shipped_model_is_far_above_chance_on_every_task():
             for question, text in zip(asked, said, strict=True)
             if text != question.reference
         }
-        # the weakest, `count`, is right on 0.82 of 3,000 rows: below 0.6 of 40 is more than three standard deviations off
+        # the weakest, `count`, is right on 0.82 of 3,000 rows: below 0.6 of 40 is more than three
+        # standard deviations off
         assert 1 - len(wrong) / 40 >= 0.6 > 2 * digits.CHANCE[task], task
 
 

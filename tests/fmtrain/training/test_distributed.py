@@ -1,4 +1,5 @@
-"""Two processes on the CPU give the losses of one, with text-only batches on one rank: DDP, FSDP2, ZeRO-2, ZeRO-3."""
+"""Two processes on the CPU give the losses of one, with text-only batches on one rank: DDP, FSDP2,
+ZeRO-2, ZeRO-3."""
 
 import json
 import subprocess
@@ -12,14 +13,15 @@ from fmtrain import sft
 
 BIN = Path(sys.executable).parent
 CONFIGS = training.ROOT / "recipes" / "accelerate"
-# The order of sums over two ranks differs, and ten steps of Adam at 1e-2 amplify rounding of 1e-7 a little each;
-# ZeRO-3 reduces in other bucket sizes.
+# The order of sums over two ranks differs, and ten steps of Adam at 1e-2 amplify rounding of 1e-7 a
+# little each; ZeRO-3 reduces in other bucket sizes.
 TOLERANCE = 5e-3
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Rows that alternate, four by four, between one image each and none, so that always one rank has none."""
+    """Rows that alternate, four by four, between one image each and none, so that always one rank
+    has none."""
     folder = tmp_path_factory.mktemp("two")
     training.workplace(folder, rows=4)
     [first, *_] = training.read_rows(folder)

@@ -28,7 +28,7 @@ def test_values_are_typed_and_the_command_line_wins(recipe):
     assert (
         found.training.learning_rate == 5e-4
         and found.training.logging_steps == 3
-        and found.mask.mask == "future"
+        and str(found.mask) == "future"
     )
     assert found.data.train_parts == [
         "language_model",
@@ -54,7 +54,7 @@ def test_merge_options(recipe, prefix, expected):
     found = read(
         recipe(mask="v2v+merge", merge_prefix=prefix, merge_kernel_size=5, merge_normalize=False)
     )
-    policy, merge = found.mask.policy()
+    policy, merge = found.mask.policy, found.mask.merge
     assert (
         policy.name == "v2v"
         and merge == Merge(expected, 5, False)
@@ -75,7 +75,7 @@ def test_merge_options(recipe, prefix, expected):
 )
 def test_bad_merge_options_say_what_is_allowed(recipe, changes, words):
     with pytest.raises(ValueError) as error:
-        read(recipe(**changes)).mask.policy()
+        read(recipe(**changes))
     assert all(word in str(error.value) for word in words)
 
 

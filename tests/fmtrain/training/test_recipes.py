@@ -1,4 +1,5 @@
-"""Every shipped recipe loads, opens with what it is and its command, and those that name data sets train on fixtures."""
+"""Every shipped recipe loads, opens with what it is and its command, and those that name data sets
+train on fixtures."""
 
 import importlib
 import json
@@ -23,12 +24,11 @@ def test_how_many_there_are():
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe(path):
     recipe = read(path, ["--use_cpu", "true"])  # bf16 needs a GPU otherwise
-    policy, _ = recipe.mask.policy()
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ") and any(
         "fmtrain/sft.py" in line and path.name in line for line in lines if line.startswith("#")
     )
-    assert len(lines) <= 50 and policy.name in recipe.mask.mask
+    assert len(lines) <= 50 and str(recipe.mask) == recipe.resolved["mask"]
     assert recipe.training.output_dir == f"runs/{path.stem}"
 
 
@@ -59,7 +59,8 @@ ON_DATA_SETS = [
 
 @pytest.fixture(scope="module")
 def prepare(tmp_path_factory):
-    """`prepare(set, order)`: the rows of a set's fixture, converted and checked as the recipes say, and their image root."""
+    """`prepare(set, order)`: the rows of a set's fixture, converted and checked as the recipes say,
+    and their image root."""
     folder, done = tmp_path_factory.mktemp("prepared"), {}
 
     def run(name: str, order: str) -> dict:
@@ -138,8 +139,4 @@ def test_three_steps_on_fixtures(path, prepare, tmp_path, monkeypatch):
     losses = training.losses(tmp_path / "out")
     assert list(losses) == [1, 2, 3] and all(0 < loss < 100 for loss in losses.values())
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert (
-        run["policy"] == recipe.mask.policy()[0].name
-        and run["rows"] > 0
-        and run["rows_dropped"] == 0
-    )
+    assert run["policy"] == recipe.mask.policy.name and run["rows"] > 0 and run["rows_dropped"] == 0

@@ -1,4 +1,5 @@
-"""Runs of the trainer: what they write, what they refuse, and that a killed one goes on as if nothing had happened."""
+"""Runs of the trainer: what they write, what they refuse, and that a killed one goes on as if
+nothing had happened."""
 
 import json
 import shutil
@@ -14,6 +15,9 @@ from PIL import Image
 
 from fmtrain import sft
 from fmtrain.patch import unwrap
+from fmtrain.training import trainable
+from fmtrain.training.recipe import read
+from fmtrain.training.run_folder import checkpoint_of
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +52,7 @@ def change_row(folder: Path, number: int, change) -> None:
     training.write_rows(folder, rows)
 
 
-# --- what a run writes -------------------------------------------------------------------------------------------------
+# --- what a run writes ----------------------------------------------------------------------------
 
 
 def test_a_lora_run_writes_adapter_recipe_and_record(folder):
@@ -58,6 +62,8 @@ def test_a_lora_run_writes_adapter_recipe_and_record(folder):
     out = folder / "out"
     assert json.loads((out / "config.json").read_text())["fmtrain"] == {
         "policy": "v2v",
+        "reveals": [["VISUAL", "VISUAL"]],
+        "within_image": False,
         "merge": None,
         "version": 1,
     }
@@ -123,9 +129,10 @@ def test_by_default_full_fine_tuning_leaves_the_tower_alone(folder):
 
 
 def test_a_frozen_tower_runs_without_a_graph(folder):
-    """Also with LoRA and gradient checkpointing, which makes transformers ask for gradients at the patch embedding."""
+    """Also with LoRA and gradient checkpointing, which makes transformers ask for gradients at the
+    patch embedding."""
     seen = []
-    original = sft.parts.without_graph
+    original = trainable.without_graph
 
     def watch(model):
         original(model)
@@ -135,13 +142,13 @@ def test_a_frozen_tower_runs_without_a_graph(folder):
             )
         )
 
-    sft.parts.without_graph = watch
+    trainable.without_graph = watch
     try:
         sft.main(
             [str(folder / "recipe.yaml"), "--max_steps", "1", "--gradient_checkpointing", "true"]
         )
     finally:
-        sft.parts.without_graph = original
+        trainable.without_graph = original
     assert (True, False) in seen and (True, True) not in seen
 
 
@@ -164,25 +171,25 @@ def test_rows_that_are_too_long_are_dropped_whole_and_counted(folder):
 
 
 def test_a_parameter_that_gets_no_gradient_stops_the_run_by_name(folder):
-    original = sft.parts.choose
+    original = trainable.choose
 
     def also_idle(model, config, parts, pixels):
         found = original(model, config, parts, pixels)
         model.get_parameter("model.vision_tower.post_layernorm.weight").requires_grad_(True)
         return found
 
-    sft.parts.choose = also_idle
+    trainable.choose = also_idle
     try:
         with pytest.raises(
             ValueError,
-            match=r"after step 1 1 trainable parameters .* model\.vision_tower\.post_layernorm\.weight",
+            match=r"after step 1 1 trainable .* model\.vision_tower\.post_layernorm\.weight",
         ):
             sft.main([str(folder / "recipe.yaml"), "--use_peft", "false"])
     finally:
-        sft.parts.choose = original
+        trainable.choose = original
 
 
-# --- what a run refuses ------------------------------------------------------------------------------------------------
+# --- what a run refuses ---------------------------------------------------------------------------
 
 
 def test_recipe_mistakes(folder):
@@ -217,7 +224,8 @@ def test_masks_that_would_silently_be_lost(folder):
 
 
 def test_four_bits_without_bitsandbytes(folder):
-    """QLoRA is TRL's `load_in_4bit`; where the package that it needs is missing, one line says so."""
+    """QLoRA is TRL's `load_in_4bit`; where the package that it needs is missing, one line says
+    so."""
     message = refused(folder, "--load_in_4bit", "true")
     assert "bitsandbytes" in message
 
@@ -313,7 +321,8 @@ def test_data_files_that_are_none(folder):
 
 
 def test_a_role_order_that_the_template_refuses(tmp_path):
-    """llava-next's template takes text from the first part only of a system message, and knows no other roles."""
+    """llava-next's template takes text from the first part only of a system message, and knows no
+    other roles."""
     training.workplace(tmp_path, "llava_next", rows=4)
     processor = training.families.processor("llava_next")
     strict = processor.chat_template.replace(
@@ -348,7 +357,7 @@ def test_output_folders_and_recorded_policies(folder):
     )
 
 
-# --- in processes of their own -----------------------------------------------------------------------------------------
+# --- in processes of their own --------------------------------------------------------------------
 
 
 def test_an_error_is_one_line_and_an_exit_code(folder):
@@ -361,8 +370,9 @@ def test_an_error_is_one_line_and_an_exit_code(folder):
 
 
 def wandb_records(file: Path):
-    """The records of an offline W&B run. The file is a LevelDB log: a header of 7 bytes, then blocks of 32 KiB that hold
-    chunks (checksum 4 bytes, length 2, type 1: full, first, middle, last)."""
+    """The records of an offline W&B run. The file is a LevelDB log: a header of 7 bytes, then
+    blocks of 32 KiB that hold chunks (checksum 4 bytes, length 2, type 1: full, first, middle,
+    last)."""
     from wandb.proto import wandb_internal_pb2
 
     data, position, parts = file.read_bytes(), 7, b""
@@ -484,6 +494,5 @@ def test_sigterm_saves_a_checkpoint_and_exits_cleanly(folder):
         step == int(last.name.split("-")[1]) < 5000
         and not (out / "adapter_model.safetensors").exists()
     )
-    assert sft.resume_from(
-        sft.read(folder / "recipe.yaml", ["--resume_from_checkpoint", "true"]).training
-    ) == str(last)
+    resumed = read(folder / "recipe.yaml", ["--resume_from_checkpoint", "true"])
+    assert checkpoint_of(resumed) == str(last)

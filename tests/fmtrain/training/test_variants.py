@@ -11,6 +11,8 @@ from fmtrain import sft
 from fmtrain.data.collator import encode_row
 from fmtrain.export import export
 
+VV, VT = ["VISUAL", "VISUAL"], ["VISUAL", "TEXT"]
+REVEALS = {"causal": [], "future": [VT, VV], "v2v": [VV], "v2t": [VT]}
 VARIANTS = ["causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge"]
 
 
@@ -44,7 +46,8 @@ def test_trains_exports_and_reloads(folder, mask):
     export(out, exported)
     section = json.loads((exported / "config.json").read_text())["fmtrain"]
     merge = {"prefix": 2, "kernel_size": 5, "normalize": True} if "+" in mask else None
-    assert section == {"policy": mask.partition("+")[0], "merge": merge, "version": 1}
+    table = {"policy": mask.partition("+")[0], "reveals": REVEALS[mask.partition("+")[0]]}
+    assert section == table | {"within_image": False, "merge": merge, "version": 1}
 
     model, processor = fmtrain.load(str(exported))
     row = training.read_rows(folder)[1]  # two images

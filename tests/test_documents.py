@@ -1,0 +1,340 @@
+"""The documents say what is there: links, commands, files, options, figures, tables, pictures."""
+
+import importlib
+import importlib.util
+import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fmtrain
+from fmtrain import policies
+from fmtrain.layout import Role
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/results.md")
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+COMMANDS = ("train", "audit", "export", "preview", "policies")  # of `fmtrain`
+RESULTS = ROOT / "eval" / "results"
+
+
+def without_history(name: str) -> str:
+    """The text of a document; of the changelog without its column of what was before."""
+    text = TEXTS[name]
+    return re.sub(r"^\|[^|]*\|", "|", text, flags=re.M) if name == "CHANGELOG.md" else text
+
+
+def blocks(name: str, *languages: str) -> list[str]:
+    """The fenced blocks of a document in one of these languages ("" for none)."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", TEXTS[name], flags=re.M | re.S)
+    return [body for language, body in fenced if language in languages]
+
+
+def anchor(heading: str) -> str:
+    """What GitHub makes of a heading: lower case, blanks as dashes, other marks dropped."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def anchors(file: Path) -> set[str]:
+    text = re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return {anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, flags=re.M)}
+
+
+def table(text: str, first_header: str) -> list[list[str]]:
+    """The body of the Markdown table whose first column is headed so, cell by cell."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line.startswith(f"| {first_header} |"):
+            next(lines)
+            break
+    else:
+        raise AssertionError(f"no table with a first column {first_header!r}")
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def rounded(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}"
+
+
+def shows(figure: str, value: float) -> bool:
+    """Whether a figure is the value, rounded to the figure's digits; of a half to either side."""
+    digits = len(figure.partition(".")[2])
+    return abs(float(figure) - value) <= 0.5 * 10**-digits + 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXTS[name])
+    relative = [link for link in links if not link.startswith(("http://", "https://"))]
+    assert relative or name == "CHANGELOG.md"
+    for link in relative:
+        target, _, fragment = link.partition("#")
+        file = (ROOT / name).parent / target if target else ROOT / name
+        assert file.exists(), f"{name}: {link}"
+        if fragment:
+            assert fragment in anchors(file), f"{name}: {link}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_that_are_named_exist(name):
+    text = without_history(name)
+    run = set(re.findall(r"python -m ([\w.]+)", text)) - {"pytest"}
+    spelt = set(re.findall(r"`((?:fmtrain|eval|data_prep)(?:\.\w+)+)[`(]", text))
+    for module in sorted(run):
+        assert importlib.util.find_spec(module), f"{name}: python -m {module}"
+    for dotted in sorted(spelt):
+        assert module_or_attribute(dotted), f"{name}: {dotted}"
+
+
+def module_or_attribute(dotted: str) -> bool:
+    """Whether a dotted name is a module, or something that the module before its last dot has."""
+    home, _, attribute = dotted.rpartition(".")
+    try:
+        if importlib.util.find_spec(dotted):
+            return True
+    except ModuleNotFoundError:  # what stands before the last dot is a module, not a package
+        pass
+    return hasattr(importlib.import_module(home), attribute)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_named_exist(name):
+    folders = "recipes|docs|eval|fmtrain|data_prep|tests"
+    paths = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w/?)", without_history(name))
+    assert paths
+    for path in sorted(set(paths)):
+        written = ROOT / path.replace("NAME.", "vsr.").replace("NAME", "vsr")
+        assert written.exists(), f"{name}: {path}"
+
+
+def test_the_command_has_its_parts_and_no_document_names_another(capsys):
+    for name in NAMES:
+        for block in blocks(name, "bash"):
+            for part in re.findall(r"(?:^|&& )fmtrain (\w+)", block, flags=re.M):
+                assert part in COMMANDS, f"{name}: fmtrain {part}"
+    assert importlib.import_module("fmtrain.__main__").main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for part in COMMANDS:
+        assert re.search(rf"^ *fmtrain {part}\b", shown, flags=re.M), shown
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """(module, option) of every `python -m MODULE ... --option` in a block of commands."""
+    pairs = set()
+    for name in NAMES:
+        for block in blocks(name, "bash"):
+            for line in block.splitlines():
+                words = shlex.split(line, comments=True)
+                if words[1:2] == ["-m"] and words[2] != "pytest":
+                    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+                    pairs |= {(words[2], option) for option in options}
+    return sorted(pairs)
+
+
+@pytest.mark.parametrize(("module", "option"), command_lines())
+def test_options_that_are_shown_exist(module, option, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module(module, run_name="__main__")
+    assert exit.value.code == 0
+    assert re.search(rf"(?<![\w-]){option}(?![\w-])", capsys.readouterr().out)
+
+
+def test_the_readme_is_short_and_documents_are_not_wide():
+    assert len(TEXTS["README.md"].splitlines()) <= 125
+    for name in NAMES:
+        for number, line in enumerate(TEXTS[name].splitlines(), start=1):
+            assert len(line) <= 120, f"{name}:{number} has {len(line)} characters"
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    [code] = blocks("README.md", "python")
+    (tmp_path / "llava7b-v2v").symlink_to(ROOT / "fmtrain" / "tiny_llava")
+    noise = np.random.default_rng(0)
+    for picture in re.findall(r"[\w-]+\.png", code):
+        pixels = noise.integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / picture)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    prompt = names["encoded"].inputs["input_ids"].shape[1]
+    assert names["tokens"].shape[1] > prompt
+
+
+def overall() -> dict[tuple[str, str], float]:
+    """Exact answers by (mask in training, mask in inference), mean of the tasks, as shipped."""
+    results = json.loads((RESULTS / "tiny" / "results.json").read_text(encoding="utf-8"))
+    cells = [cell for cell in results["cells"] if cell["task"] == "overall"]
+    assert len(cells) == 8 * 7
+    return {(cell["row"], cell["mask"]): cell["score"] for cell in cells}
+
+
+def test_figures_of_the_readmes_table():
+    scores = overall()
+    masks = ("causal", "v2v", "future", "prefix_lm")
+    expected = [
+        [scores["base", mask] for mask in masks],
+        [scores["causal", mask] for mask in masks],
+        [scores[mask, mask] for mask in masks],
+    ]
+    shown = table(TEXTS["README.md"], "exact answers, mean of five tasks")
+    for row, values in zip(shown, expected, strict=True):
+        for cell, value in zip(row[1:], values, strict=True):
+            assert re.fullmatch(r"0\.\d{3}", cell.strip("*")) and shows(cell.strip("*"), value), row
+    header = re.search(r"^\| exact answers.*$", TEXTS["README.md"], flags=re.M).group()
+    assert tuple(re.findall(r"under `(\w+)`", header)) == masks
+
+
+def test_what_the_readme_says_of_its_table():
+    scores = overall()
+    costs = [
+        scores["base", "causal"] - scores["base", mask] for mask in ("v2v", "future", "prefix_lm")
+    ]
+    text = " ".join(TEXTS["README.md"].split())
+    said = re.search(r"costs this base (\d+) to (\d+) points", text)
+    assert said.groups() == (rounded(100 * min(costs), 0), rounded(100 * max(costs), 0))
+
+
+def test_figures_of_the_matrix():
+    scores = overall()
+    shown = table(TEXTS["docs/results.md"], r"in training \ in inference")
+    masks = ["causal", "future", "v2v", "v2t", "mma_interleaved", "image", "prefix_lm"]
+    assert [row[0] for row in shown] == ["base, not fine-tuned", *masks]
+    for name, *cells in shown:
+        row = "base" if name.startswith("base") else name
+        for mask, cell in zip(masks, cells, strict=True):
+            figure = cell.strip("*")
+            assert re.fullmatch(r"\d\d\.\d", figure), (name, mask)
+            assert shows(figure, 100 * scores[row, mask]), (name, mask)
+
+
+def test_figures_of_training_against_switching_on():
+    results = json.loads((RESULTS / "tiny" / "results.json").read_text(encoding="utf-8"))
+    chosen = [item for item in results["comparisons"] if item["task"] == "overall"]
+    found = {item["row"]: item for item in chosen if item["kind"] == "inference-only"}
+    shown = table(TEXTS["docs/results.md"], "mask")
+    assert {row[0].strip("`") for row in shown} == found.keys()
+    assert f"over the {len(chosen)} overall comparisons" in TEXTS["docs/results.md"]
+    for name, difference, interval, p in shown:
+        item = found[name.strip("`")]
+        assert difference == "+" + rounded(100 * item["difference"], 1)
+        low, high = rounded(100 * item["low"], 1), rounded(100 * item["high"], 1)
+        assert interval == f"[{low}, {high}]"
+        if p.startswith("<"):
+            assert item["p_holm"] < float(p.removeprefix("< "))
+        else:
+            assert p == rounded(item["p_holm"], len(p) - 2)
+
+
+def test_what_the_results_say_of_a_mismatch():
+    scores = overall()
+    narrow = ("causal", "v2v", "image")
+    text = [
+        100 * (scores[row, row] - scores[row, mask])
+        for row in narrow
+        for mask in ("future", "v2t", "mma_interleaved")
+    ]
+    everything = [100 * (scores[row, row] - scores[row, "prefix_lm"]) for row in narrow]
+    said = " ".join(TEXTS["docs/results.md"].split())
+    assert f"loses {rounded(min(text), 0)} to {rounded(max(text), 0)} points" in said
+    assert f"{rounded(min(everything), 0)} to {rounded(max(everything), 0)} points under" in said
+
+
+@pytest.mark.parametrize(("label", "name"), [("embedded", "tiny"), ("137 M", "100m")])
+def test_figures_of_latency(label, name):
+    result = json.loads((RESULTS / f"latency_{name}.json").read_text(encoding="utf-8"))
+    [model] = result["models"]
+    ratios = {item["variant"]: item for item in model["variants"]}
+
+    def span(key: str, masks: list[str]) -> str:
+        values = [rounded(ratios[mask][key]["median"], 2) for mask in masks]
+        return f"{min(values)}-{max(values)}"
+
+    plain, merged = ["future", "v2v", "v2t"], ["future+merge", "v2v+merge", "v2t+merge"]
+    [row] = [row for row in table(TEXTS["docs/results.md"], "model") if row[0].startswith(label)]
+    assert f"{model['visual_tokens']} image tokens" in row[0]
+    decoded = span("decode_ratio", plain + merged)
+    assert row[1:4] == [decoded, span("prefill_ratio", plain), span("prefill_ratio", merged)]
+
+
+def test_figures_of_the_merge_study():
+    path = RESULTS / "merge_study_tiny" / "merge_study.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    loss, text = result["loss"], " ".join(TEXTS["docs/results.md"].split())
+    rows = table(TEXTS["docs/results.md"].replace("| | loss", "| treatment | loss"), "treatment")
+    keys = ("causal", "merge", "direct", "control")
+    for key, row in zip(keys, rows, strict=True):
+        low, high = rounded(loss[key]["low"], 3), rounded(loss[key]["high"], 3)
+        assert row[1:] == [rounded(loss[key]["mean"], 3), f"[{low}, {high}]"]
+    difference = result["merge_minus_control"]
+    assert f"by {rounded(-difference['mean'], 3)} nats" in text
+    worse = loss["merge"]["mean"] - loss["causal"]["mean"]
+    assert f"by {rounded(worse, 3)} nats" in text
+
+
+def sees(name: str, role: Role) -> str:
+    """What a token of a role sees ahead under a policy, in README's words."""
+    policy = fmtrain.POLICIES[name]
+    keys = {key for query, key in policy.reveals if query == role}
+    if policy.within_image and keys == {Role.VISUAL}:
+        return "its own image"
+    words = {Role.VISUAL: "images", Role.TEXT: "text"}
+    return ", ".join(word for key, word in words.items() if key in keys)
+
+
+def test_the_readmes_table_of_policies():
+    shown = table(TEXTS["README.md"], "name")
+    assert [row[0].strip("`") for row in shown] == list(fmtrain.POLICIES)
+    for name, image, text, _ in shown:
+        assert image == sees(name.strip("`"), Role.VISUAL), name
+        assert text == sees(name.strip("`"), Role.TEXT), name
+
+
+def test_the_designs_table_of_policies():
+    shown = table(TEXTS["docs/design.md"], "name")
+    assert [row[0].strip("`") for row in shown] == list(fmtrain.POLICIES)
+    for name, pairs, _ in shown:
+        policy = fmtrain.POLICIES[name.strip("`")]
+        found = {f"{query.name[0]}->{key.name[0]}" for query, key in policy.reveals}
+        assert set(re.findall(r"[TV]->[TV]", pairs)) == found
+        assert ("inside one image" in pairs) == policy.within_image
+        assert ("nothing" in pairs) == (not found)
+
+
+def test_pictures_are_what_the_command_prints(capsys):
+    from fmtrain.masks import main
+
+    shown = [block for block in blocks("docs/design.md", "") if block.startswith("$ ")]
+    assert len(shown) == 2
+    for block in shown:
+        command, _, picture = block.partition("\n")
+        words = shlex.split(command)
+        assert words[:4] == ["$", "python", "-m", policies.__name__]
+        assert main(words[4:]) == 0
+        assert picture == capsys.readouterr().out
+
+
+def test_the_record_is_what_a_checkpoint_carries():
+    [record] = blocks("docs/design.md", "json")
+    assert json.loads(record) == fmtrain.Mask.parse("v2v+merge").record()
+
+
+def test_sections_of_the_design_that_code_and_tests_cite_exist():
+    sections = set(re.findall(r"^## (\d+)\. ", TEXTS["docs/design.md"], flags=re.M))
+    cited = set()
+    for folder in ("fmtrain", "eval", "data_prep", "tests"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for numbers in re.findall(r"DESIGN (\d+(?:(?:, | and )\d+)*)", file.read_text()):
+                cited |= set(re.findall(r"\d+", numbers))
+    assert cited and cited <= sections
