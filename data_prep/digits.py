@@ -1,11 +1,14 @@
 """The embedded digit questions (`fmtrain.tiny`) as files.
 
-    python -m data_prep.digits --out DIR                rows: DIR/train/rows.jsonl, DIR/test/rows.jsonl, .../images/
-    python -m data_prep.digits --out DIR --milebench    MileBench's format: DIR/DigitsRead/DigitsRead.json, .../images/
+    python -m data_prep.digits --out DIR                rows
+    python -m data_prep.digits --out DIR --milebench    MileBench's format
 
-The splits are folders of their own, so that `dataset_name: DIR/train` is training data and no more. MileBench's format
-holds one split; there `read` and `count` are multiple-choice, the others open-ended, and of a dialogue the last question
-is asked, with the turn before it as text.
+Rows are in DIR/train/rows.jsonl and DIR/test/rows.jsonl, MileBench's samples in
+DIR/DigitsRead/DigitsRead.json and so on; images lie in a folder images beside each of these files.
+
+The splits are folders of their own, so that `dataset_name: DIR/train` is training data and no more.
+MileBench's format holds one split; there `read` and `count` are multiple-choice, the others
+open-ended, and of a dialogue the last question is asked, with the turn before it as text.
 """
 
 import shutil
@@ -13,6 +16,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +66,8 @@ def write(options: Namespace) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A staging folder that becomes `out` when the block ends, and vanishes when it raises. Raises `ValueError` if `out`
-    holds anything."""
+    """A staging folder that becomes `out` when the block ends, and vanishes when it raises. Raises
+    `ValueError` if `out` holds anything."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(
             f"{out} {'is a file' if out.is_file() else 'is not empty'}; choose a new folder"
@@ -79,15 +83,16 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_rows(folder: Path, split: str, tasks: Iterable[str], count: int, seed: int) -> None:
-    """Rows of a split, the tasks taking turns, into `folder`/rows.jsonl and their images beside it."""
+    """Rows of a split, the tasks taking turns, into `folder`/rows.jsonl and their images beside
+    it."""
     folder.mkdir()
     with (folder / "rows.jsonl").open("wb") as file:
         for index in range(count):
             for task in tasks:
-                made = row(split, task, seed, index)
-                names = _write_images(made, folder / "images")
-                made["images"] = [f"images/{name}" for name in names]
-                file.write(encoded({key: made[key] for key in COLUMNS}) + b"\n")
+                dialogue = row(split, task, seed, index)
+                names = _write_images(dialogue, folder / "images")
+                dialogue["images"] = [f"images/{name}" for name in names]
+                file.write(encoded({key: dialogue[key] for key in COLUMNS}) + b"\n")
 
 
 def write_milebench(folder: Path, split: str, task: str, count: int, seed: int) -> None:
@@ -95,14 +100,14 @@ def write_milebench(folder: Path, split: str, task: str, count: int, seed: int) 
     name = f"Digits{task.capitalize()}"
     samples = []
     for index in range(count):
-        made = row(split, task, seed, index)
-        *history, last = made["messages"]
-        places = iter(range(1, len(made["images"]) + 1))
-        parts = (part for message in history for part in message["content"])
+        dialogue = row(split, task, seed, index)
+        *history, last = dialogue["messages"]
+        places = iter(range(1, len(dialogue["images"]) + 1))
+        parts = chain.from_iterable(message["content"] for message in history)
         context = " ".join(part["text"] or f"{{image#{next(places)}}}" for part in parts)
         instance: dict[str, Any] = {
             "context": context,
-            "images_path": _write_images(made, folder / name / "images"),
+            "images_path": _write_images(dialogue, folder / name / "images"),
         }
         if task in CHOICES:
             instance["choice_list"] = CHOICES[task]
@@ -125,12 +130,12 @@ def write_milebench(folder: Path, split: str, task: str, count: int, seed: int) 
     write_json(folder / name / f"{name}.json", {"meta_data": meta, "data": samples})
 
 
-def _write_images(made: dict[str, Any], folder: Path) -> list[str]:
+def _write_images(dialogue: dict[str, Any], folder: Path) -> list[str]:
     """The images of a row as files of `folder`; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    for image in made["images"]:
+    for image in dialogue["images"]:
         (folder / image["path"]).write_bytes(image["bytes"])
-    return [image["path"] for image in made["images"]]
+    return [image["path"] for image in dialogue["images"]]
 
 
 if __name__ == "__main__":

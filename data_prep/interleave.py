@@ -1,10 +1,11 @@
-"""Interleaved multi-image dialogues: M4-Instruct (lmms-lab/M4-Instruct-Data: m4_instruct_annotations.json, the
-training set of LLaVA-NeXT-Interleave) and Mantis-Instruct (TIGER-Lab/Mantis-Instruct: SUBSET/train-*.parquet, images
-unpacked).
+"""Interleaved multi-image dialogues: M4-Instruct (lmms-lab/M4-Instruct-Data:
+m4_instruct_annotations.json, the training set of LLaVA-NeXT-Interleave) and Mantis-Instruct
+(TIGER-Lab/Mantis-Instruct: SUBSET/train-*.parquet, images unpacked).
 
-M4: an array of {"sample_id" or "id", "image": [names] or a name, "conversations": [{"from", "value"}]}. Mantis: rows
-of {"id", "images": [{"bytes": null, "path"}], "conversation": [{"role", "content"}]}. `<image>` in a user's turn
-stands for the next image. `--annotations` is a .json, .jsonl or .parquet file, or a pattern of several.
+M4: an array of {"sample_id" or "id", "image": [names] or a name, "conversations": [{"from",
+"value"}]}. Mantis: rows of {"id", "images": [{"bytes": null, "path"}], "conversation": [{"role",
+"content"}]}. `<image>` in a user's turn stands for the next image. `--annotations` is a .json,
+.jsonl or .parquet file, or a pattern of several.
 """
 
 from argparse import ArgumentParser

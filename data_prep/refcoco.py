@@ -1,11 +1,11 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg (lichengunc/refer: NAME/instances.json and NAME/refs(SPLITTER), COCO train2014
-images).
+"""RefCOCO, RefCOCO+ and RefCOCOg (lichengunc/refer: NAME/instances.json and NAME/refs(SPLITTER),
+COCO train2014 images).
 
-refs(unc).p is a pickle, and unpickling runs code, so it is refused: what is read is the same list as JSON,
-refs(unc).json (data_prep/README.md says how to make it). A reference is {"ref_id", "ann_id", "image_id", "split",
-"sentences": [{"sent", "sent_id", ...}], ...}; its `file_name` carries the annotation's number and is not the image's,
-which instances.json has. RefCOCO and RefCOCO+ are split by `unc` (or `google`), RefCOCOg by `umd` (or `google`, whose
-images overlap).
+refs(unc).p is a pickle, and unpickling runs code, so it is refused: what is read is the same list
+as JSON, refs(unc).json (data_prep/README.md says how to make it). A reference is {"ref_id",
+"ann_id", "image_id", "split", "sentences": [{"sent", "sent_id", ...}], ...}; its `file_name`
+carries the annotation's number and is not the image's, which instances.json has. RefCOCO and
+RefCOCO+ are split by `unc` (or `google`), RefCOCOg by `umd` (or `google`, whose images overlap).
 """
 
 from argparse import ArgumentParser

@@ -1,9 +1,9 @@
 """ScienceQA (Lu et al., NeurIPS 2022: problems.json and pid_splits.json of lupantech/ScienceQA,
 images/SPLIT/PID/image.png).
 
-problems.json is an object from problem id to {"question", "choices", "answer": index, "hint", "image": "image.png" or
-null, "lecture", "solution", "split", ...}; about half of the problems have no image. The hint stands before the
-question.
+problems.json is an object from problem id to {"question", "choices", "answer": index, "hint",
+"image": "image.png" or null, "lecture", "solution", "split", ...}; about half of the problems have
+no image. The hint stands before the question.
 """
 
 from argparse import ArgumentParser

@@ -1,9 +1,11 @@
-"""Visual Genome regions (Krishna et al., IJCV 2017; version 1.2 or 1.4: region_descriptions.json and image_data.json).
+"""Visual Genome regions (Krishna et al., IJCV 2017; version 1.2 or 1.4: region_descriptions.json
+and image_data.json).
 
-region_descriptions.json is an array of images {"id", "regions": [{"region_id", "x", "y", "width", "height",
-"phrase"}]}; image_data.json gives size and URL of an image. The URL is never followed, but its last folder (VG_100K
-or VG_100K_2) is the folder of the file. An image is one dialogue or several, of at most `--turns` regions. Regions
-that repeat a phrase and box of the same image are left out and counted, as are regions without area inside the image.
+region_descriptions.json is an array of images {"id", "regions": [{"region_id", "x", "y", "width",
+"height", "phrase"}]}; image_data.json gives size and URL of an image. The URL is never followed,
+but its last folder (VG_100K or VG_100K_2) is the folder of the file. An image is one dialogue or
+several, of at most `--turns` regions. Regions that repeat a phrase and box of the same image are
+left out and counted, as are regions without area inside the image.
 """
 
 from argparse import ArgumentParser

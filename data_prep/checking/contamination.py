@@ -13,9 +13,11 @@ _ENDINGS = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 
 
 class EvaluationImages:
-    """The images below a folder, by content and by look. Files that cannot be read are named in `unreadable`.
+    """The images below a folder, by content and by look. Files that cannot be read are named in
+    `unreadable`.
 
-    Raises `ValueError` for a folder without images, since a check against nothing would find nothing.
+    Raises `ValueError` for a folder without images, since a check against nothing would find
+    nothing.
     """
 
     def __init__(self, folder: Path, pool: ThreadPoolExecutor, advance: Callable[[], None]) -> None:

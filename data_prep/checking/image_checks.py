@@ -1,8 +1,9 @@
 """Whether an image file can be used, and what it looks like.
 
-Two images are taken for the same if their files are equal byte for byte, or if their difference hashes are close: the
-image in gray, shrunk to 9 x 8 and to 8 x 9, one bit for each pair of neighbours that says which is brighter (128 bits).
-Scaling and JPEG compression leave it nearly alone; mirroring and cropping do not.
+Two images are taken for the same if their files are equal byte for byte, or if their difference
+hashes are close: the image in gray, shrunk to 9 x 8 and to 8 x 9, one bit for each pair of
+neighbours that says which is brighter (128 bits). Scaling and JPEG compression leave it nearly
+alone; mirroring and cropping do not.
 """
 
 import hashlib
@@ -32,7 +33,7 @@ class ImageFacts(NamedTuple):
 
 
 def examine(source: Any, root: Path) -> ImageFacts:
-    """Open an image (a name below `root`, or an embedded {"bytes", "path"}) to the end and hash it."""
+    """Open an image (a name below `root`, or {"bytes", "path"}) to the end and hash it."""
     embedded = isinstance(source, dict)
     name = source["path"] if embedded else source
     if not embedded:
@@ -55,7 +56,7 @@ def examine(source: Any, root: Path) -> ImageFacts:
 def examine_all(
     sources: Iterable[Any], root: Path, pool: ThreadPoolExecutor
 ) -> Iterator[ImageFacts]:
-    """`examine` for many images in parallel, in their order. Pillow decodes outside of Python's lock."""
+    """`examine` many images in parallel, in their order. Pillow decodes outside of the GIL."""
     return pool.map(lambda source: examine(source, root), sources)
 
 

@@ -1,4 +1,5 @@
-"""Moving bad rows out of prepared rows into a file of their own, with the reasons. No row is ever in neither place."""
+"""Moving bad rows out of prepared rows into a file of their own, with the reasons. No row is ever
+in neither place."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ _BATCH = 1000  # rows of Parquet in memory
 
 
 def move_rows(rows: Path, reject: Path, bad: Bad, total: int) -> None:
-    """Add the `bad` rows of `rows` (of `total` in all) to `reject`, then take them out of their files.
+    """Add the `bad` rows of `rows` (of `total` in all) to `reject`, then take them out of their
+    files.
 
-    JSONL keeps every good line as it was, byte for byte, and Parquet every good row. `reject` is written first and
-    keeps what it held. Raises `ValueError` if it is not of the rows' format, or lies among the rows.
+    JSONL keeps every good line as it was, byte for byte, and Parquet every good row. `reject` is
+    written first and keeps what it held. Raises `ValueError` if it is not of the rows' format, or
+    lies among the rows.
     """
     ending = row_files(rows)[0].suffix
     if reject.suffix != ending:

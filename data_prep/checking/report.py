@@ -16,7 +16,8 @@ _BAR = 40  # characters of the longest bar of the histogram
 
 
 def report(findings: Findings, options: argparse.Namespace) -> dict[str, Any]:
-    """All findings in JSON's types. `problems` counts the bad rows of each kind; a row may have several."""
+    """All findings in JSON's types. `problems` counts the bad rows of each kind; a row may have
+    several."""
     bad_rows = [
         {
             "file": file.name,

@@ -1,4 +1,5 @@
-"""What can be wrong with a row that is well-formed, as far as its text tells, and what rows may not have in common."""
+"""What can be wrong with a row that is well-formed, as far as its text tells, and what rows may not
+have in common."""
 
 import hashlib
 from typing import Any
@@ -26,7 +27,7 @@ def row_problems(row: Any, allow_evaluation: bool = False) -> list[Problem]:
 
 
 def _role_problems(row: Row) -> list[Problem]:
-    """A dialogue is: at most one system message, then user and assistant in turn, the assistant last."""
+    """What breaks the order: perhaps a system message, then user and assistant in turn."""
     roles = [message["role"] for message in row["messages"]]
     turns = roles[1:] if roles[0] == "system" else roles
     for number, role in enumerate(turns):
@@ -63,7 +64,8 @@ def _text_problems(row: Row) -> list[Problem]:
 
 
 class Duplicates:
-    """Finds rows that repeat the id, or the messages and images, of an earlier row. Keeps 16 bytes a row for each."""
+    """Finds rows that repeat the id, or the messages and images, of an earlier row. Keeps 16 bytes
+    a row for each."""
 
     def __init__(self) -> None:
         self.ids: dict[bytes, str] = {}

@@ -1,7 +1,9 @@
-"""Boxes as text, the way LLaVA-1.5's files write them: [x1, y1, x2, y2] in [0, 1] rounded to two decimals.
+"""Boxes as text, the way LLaVA-1.5's files write them: [x1, y1, x2, y2] in [0, 1] rounded to two
+decimals.
 
-LLaVA-1.5 pads an image to a square before it is resized, and its boxes are relative to that square (LLaVA issue 606),
-so `square` is what a LLaVA-1.5 sees. Processors that resize without padding want `image`.
+LLaVA-1.5 pads an image to a square before it is resized, and its boxes are relative to that square
+(LLaVA issue 606), so `square` is what a LLaVA-1.5 sees. Processors that resize without padding want
+`image`.
 """
 
 from argparse import ArgumentParser

@@ -1,7 +1,8 @@
 """The one command line of all converters: `python -m data_prep.NAME --source DIR --out DIR`.
 
-A converter says which files it reads, which records they hold and which rows a record gives. Everything else is here:
-options, orders, embedding of images, refusals, atomic writing, and doing nothing when nothing has changed.
+A converter says which files it reads, which records they hold and which rows a record gives.
+Everything else is here: options, orders, embedding of images, refusals, atomic writing, and doing
+nothing when nothing has changed.
 """
 
 import argparse
@@ -30,7 +31,8 @@ Options = argparse.Namespace
 
 
 class SourceRecord(NamedTuple):
-    """A record of a source file and where it stands: the number of its row, or its key in an object of records."""
+    """A record of a source file and where it stands: the number of its row, or its key in an object
+    of records."""
 
     file: Path
     number: int | str
@@ -44,9 +46,10 @@ def no_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Converter:
-    """One data set. `records` and `rows` raise `ValueError`: from `records` for a broken file, which ends the run; from
-    `rows` for a record that cannot be converted, which ends the run too unless `--reject` puts it aside. A string among
-    the rows names a part of the record that was left out; it is counted and reported."""
+    """One data set. `records` and `rows` raise `ValueError`: from `records` for a broken file,
+    which ends the run; from `rows` for a record that cannot be converted, which ends the run too
+    unless `--reject` puts it aside. A string among the rows names a part of the record that was
+    left out; it is counted and reported."""
 
     name: str
     doc: str
@@ -183,7 +186,8 @@ def _failures(
 
 
 def _finished(row: Row, order: str, prefix: str, options: Options) -> Row:
-    """A converter's row in its final form. Raises `ValueError` if it is not well-formed or an image cannot be read."""
+    """A converter's row in its final form. Raises `ValueError` if it is not well-formed or an image
+    cannot be read."""
     row["source"] = prefix + row["source"]
     problems = format_problems(row)
     if problems:

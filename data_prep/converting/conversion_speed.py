@@ -2,9 +2,9 @@
 
     python -m data_prep.converting.conversion_speed
 
-Writes a synthetic llava_v1_5_mix665k.json (dialogues of 1 to 8 turns, about 1.5 kB each, 6 % of them without an image)
-into a temporary folder and converts it in a process of its own, which is held to one core. No image exists or is
-opened.
+Writes a synthetic llava_v1_5_mix665k.json (dialogues of 1 to 8 turns, about 1.5 kB each, 6 % of
+them without an image) into a temporary folder and converts it in a process of its own, which is
+held to one core. No image exists or is opened.
 """
 
 import argparse
@@ -21,10 +21,8 @@ from pathlib import Path
 from data_prep.converting.orders import ORDERS
 from fmtrain.command_line import Parser, guarded
 
-_WORDS = (
-    "the a of photo man red small table in front near standing two with holding café — 火车 left sign "
-    "blue"
-).split()
+_WORDS = "the a of photo man red small table in front near standing two with holding".split()
+_WORDS += "café — 火车 left sign blue".split()
 _FOLDERS = (
     "coco/train2017",
     "gqa/images",
@@ -58,8 +56,8 @@ def _sentence(rng: random.Random, words: int) -> str:
 
 
 def measure(source: Path, out: Path, options: list[str]) -> dict[str, float]:
-    """Convert in another process on one core: seconds by the clock and of the processor, peak resident memory in MB.
-    Raises `ValueError` if it fails."""
+    """Convert in another process on one core: seconds by the clock and of the processor, peak
+    resident memory in MB. Raises `ValueError` if it fails."""
     command = [sys.executable, "-m", "data_prep.llava_mix665k"]
     command += ["--source", str(source), "--out", str(out), *options]
     core = {min(os.sched_getaffinity(0))}

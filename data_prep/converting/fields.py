@@ -1,4 +1,5 @@
-"""Values out of a source record, with an error that names the field when the record is not what its schema says."""
+"""Values out of a source record, with an error that names the field when the record is not what its
+schema says."""
 
 import json
 import math
@@ -6,7 +7,8 @@ from typing import Any
 
 
 def field(record: Any, key: str, kind: type | tuple[type, ...] = str) -> Any:
-    """`record[key]`, which must be of `kind`. Raises `ValueError` naming the key and what was found."""
+    """`record[key]`, which must be of `kind`. Raises `ValueError` naming the key and what was
+    found."""
     if not isinstance(record, dict):
         raise unexpected(f"an object with {key!r}", record)
     value = record.get(key)
@@ -19,7 +21,8 @@ def field(record: Any, key: str, kind: type | tuple[type, ...] = str) -> Any:
 
 
 def integer(record: Any, key: str) -> int:
-    """A whole number, also when the source writes it as a string ("00042" is 42) or as a float without a fraction."""
+    """A whole number, also when the source writes it as a string ("00042" is 42) or as a float
+    without a fraction."""
     value = field(record, key, (int, str, float))
     digits = value.strip().lstrip("-") if isinstance(value, str) else ""
     if digits.isascii() and digits.isdigit():

@@ -2,13 +2,14 @@
 
     {"id": str, "source": str,
      "messages": [{"role": "system" | "user" | "assistant",
-                   "content": [{"type": "image", "text": None} | {"type": "text", "text": str}, ...]}, ...],
+                   "content": [{"type": "image", "text": None} |
+                               {"type": "text", "text": str}, ...]}, ...],
      "images": [str, ...]}
 
-The k-th image part, counted over all messages, is `images[k]`: a path relative to an image root, or,
-in Parquet with embedded images, a struct {"bytes": bytes, "path": str} as `datasets.Image` stores
-it. This is TRL's conversational vision format. Both keys of a part are always written, so that
-Arrow infers one schema whatever the rows are.
+The k-th image part, counted over all messages, is `images[k]`: a path relative to an image root,
+or, in Parquet with embedded images, a struct {"bytes": bytes, "path": str} as `datasets.Image`
+stores it. This is TRL's conversational vision format. Both keys of a part are always written, so
+that Arrow infers one schema whatever the rows are.
 """
 
 from typing import Any, NamedTuple

@@ -33,8 +33,8 @@ _GROUP_ROWS, _GROUP_BYTES = 2_000, 64_000_000  # what is buffered before it is w
 
 
 def sync(path: Path) -> None:
-    """Have the operating system put a file or folder on disk, so that a later rename cannot overtake
-    its content."""
+    """Have the operating system put a file or folder on disk, so that a later rename cannot
+    overtake its content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,9 +44,11 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def prepared_folder(out: Path) -> Iterator[Path]:
-    """An empty staging folder that becomes `out` when the block ends, replacing an earlier prepared folder.
+    """An empty staging folder that becomes `out` when the block ends, replacing an earlier prepared
+    folder.
 
-    Raises `ValueError` if `out` is anything but a prepared folder, or while another process builds it.
+    Raises `ValueError` if `out` is anything but a prepared folder, or while another process builds
+    it.
     """
     _require_replaceable(out)
     staging = out.with_name(f".{out.name}.partial")
@@ -93,8 +95,8 @@ def _clear(folder: Path) -> None:
 
 
 def _swap(staging: Path, out: Path) -> None:
-    """Move `staging` to `out`; an earlier `out` goes aside first, because a folder cannot be renamed
-    over a full one."""
+    """Move `staging` to `out`; an earlier `out` goes aside first, because a folder cannot be
+    renamed over a full one."""
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.is_dir():
@@ -201,8 +203,8 @@ def write_json(path: Path, value: Any) -> None:
 def rejected(
     file: Path, number: int, problems: list[Problem], row: Any, raw: bytes | None = None
 ) -> dict[str, Any]:
-    """An entry of a reject file: where the row was, every reason, and the row (or its text, if it is
-    not JSON)."""
+    """An entry of a reject file: where the row was, every reason, and the row (or its text, if it
+    is not JSON)."""
     entry: dict[str, Any] = {
         "file": str(file),
         "row": number,

@@ -1,4 +1,5 @@
-"""Rows checked as training will read them, before anything is trained: all of them, or a stream's one by one."""
+"""Rows checked as training will read them, before anything is trained: all of them, or a stream's
+one by one."""
 
 from fmtrain.data.encode import placed, render
 from fmtrain.data.files import Rows
@@ -19,7 +20,8 @@ def prepare(
 ) -> Rows:
     """Every row checked as training will read it; those over `max_length` tokens dropped.
 
-    Raises `ValueError` naming the set, the row and the reason for the first bad row, and if no row is left.
+    Raises `ValueError` naming the set, the row and the reason for the first bad row, and if no row
+    is left.
     """
     lengths = loaded.rows.map(
         _length,

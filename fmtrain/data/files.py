@@ -1,8 +1,9 @@
 """The rows of a recipe: loaded, checked before anything is written, and none of them shortened.
 
-A row is `{"id", "source", "messages", "images"}`: `messages` in TRL's conversational format with typed parts, `images`
-file names below the image folder or `datasets.Image` cells. Rows longer than `max_length` are dropped whole and counted.
-In a mix of several sets every row carries its own image folder, as `image_root`.
+A row is `{"id", "source", "messages", "images"}`: `messages` in TRL's conversational format with
+typed parts, `images` file names below the image folder or `datasets.Image` cells. Rows longer than
+`max_length` are dropped whole and counted. In a mix of several sets every row carries its own image
+folder, as `image_root`.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 class Rows:
     """A loaded set of rows, where its images are, and how many rows were too long.
 
-    opened, passes: of a stream, whose rows have neither numbers nor an end: the first few, and the rows of one pass.
+    opened, passes: of a stream, whose rows have neither numbers nor an end: the first few, and the
+    rows of one pass.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -109,15 +111,17 @@ def row_files(path: str | Path | None) -> list[Path]:
 
 
 def image_folder(name: str, image_root: str | None) -> str:
-    """Where the images of the rows `name` are: `image_root`, or by default the folder that holds the rows."""
+    """Where the images of the rows `name` are: `image_root`, or by default the folder that holds
+    the rows."""
     if image_root is not None and not Path(image_root).is_dir():
         raise ValueError(f"{name}: its image folder {image_root} does not exist")
     return image_root or str(name if Path(name).is_dir() else Path(name).parent)
 
 
 def _read(name: str, kind: str, files: list[str]) -> datasets.Dataset:
-    """Rows of a kind that `datasets` reads. Types are inferred; of JSON, `datasets` looks at ten megabytes, and where these
-    show no image, or something that the rest does not keep to, the types are those of the row format."""
+    """Rows of a kind that `datasets` reads. Types are inferred; of JSON, `datasets` looks at ten
+    megabytes, and where these show no image, or something that the rest does not keep to, the types
+    are those of the row format."""
     try:
         if kind == "parquet":
             types = _parquet_features(files[0])
@@ -148,7 +152,8 @@ def _without_type(kind: pa.DataType) -> bool:
 
 
 def _parquet_features(file: str) -> datasets.Features:
-    """The file's own types, but embedded images as they are stored: they are opened by `fmtrain.data.images`, under its limits."""
+    """The file's own types, but embedded images as they are stored: they are opened by
+    `fmtrain.data.images`, under its limits."""
     schema = pq.read_schema(file)
     types = datasets.Features.from_arrow_schema(schema)
     if "images" in schema.names:
@@ -166,7 +171,8 @@ def mix(
     count: int | None = None,
     run: int | None = None,
 ) -> Rows:
-    """One set of rows from several, as the entries say; the first `count` of it. `run` and errors: see `mixing.shares`."""
+    """One set of rows from several, as the entries say; the first `count` of it. `run` and errors:
+    see `mixing.shares`."""
     shares = mixing.shares(entries, [rows.size for rows in sets], run)
     roots = [rows.image_root for rows in sets]
     try:

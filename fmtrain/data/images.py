@@ -1,8 +1,8 @@
 """Images from disk, opened safely: inside their folder, of sane size, upright, RGB.
 
-A training file is input from elsewhere. It may name any path, so a name is resolved under a root and must stay there
-(symbolic links followed first), URLs are never fetched, and a picture that would unpack to more than `MAX_PIXELS` is
-refused before it is decoded.
+A training file is input from elsewhere. It may name any path, so a name is resolved under a root
+and must stay there (symbolic links followed first), URLs are never fetched, and a picture that
+would unpack to more than `MAX_PIXELS` is refused before it is decoded.
 """
 
 import contextlib
@@ -49,11 +49,11 @@ def resolve(name: str, root: str | os.PathLike) -> Path:
 def open_image(
     source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """An upright RGB image from a file name below `root`, from a `datasets.Image` cell (a dict with `bytes` or `path`),
-    or from a PIL image.
+    """An upright RGB image from a file name below `root`, from a `datasets.Image` cell (a dict with
+    `bytes` or `path`), or from a PIL image.
 
-    Raises `ValueError`, in one line, for what `resolve` refuses, for more than `max_pixels` pixels and for data that
-    Pillow cannot read to the end.
+    Raises `ValueError`, in one line, for what `resolve` refuses, for more than `max_pixels` pixels
+    and for data that Pillow cannot read to the end.
     """
     return _read(source, root, max_pixels, _upright_rgb)
 
@@ -61,7 +61,8 @@ def open_image(
 def image_size(
     source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """Width and height in pixels that `open_image` would give, read from the header alone; the same errors."""
+    """Width and height in pixels that `open_image` would give, read from the header alone; the same
+    errors."""
     return _read(source, root, max_pixels, _upright_size)
 
 
@@ -78,16 +79,12 @@ def _read(source: Any, root: str | os.PathLike, max_pixels: int, use):
                 return use(_limited(image, repr(name), max_pixels))
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {name!r} is too large: {error}") from error
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-    ) as error:  # what Pillow's decoders raise for broken data
-        reason = (
-            "not an image that Pillow knows"
-            if isinstance(error, UnidentifiedImageError)
-            else str(error).split("\n")[0]
-        )
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"image {name!r} cannot be read: not an image that Pillow knows"
+        ) from error
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow's decoders, of broken data
+        reason = str(error).split("\n")[0]
         raise ValueError(f"image {name!r} cannot be read: {reason}") from error
 
 
@@ -104,9 +101,8 @@ def _whole_files_only():
 def _limited(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
-        raise ValueError(
-            f"image {name} has {width} x {height} = {width * height} pixels, over the limit of {max_pixels}"
-        )
+        size = f"{width} x {height} = {width * height} pixels"
+        raise ValueError(f"image {name} has {size}, over the limit of {max_pixels}")
     return image
 
 
@@ -120,8 +116,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    header = (
-        image.format != "PNG" or "exif" in image.info
-    )  # looking for a PNG's EXIF would decode all of it
+    # Looking for a PNG's EXIF would decode all of it.
+    header = image.format != "PNG" or "exif" in image.info
     turned = header and image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
     return (height, width) if turned else (width, height)

@@ -5,9 +5,10 @@
       - {path: data/visual_genome, epochs: 0.25, image_root: vg}
       - {path: data/llava_instruct, weight: 0.3, image_root: coco}
 
-`epochs` is how often the rows of a set come in one pass over the mix; `weight` is the share of the mix that a set makes
-up. Beside sets with epochs the weights add up to less than 1 and those sets make up the rest. Weights alone are relative
-to each other; a pass is then as long as the run (`max_steps`), or else as it can be without repeating a row.
+`epochs` is how often the rows of a set come in one pass over the mix; `weight` is the share of the
+mix that a set makes up. Beside sets with epochs the weights add up to less than 1 and those sets
+make up the rest. Weights alone are relative to each other; a pass is then as long as the run
+(`max_steps`), or else as it can be without repeating a row.
 """
 
 import difflib
@@ -35,7 +36,8 @@ class Entry:
 
 
 def entries(values: list[str | dict]) -> list[Entry]:
-    """Entries of `datasets:`, as mappings or as YAML texts of them. Raises `ValueError`, in one line, for anything odd."""
+    """Entries of `datasets:`, as mappings or as YAML texts of them. Raises `ValueError`, in one
+    line, for anything odd."""
     mixture = []
     for number, value in enumerate(values, start=1):
         mixture.append(_entry(f"datasets, entry {number}", value))
@@ -89,8 +91,8 @@ def _entry(place: str, value: str | dict) -> Entry:
 def shares(mixture: list[Entry], sizes: list[int], run: int | None = None) -> list[int]:
     """How many rows each set gives to one pass over the mix; one with a weight at least one row.
 
-    sizes: rows of each set. run: rows that the run takes, if it has a number of steps; used where there are only weights.
-    Raises `ValueError` for epochs that come to no row.
+    sizes: rows of each set. run: rows that the run takes, if it has a number of steps; used where
+    there are only weights. Raises `ValueError` for epochs that come to no row.
     """
     epochs = [None if entry.weight is not None else entry.epochs or 1.0 for entry in mixture]
     weights = [entry.weight or 0.0 for entry in mixture]
@@ -115,10 +117,12 @@ def shares(mixture: list[Entry], sizes: list[int], run: int | None = None) -> li
 def mix(
     sets: list[datasets.Dataset], roots: list[str], counts: list[int], seed: int
 ) -> datasets.Dataset:
-    """`counts[k]` rows of `sets[k]`, shuffled together, each with its image root in the column `image_root`.
+    """`counts[k]` rows of `sets[k]`, shuffled together, each with its image root in the column
+    `image_root`.
 
-    The rows are the same for the same seed: of `count` rows of a set with `size`, every one comes `count // size` times
-    and `count % size` drawn ones once more. No row is copied; the mix is a list of indices.
+    The rows are the same for the same seed: of `count` rows of a set with `size`, every one comes
+    `count // size` times and `count % size` drawn ones once more. No row is copied; the mix is a
+    list of indices.
     """
     joined = datasets.concatenate_datasets(_alike(sets, roots))
     indices, offset = [], 0
@@ -132,7 +136,8 @@ def mix(
 
 
 def _alike(sets: list[datasets.Dataset], roots: list[str]) -> list[datasets.Dataset]:
-    """The sets with the same columns of the same types; where one embeds its images, a file name becomes a cell without bytes."""
+    """The sets with the same columns of the same types; where one embeds its images, a file name
+    becomes a cell without bytes."""
     embedded = any(not isinstance(rows.features["images"].feature, datasets.Value) for rows in sets)
     wanted = datasets.Features.from_dict(features(embedded))
     alike = []

@@ -1,8 +1,10 @@
-"""Rows read from their files as training goes, for sets that are too large to copy into an Arrow cache and check ahead.
+"""Rows read from their files as training goes, for sets that are too large to copy into an Arrow
+cache and check ahead.
 
-The order is that of one endless sequence, cut into batches; a worker of a rank reads the files like every other and parses
-only the rows of its own batches. So the order depends on the seed alone, not on workers, and a resumed run passes over
-the batches that it has had without parsing, checking or decoding them.
+The order is that of one endless sequence, cut into batches; a worker of a rank reads the files like
+every other and parses only the rows of its own batches. So the order depends on the seed alone, not
+on workers, and a resumed run passes over the batches that it has had without parsing, checking or
+decoding them.
 """
 
 import json
@@ -46,8 +48,9 @@ class StreamedSet:
 class Stream:
     """The endless sequence of rows, and the part of it that one rank sees.
 
-    buffer: of so many rows of a set the next one is drawn; 1 keeps the order of the files. batch_size: rows that a rank
-    takes at a time. skip: batches of a rank that come as `SKIPPED`. check: `(row, path of its set)`, raises `ValueError`.
+    buffer: of so many rows of a set the next one is drawn; 1 keeps the order of the files.
+    batch_size: rows that a rank takes at a time. skip: batches of a rank that come as `SKIPPED`.
+    check: `(row, path of its set)`, raises `ValueError`.
     """
 
     sources: tuple[StreamedSet, ...]
@@ -60,7 +63,8 @@ class Stream:
     skip: int = 0
 
     def rows(self, parts: list[int] = ()) -> Iterator[dict]:
-        """Rows for one worker of one rank: batch k is rank k % world_size's, whose workers take its batches in turn.
+        """Rows for one worker of one rank: batch k is rank k % world_size's, whose workers take its
+        batches in turn.
 
         parts: not looked at; `datasets` hands each worker one, and stops those that get none.
         """
@@ -101,7 +105,7 @@ class Stream:
 
 
 def _picked(source: StreamedSet, buffer: int, chance: Random) -> Iterator[tuple[Place, Unparsed]]:
-    """`source.share` rows: whole rounds, then a drawn part of one, each through a shuffle buffer."""
+    """`source.share` rows: whole rounds, then a part of one, each through a shuffle buffer."""
     left = source.share
     while left:
         wanted = min(left, source.size)
@@ -110,7 +114,8 @@ def _picked(source: StreamedSet, buffer: int, chance: Random) -> Iterator[tuple[
 
 
 def _sample(source: StreamedSet, wanted: int, chance: Random) -> Iterator[tuple[Place, Unparsed]]:
-    """Exactly `wanted` of the rows, in their order, every subset alike (selection sampling, Knuth's algorithm S)."""
+    """Exactly `wanted` of the rows, in their order, every subset alike (selection sampling, Knuth's
+    algorithm S)."""
     rest = source.size
     for row in _records(source.files):
         if chance.random() * rest < wanted:
@@ -171,10 +176,11 @@ def load(
     run: int | None = None,
     head: int = HEAD,
 ) -> Rows:
-    """The rows of the entries through `stream` (without its sources), for a loader with so many workers; `run`: see
-    `mixing.shares`.
+    """The rows of the entries through `stream` (without its sources), for a loader with so many
+    workers; `run`: see `mixing.shares`.
 
-    The rows are counted here, the first `head` of them are read. Raises `ValueError` as `data.load` and for a bad one of these few.
+    The rows are counted here, the first `head` of them are read. Raises `ValueError` as `data.load`
+    and for a bad one of these few.
     """
     files = [tuple(row_files(entry.path)) for entry in entries]
     sizes = []
@@ -201,9 +207,11 @@ def unchecked(row: dict, path: str) -> None:
 def checker(
     processor, max_length: int | None, max_pixels: int, allow_evaluation_data: bool
 ) -> Callable[[dict, str], None]:
-    """What a stream does with every row: the checks of `data.prepare`, but images are opened later, when they are needed.
+    """What a stream does with every row: the checks of `data.prepare`, but images are opened later,
+    when they are needed.
 
-    A row over `max_length` is refused: dropping it would shift the batches of one worker against those of the others.
+    A row over `max_length` is refused: dropping it would shift the batches of one worker against
+    those of the others.
     """
     return partial(_check, processor, max_length, max_pixels, allow_evaluation_data)
 

@@ -44,10 +44,10 @@ def findings_of(*arguments: object, json_file: Path) -> tuple[int, dict]:
 
 
 def test_good_rows_pass(prepared, tmp_path, capsys):
-    code, found = findings_of(
+    code, findings = findings_of(
         prepared, "--image_root", tmp_path / "images", json_file=tmp_path / "f.json"
     )
-    assert code == 0 and found["bad"] == 0 and found["rows"] == found["images"] == 10
+    assert code == 0 and findings["bad"] == 0 and findings["rows"] == findings["images"] == 10
     assert "10 rows, 10 images opened, 0 bad rows" in capsys.readouterr().out
 
 
@@ -81,12 +81,12 @@ def spoil(images: Path, name: str) -> str:
 )
 def test_a_spoiled_image_is_found(name, prepared, tmp_path):
     kind = spoil(tmp_path / "images", name)
-    code, found = findings_of(
+    code, findings = findings_of(
         prepared, "--image_root", tmp_path / "images", json_file=tmp_path / "f.json"
     )
-    assert code == 1 and found["problems"] == {kind: 1}
-    assert [row["id"] for row in found["bad_rows"]] == ["3"]
-    assert "\n" not in found["bad_rows"][0]["problems"][0]["detail"]
+    assert code == 1 and findings["problems"] == {kind: 1}
+    assert [row["id"] for row in findings["bad_rows"]] == ["3"]
+    assert "\n" not in findings["bad_rows"][0]["problems"][0]["detail"]
 
 
 @settings(
@@ -125,16 +125,16 @@ def test_contamination_by_content_and_by_look(prepared, tmp_path, picture):
     (evaluation / "broken.jpg").write_bytes(b"no image")
     Image.new("RGB", (64, 48), "white").save(evaluation / "plain.png")
     Image.new("RGB", (64, 48), "gray").save(images / "7.png")  # plain as well, yet another image
-    code, found = findings_of(
+    code, findings = findings_of(
         prepared, "--image_root", images, "--against", evaluation, json_file=tmp_path / "f.json"
     )
-    assert code == 1 and found["problems"] == {"contamination": 3}
-    details = {row["id"]: row["problems"][0]["detail"] for row in found["bad_rows"]}
+    assert code == 1 and findings["problems"] == {"contamination": 3}
+    details = {row["id"]: row["problems"][0]["detail"] for row in findings["bad_rows"]}
     assert details["1"] == "same file as deep/same.png"
     assert details["2"].startswith("looks like scaled.jpg") and details["5"].startswith(
         "looks like gray.webp"
     )
-    assert found["unreadable_evaluation_images"] == ["broken.jpg"]
+    assert findings["unreadable_evaluation_images"] == ["broken.jpg"]
 
 
 def test_unrelated_pictures_look_different(picture, tmp_path):
@@ -228,10 +228,10 @@ def test_evaluation_rows_are_refused_unless_allowed(fixtures, convert, tmp_path)
 
 def test_the_placeholder_quirk_of_the_mix_is_reported(fixtures, convert, tmp_path):
     convert("llava_mix665k", fixtures / "llava_mix665k", tmp_path / "out")
-    code, found = findings_of(
+    code, findings = findings_of(
         tmp_path / "out", "--image_root", fixtures / "llava_mix665k", json_file=tmp_path / "f.json"
     )
-    assert code == 1 and found["problems"] == {"missing image": 1, "placeholder in text": 1}
+    assert code == 1 and findings["problems"] == {"missing image": 1, "placeholder in text": 1}
 
 
 def test_token_lengths(prepared):
@@ -241,16 +241,17 @@ def test_token_lengths(prepared):
         return 200 * int(row["id"])
 
     with ThreadPoolExecutor(1) as pool:
-        found = check(prepared, Checks(pool, images=False, tokens=tokens, max_length=1500))
+        findings = check(prepared, Checks(pool, images=False, tokens=tokens, max_length=1500))
     kinds = {
-        number: problems[0].kind for number, problems in found.bad[prepared / "rows.jsonl"].items()
+        number: problems[0].kind
+        for number, problems in findings.bad[prepared / "rows.jsonl"].items()
     }
     assert kinds == {5: "not encodable", 9: "too long", 10: "too long"}
-    told = length_summary(found.lengths, 1500)
-    assert (told["rows"], told["max"], told["over_limit"]) == (9, 1800, 2)
+    lengths = length_summary(findings.lengths, 1500)
+    assert (lengths["rows"], lengths["max"], lengths["over_limit"]) == (9, 1800, 2)
     assert (
-        list(told["histogram"].values())[:4] == [2, 1, 2, 4]
-        and sum(told["histogram"].values()) == 9
+        list(lengths["histogram"].values())[:4] == [2, 1, 2, 4]
+        and sum(lengths["histogram"].values()) == 9
     )
     assert length_summary([], None)["max"] == 0
 
@@ -267,7 +268,7 @@ def test_token_lengths_are_those_of_encode(prepared, tmp_path):
     for row in read_rows(prepared):
         images = [open_image(name, tmp_path / "images") for name in row["images"]]
         expected.append(encode(llava, row["messages"], images)[0]["input_ids"].shape[-1])
-    code, found = findings_of(
+    code, findings = findings_of(
         prepared,
         "--image_root",
         tmp_path / "images",
@@ -277,18 +278,22 @@ def test_token_lengths_are_those_of_encode(prepared, tmp_path):
         max(expected) - 1,
         json_file=tmp_path / "f.json",
     )
-    assert code == (1 if found["tokens"]["over_limit"] else 0) == 1
-    assert found["tokens"]["max"] == max(expected) and found["tokens"]["rows"] == 10
-    assert found["problems"] == {"too long": expected.count(max(expected))}
+    assert code == (1 if findings["tokens"]["over_limit"] else 0) == 1
+    assert findings["tokens"]["max"] == max(expected) and findings["tokens"]["rows"] == 10
+    assert findings["problems"] == {"too long": expected.count(max(expected))}
 
 
 def test_the_command(prepared, command, tmp_path):
     (tmp_path / "images" / "3.png").unlink()
-    done = command("check", prepared, "--image_root", tmp_path / "images")
+    process = command("check", prepared, "--image_root", tmp_path / "images")
     assert (
-        done.returncode == 1 and "missing image" in done.stdout and "Traceback" not in done.stderr
+        process.returncode == 1
+        and "missing image" in process.stdout
+        and "Traceback" not in process.stderr
     )
-    done = command("check", tmp_path / "nowhere")
+    process = command("check", tmp_path / "nowhere")
     assert (
-        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        process.returncode == 2
+        and process.stderr.startswith("error: ")
+        and process.stderr.count("\n") == 1
     )

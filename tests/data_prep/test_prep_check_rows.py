@@ -153,8 +153,8 @@ def test_a_good_row_has_no_problems(row):
 def test_damage_is_always_found(damage, row, data):
     damaged = copy.deepcopy(row)
     kinds = DAMAGES[damage](damaged, data.draw)
-    found = {problem.kind for problem in row_problems(damaged)}
-    assert found & set([kinds] if isinstance(kinds, str) else kinds), (damaged, found)
+    seen = {problem.kind for problem in row_problems(damaged)}
+    assert seen & set([kinds] if isinstance(kinds, str) else kinds), (damaged, seen)
 
 
 @settings(max_examples=100, deadline=None)
@@ -217,7 +217,8 @@ def test_what_prepared_rows_may_not_have(message, reason):
 )
 @given(st.lists(rows(), min_size=1, max_size=5, unique_by=lambda r: r["id"]), st.data())
 def test_damaged_bytes_of_jsonl_are_found_and_moved_whole(tmp_path, originals, data):
-    """Cut a line, put a byte into it, or double it: the line is reported, every other line stays as it was."""
+    """Cut a line, put a byte into it, or double it: the line is reported, every other line stays as
+    it was."""
     unique = {orjson.dumps([row["messages"], row["images"]]): row for row in originals}
     lines = [orjson.dumps(row) + b"\n" for row in unique.values()]
     k = data.draw(st.integers(0, len(lines) - 1))
@@ -234,9 +235,9 @@ def test_damaged_bytes_of_jsonl_are_found_and_moved_whole(tmp_path, originals, d
     path.write_bytes(b"".join(bad))
     reject.unlink(missing_ok=True)
     with ThreadPoolExecutor(1) as pool:
-        found = check(path, Checks(pool, images=False))
+        findings = check(path, Checks(pool, images=False))
     number = k + 2 if kind == "double" else k + 1
-    assert list(found.bad) == [path] and list(found.bad[path]) == [number]
+    assert list(findings.bad) == [path] and list(findings.bad[path]) == [number]
     assert main([str(path), "--skip_images", "--reject", str(reject)]) == 0
     kept = [line for n, line in enumerate(bad, start=1) if n != number]
     assert path.read_bytes() == b"".join(kept)

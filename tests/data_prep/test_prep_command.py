@@ -104,10 +104,12 @@ def test_embedded_images_are_part_of_what_must_not_have_changed(
 )
 def test_refusals_are_one_line_and_leave_nothing(records, options, reason, mix, command, tmp_path):
     source = mix(records)
-    done = command("llava_mix665k", "--source", source, "--out", tmp_path / "out", *options)
-    assert done.returncode == 2 and done.stdout == ""
+    process = command("llava_mix665k", "--source", source, "--out", tmp_path / "out", *options)
+    assert process.returncode == 2 and process.stdout == ""
     assert (
-        done.stderr.startswith("error: ") and reason in done.stderr and done.stderr.count("\n") == 1
+        process.stderr.startswith("error: ")
+        and reason in process.stderr
+        and process.stderr.count("\n") == 1
     )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -121,7 +123,8 @@ def test_a_failed_run_leaves_the_earlier_rows_alone(mix, convert, tmp_path):
 
 
 def test_lone_surrogates_are_refused_and_can_be_put_aside(mix, convert, tmp_path, capsys):
-    bad = '[{"id": 1, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "\\ud83d"}]}]'
+    turns = '{"from": "human", "value": "q"}, {"from": "gpt", "value": "\\ud83d"}'
+    bad = f'[{{"id": 1, "conversations": [{turns}]}}]'
     for layout in ("jsonl", "parquet"):
         assert convert("llava_mix665k", mix(bad), tmp_path / layout, "--format", layout) == 2
         assert "row 1: cannot be written" in capsys.readouterr().err
@@ -133,13 +136,16 @@ def test_lone_surrogates_are_refused_and_can_be_put_aside(mix, convert, tmp_path
 @pytest.mark.parametrize("name", ["x.zip", "x.tar.gz"])
 def test_archives_as_source_are_refused(name, command, mix, tmp_path):
     (tmp_path / name).write_bytes(b"PK")
-    done = command("vqav2", "--source", tmp_path / name, "--out", tmp_path / "out")
-    assert done.returncode == 2 and "archives have to be unpacked first" in done.stderr
+    process = command("vqav2", "--source", tmp_path / name, "--out", tmp_path / "out")
+    assert process.returncode == 2 and "archives have to be unpacked first" in process.stderr
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "dataset.json.zip").write_bytes(b"PK")
-    done = command("ocr_vqa", "--source", folder, "--out", tmp_path / "out")
-    assert done.returncode == 2 and "dataset.json.zip is an archive; unpack it first" in done.stderr
+    process = command("ocr_vqa", "--source", folder, "--out", tmp_path / "out")
+    assert (
+        process.returncode == 2
+        and "dataset.json.zip is an archive; unpack it first" in process.stderr
+    )
 
 
 def test_symbolic_links_out_of_the_root_are_not_embedded(mix, convert, picture, tmp_path, capsys):

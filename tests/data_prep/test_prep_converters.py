@@ -16,7 +16,8 @@ from fmtrain.data.images import open_image
 from fmtrain.data.row_format import features
 
 NAMES = (
-    "aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa visual_genome vqav2 vsr"
+    "aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa "
+    "visual_genome vqav2 vsr"
 ).split()
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [

@@ -68,8 +68,8 @@ def test_members(tmp_path, values):
 @given(st.lists(ELEMENTS, max_size=4), st.lists(ELEMENTS, max_size=4), ELEMENTS)
 def test_inner_arrays(tmp_path, first, second, other):
     path = write(tmp_path, json.dumps({"a": first, "skipped": other, "b": second}))
-    found = [(key, value) for key, _, value in json_stream.inner_arrays(path, "b", "a")]
-    assert found == [("b", value) for value in second] + [("a", value) for value in first]
+    elements = [(key, value) for key, _, value in json_stream.inner_arrays(path, "b", "a")]
+    assert elements == [("b", value) for value in second] + [("a", value) for value in first]
 
 
 @BORROW
