@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep import check
 from data_prep.checking.reading import read_rows
 from data_prep.converting.conversion_speed import write_mix
 
@@ -256,6 +257,18 @@ def test_help_of_every_command(command, fixtures):
     for path in fixtures.iterdir():
         converter = importlib.import_module(f"data_prep.{path.name}").CONVERTER
         assert converter.doc and converter.name == path.name
+
+
+def test_options_may_be_spelt_with_dashes(mix, convert, picture, tmp_path, capsys):
+    source = mix(RECORDS)
+    for k in range(3):
+        picture(tmp_path / f"images/coco/{k}.jpg", seed=k)
+    options = ["--embed-images", f"--image-root={tmp_path / 'images'}"]
+    assert convert("llava_mix665k", source, tmp_path / "dashes", *options) == 0
+    underscored = [options[0].replace("-i", "_i"), options[1].replace("-r", "_r", 1)]
+    assert convert("llava_mix665k", source, tmp_path / "dashes", *underscored) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert check.main([str(tmp_path / "dashes"), "--image-root", str(tmp_path / "images")]) == 0
 
 
 def test_disk_errors_are_one_line(mix, convert, tmp_path, capsys):
