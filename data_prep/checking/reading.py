@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 
 from data_prep.converting.parquet import parquet_rows
 from data_prep.converting.rows import Problem, Row, format_problems
-from fmtrain.data.files import row_files
-from fmtrain.data.row_format import COLUMNS
+from fmtrain.data.row_format import COLUMNS, row_files
 
 
 class StoredRow(NamedTuple):
@@ -63,7 +62,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def count_rows(path: Path) -> int:
     """Number of rows without parsing them: lines of JSONL, the footer of Parquet. Raises
-    `ValueError` as `fmtrain.data.files.row_files`."""
+    `ValueError` as `row_files`."""
     total = 0
     for file in _files_of(path):
         if file.suffix == ".parquet":

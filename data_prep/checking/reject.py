@@ -12,7 +12,7 @@ from data_prep.converting.manifest import refresh_manifest
 from data_prep.converting.rows import Problem
 from data_prep.converting.writing import encoded, rejected
 from fmtrain.command_line import replacing
-from fmtrain.data.files import row_files
+from fmtrain.data.row_format import row_files
 
 Bad = dict[Path, dict[int, list[Problem]]]  # problems by file and row number
 

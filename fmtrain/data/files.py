@@ -14,9 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmtrain.data import mixing
-from fmtrain.data.row_format import COLUMNS, features
-
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+from fmtrain.data.row_format import COLUMNS, FORMATS, features, row_files
 
 
 @dataclass(frozen=True)
@@ -82,32 +80,6 @@ def load(
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"{path.name}:{number}" for number in range(len(rows))])
     return Rows(rows, image_folder(name, image_root)).head(count or None).head(first)
-
-
-def row_files(path: str | Path | None) -> list[Path]:
-    """The files that hold the rows of `path`, in order: of a prepared folder its rows*.jsonl or
-    rows*.parquet, of any other folder all .jsonl, .json or .parquet files; a file is itself.
-
-    Raises `ValueError` if there are none, or of two kinds.
-    """
-    if path is None:
-        raise ValueError("the recipe names no data; add e.g. `dataset_name: rows.jsonl`")
-    folder = Path(path)
-    files = [folder]
-    if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.suffix in FORMATS)
-        prepared = [file for file in files if file.name.startswith("rows")]
-        files = [file for file in prepared if file.suffix != ".json"] or files
-    if not files or files[0].suffix not in FORMATS or not files[0].is_file():
-        raise ValueError(
-            f"{path}: no such rows; expected a {', '.join(FORMATS)} file, a folder of them or, "
-            "in a recipe, `digits`"
-        )
-    suffixes = {file.suffix for file in files}
-    if len(suffixes) > 1:
-        kinds = ", ".join(sorted(suffixes))
-        raise ValueError(f"{path}: holds {kinds} files; keep one kind in a folder")
-    return files
 
 
 def image_folder(name: str, image_root: str | None) -> str:

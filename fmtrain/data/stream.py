@@ -22,8 +22,8 @@ from torch.utils.data import get_worker_info
 
 from fmtrain.data import mixing
 from fmtrain.data.checks import examine
-from fmtrain.data.files import Rows, image_folder, row_files
-from fmtrain.data.row_format import COLUMNS
+from fmtrain.data.files import Rows, image_folder
+from fmtrain.data.row_format import COLUMNS, row_files
 
 Place = str  # of a row: its file and number
 Unparsed = bytes | dict  # a line of JSON as it stands, or a row of Parquet

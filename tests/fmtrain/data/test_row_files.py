@@ -1,14 +1,16 @@
 """Which files a name means, and the types of what is in them: the same for whoever asks."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pytest
+import training
 
 from data_prep.checking.reading import count_rows, read_rows
-from fmtrain.data.files import row_files
-from fmtrain.data.row_format import arrow_schema, features
+from fmtrain.data.row_format import arrow_schema, features, row_files
 
 
 def folder(path: Path, *names: str) -> Path:
@@ -68,6 +70,14 @@ def test_the_checker_reads_no_arrays(tmp_path):
     for read in (count_rows, lambda path: list(read_rows(path))):
         with pytest.raises(ValueError, match=r"x\.json: arrays are not checked; .* as \.jsonl"):
             read(path)
+
+
+def test_checker_and_converters_import_nothing_heavy():
+    """With `datasets` loaded the garbage collector makes the checker a quarter slower."""
+    line = "import sys, data_prep.check, data_prep.interleave; print(*sys.modules)"
+    words = [sys.executable, "-c", line]
+    process = subprocess.run(words, cwd=training.ROOT, capture_output=True, text=True, check=True)
+    assert {"datasets", "torch", "transformers"}.isdisjoint(process.stdout.split())
 
 
 @pytest.mark.parametrize("embed_images", [False, True])
