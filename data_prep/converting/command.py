@@ -91,7 +91,7 @@ def parser_of(converter: Converter) -> Parser:
         help="images before or after the text of a turn",
     )
     add("--question_twice", action="store_true", help="the question before and after the images")
-    add("--reject", type=Path, help="JSONL file for the records that cannot be converted")
+    add("--reject", type=Path, help="JSONL file for what cannot be converted; the run goes on")
     if converter.evaluation_only:
         add("--force_training", action="store_true", help="do not mark rows as evaluation only")
     converter.add_options(parser)
