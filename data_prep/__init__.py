@@ -1,1 +1,1 @@
-"""From the data sets' own files to rows that can be trusted: converters, one row format, one checker."""
+"""From data sets' own files to rows that can be trusted: converters, a row format, a checker."""

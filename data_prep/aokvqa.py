@@ -1,7 +1,8 @@
 """A-OKVQA (Schwenk et al., ECCV 2022; version 1.0: aokvqa_v1p0_SPLIT.json, COCO 2017 images).
 
-One JSON array of {"image_id", "question_id", "question", "choices": [4], "correct_choice_idx", "direct_answers": [10],
-"difficult_direct_answer", "rationales"}. A direct answer is the most common of the ten. The test split has no answers.
+One JSON array of {"image_id", "question_id", "question", "choices": [4], "correct_choice_idx",
+"direct_answers": [10], "difficult_direct_answer", "rationales"}. A direct answer is the most common
+of the ten. The test split has no answers.
 """
 
 from argparse import ArgumentParser
@@ -48,10 +49,8 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     folder = options.image_folder or f"{options.split}2017"
     for task in TASKS[options.task]:
         if task == "direct":
-            prompt, answer = (
-                short_answer(question, options.prompt),
-                most_common(texts(value, "direct_answers")),
-            )
+            prompt = short_answer(question, options.prompt)
+            answer = most_common(texts(value, "direct_answers"))
         else:
             choices = texts(value, "choices")
             prompt = multiple_choice(question, choices, options.prompt)

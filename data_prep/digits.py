@@ -1,24 +1,28 @@
 """The embedded digit questions (`fmtrain.tiny`) as files.
 
-    python -m data_prep.digits --out DIR                rows: DIR/train/rows.jsonl, DIR/test/rows.jsonl, .../images/
-    python -m data_prep.digits --out DIR --milebench    MileBench's format: DIR/DigitsRead/DigitsRead.json, .../images/
+    python -m data_prep.digits --out DIR                rows
+    python -m data_prep.digits --out DIR --milebench    MileBench's format
 
-The splits are folders of their own, so that `dataset_name: DIR/train` is training data and no more. MileBench's format
-holds one split; there `read` and `count` are multiple-choice, the others open-ended, and of a dialogue the last question
-is asked, with the turn before it as text.
+Rows are in DIR/train/rows.jsonl and DIR/test/rows.jsonl, MileBench's samples in
+DIR/DigitsRead/DigitsRead.json and so on; images lie in a folder images beside each of these files.
+
+The splits are folders of their own, so that `dataset_name: DIR/train` is training data and no more.
+MileBench's format holds one split; there `read` and `count` are multiple-choice, the others
+open-ended, and of a dialogue the last question is asked, with the turn before it as text.
 """
 
 import shutil
 import sys
-from argparse import ArgumentParser, RawTextHelpFormatter
+from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from data_prep.command_line import guarded
-from data_prep.converting.rows import KEYS
 from data_prep.converting.writing import encoded, write_json
+from fmtrain.command_line import Parser, guarded
+from fmtrain.data.row_format import COLUMNS
 from fmtrain.tiny.digits import MOST, SPLITS, TASKS, row
 
 CHOICES = {
@@ -29,46 +33,41 @@ INSTRUCTION = "Answer the question about the pictures."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the files. Returns 0, or 2 after one line on stderr if `--out` holds anything or cannot be written."""
-    parser = ArgumentParser(
-        prog="python -m data_prep.digits", description=__doc__, formatter_class=RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--split", choices=SPLITS, help="default: both, or test with --milebench")
-    parser.add_argument(
-        "--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all"
-    )
-    parser.add_argument(
-        "--count", type=int, default=200, help="rows a task and split (default: 200)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--milebench", action="store_true")
+    """Write the files. Returns 0, or 2 after one line on stderr if `--out` holds anything or cannot
+    be written."""
+    parser = Parser("python -m data_prep.digits", __doc__)
+    add, tasks = parser.add_argument, list(TASKS)
+    add("--out", type=Path, required=True, help="a new folder")
+    add("--split", choices=SPLITS, help="default: both, or test with --milebench")
+    add("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
+    add("--count", type=int, default=200, help="rows a task and split (default: 200)")
+    add("--seed", type=int, default=0)
+    add("--milebench", action="store_true")
     options = parser.parse_args(arguments)
+    return guarded(lambda: write(options))
 
-    def write() -> int:
-        if options.count < 1 or options.seed < 0:
-            raise ValueError(
-                f"--count is {options.count}, --seed {options.seed}: at least 1 row and a seed from 0 on are needed"
-            )
-        with new_folder(options.out) as folder:
-            if options.milebench:
-                for task in options.tasks:
-                    write_milebench(
-                        folder, options.split or "test", task, options.count, options.seed
-                    )
-            else:
-                for split in [options.split] if options.split else SPLITS:
-                    write_rows(folder / split, split, options.tasks, options.count, options.seed)
-        print(f"{options.out}: {options.count} rows each of {', '.join(options.tasks)}")
-        return 0
 
-    return guarded(write)
+def write(options: Namespace) -> None:
+    """Write the files that `options` ask for, or none. Raises `ValueError` as `new_folder`."""
+    count, seed = options.count, options.seed
+    if count < 1 or seed < 0:
+        raise ValueError(
+            f"--count is {count}, --seed {seed}: at least 1 row and a seed from 0 on are needed"
+        )
+    with new_folder(options.out) as folder:
+        if options.milebench:
+            for task in options.tasks:
+                write_milebench(folder, options.split or "test", task, count, seed)
+        else:
+            for split in [options.split] if options.split else SPLITS:
+                write_rows(folder / split, split, options.tasks, count, seed)
+    print(f"{options.out}: {count} rows each of {', '.join(options.tasks)}")
 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A staging folder that becomes `out` when the block ends, and vanishes when it raises. Raises `ValueError` if `out`
-    holds anything."""
+    """A staging folder that becomes `out` when the block ends, and vanishes when it raises. Raises
+    `ValueError` if `out` holds anything."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(
             f"{out} {'is a file' if out.is_file() else 'is not empty'}; choose a new folder"
@@ -84,15 +83,16 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_rows(folder: Path, split: str, tasks: Iterable[str], count: int, seed: int) -> None:
-    """Rows of a split, the tasks taking turns, into `folder`/rows.jsonl and their images beside it."""
+    """Rows of a split, the tasks taking turns, into `folder`/rows.jsonl and their images beside
+    it."""
     folder.mkdir()
     with (folder / "rows.jsonl").open("wb") as file:
         for index in range(count):
             for task in tasks:
-                made = row(split, task, seed, index)
-                names = _write_images(made, folder / "images")
-                made["images"] = [f"images/{name}" for name in names]
-                file.write(encoded({key: made[key] for key in KEYS}) + b"\n")
+                dialogue = row(split, task, seed, index)
+                names = _write_images(dialogue, folder / "images")
+                dialogue["images"] = [f"images/{name}" for name in names]
+                file.write(encoded({key: dialogue[key] for key in COLUMNS}) + b"\n")
 
 
 def write_milebench(folder: Path, split: str, task: str, count: int, seed: int) -> None:
@@ -100,14 +100,14 @@ def write_milebench(folder: Path, split: str, task: str, count: int, seed: int) 
     name = f"Digits{task.capitalize()}"
     samples = []
     for index in range(count):
-        made = row(split, task, seed, index)
-        *history, last = made["messages"]
-        places = iter(range(1, len(made["images"]) + 1))
-        parts = (part for message in history for part in message["content"])
+        dialogue = row(split, task, seed, index)
+        *history, last = dialogue["messages"]
+        places = iter(range(1, len(dialogue["images"]) + 1))
+        parts = chain.from_iterable(message["content"] for message in history)
         context = " ".join(part["text"] or f"{{image#{next(places)}}}" for part in parts)
         instance: dict[str, Any] = {
             "context": context,
-            "images_path": _write_images(made, folder / name / "images"),
+            "images_path": _write_images(dialogue, folder / name / "images"),
         }
         if task in CHOICES:
             instance["choice_list"] = CHOICES[task]
@@ -130,12 +130,12 @@ def write_milebench(folder: Path, split: str, task: str, count: int, seed: int) 
     write_json(folder / name / f"{name}.json", {"meta_data": meta, "data": samples})
 
 
-def _write_images(made: dict[str, Any], folder: Path) -> list[str]:
+def _write_images(dialogue: dict[str, Any], folder: Path) -> list[str]:
     """The images of a row as files of `folder`; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    for image in made["images"]:
+    for image in dialogue["images"]:
         (folder / image["path"]).write_bytes(image["bytes"])
-    return [image["path"] for image in made["images"]]
+    return [image["path"] for image in dialogue["images"]]
 
 
 if __name__ == "__main__":

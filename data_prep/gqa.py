@@ -1,8 +1,8 @@
 """GQA (Hudson and Manning, CVPR 2019; version 1.2: questions1.2.zip unpacked, images.zip unpacked).
 
-SPLIT_balanced_questions.json, or the SPLIT_all_questions.json / train_all_questions/train_all_questions_0..9.json, is
-an object from question id to {"question", "answer", "fullAnswer", "imageId", ...}. Some imageIds are not numbers
-("n161313").
+SPLIT_balanced_questions.json, or the SPLIT_all_questions.json /
+train_all_questions/train_all_questions_0..9.json, is an object from question id to {"question",
+"answer", "fullAnswer", "imageId", ...}. Some imageIds are not numbers ("n161313").
 """
 
 from argparse import ArgumentParser

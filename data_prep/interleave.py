@@ -1,25 +1,25 @@
-"""Interleaved multi-image dialogues: M4-Instruct (lmms-lab/M4-Instruct-Data: m4_instruct_annotations.json, the
-training set of LLaVA-NeXT-Interleave) and Mantis-Instruct (TIGER-Lab/Mantis-Instruct: SUBSET/train-*.parquet, images
-unpacked).
+"""Interleaved multi-image dialogues: M4-Instruct (lmms-lab/M4-Instruct-Data:
+m4_instruct_annotations.json, the training set of LLaVA-NeXT-Interleave) and Mantis-Instruct
+(TIGER-Lab/Mantis-Instruct: SUBSET/train-*.parquet, images unpacked).
 
-M4: an array of {"sample_id" or "id", "image": [names] or a name, "conversations": [{"from", "value"}]}. Mantis: rows
-of {"id", "images": [{"bytes": null, "path"}], "conversation": [{"role", "content"}]}. `<image>` in a user's turn
-stands for the next image. `--annotations` is a .json, .jsonl or .parquet file, or a pattern of several.
+M4: an array of {"sample_id" or "id", "image": [names] or a name, "conversations": [{"from",
+"value"}]}. Mantis: rows of {"id", "images": [{"bytes": null, "path"}], "conversation": [{"role",
+"content"}]}. `<image>` in a user's turn stands for the next image. `--annotations` is a .json,
+.jsonl or .parquet file, or a pattern of several.
 """
 
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data_prep.converting import json_stream
 from data_prep.converting.command import Converter, Options, SourceRecord, run
 from data_prep.converting.conversations import image_names, messages_of
 from data_prep.converting.fields import field, text_of
+from data_prep.converting.parquet import parquet_rows
 from data_prep.converting.rows import Row
+
+READERS = {".json": json_stream.array, ".jsonl": json_stream.lines, ".parquet": parquet_rows}
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -36,34 +36,22 @@ def add_options(parser: ArgumentParser) -> None:
 
 def files(source: Path, options: Options) -> list[Path]:
     """The annotation files, in the order of their names."""
-    found = sorted(file for file in source.glob(options.annotations) if file.is_file())
-    if not found:
+    paths = sorted(file for file in source.glob(options.annotations) if file.is_file())
+    if not paths:
         raise ValueError(f"{source / options.annotations} does not exist")
-    for file in found:
-        if file.suffix not in (".json", ".jsonl", ".parquet"):
-            raise ValueError(f"{file} is not a .json, .jsonl or .parquet file")
-    return found
+    for path in paths:
+        if path.suffix not in READERS:
+            raise ValueError(f"{path} is not a .json, .jsonl or .parquet file")
+    return paths
 
 
 def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
     """One a dialogue."""
-    readers = {".json": json_stream.array, ".jsonl": json_stream.lines, ".parquet": _parquet}
-    found = ((file, *row) for file in files for row in readers[file.suffix](file))
-    for running, (file, number, value) in enumerate(found, start=1):
-        yield SourceRecord(file, number, value, running)
-
-
-def _parquet(file: Path) -> Iterator[tuple[int, Any]]:
-    number = 0
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
-            for value in batch.to_pylist():
-                number += 1
-                yield number, value
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{file}: not readable as Parquet: {str(error).splitlines()[0]}"
-        ) from error
+    dialogues = 0
+    for file in files:
+        for number, value in READERS[file.suffix](file):
+            dialogues += 1
+            yield SourceRecord(file, number, value, dialogues)
 
 
 def rows(record: SourceRecord, options: Options) -> Iterator[Row]:

@@ -1,8 +1,9 @@
-"""LLaVA-Instruct-150K (liuhaotian/LLaVA-Instruct-150K: llava_instruct_150k.json, and the 80k, conversation, detail and
-complex-reasoning files of the same form; COCO train2017).
+"""LLaVA-Instruct-150K (liuhaotian/LLaVA-Instruct-150K: llava_instruct_150k.json, and the 80k,
+conversation, detail and complex-reasoning files of the same form; COCO train2017).
 
-One JSON array of {"id", "image": "000000033471.jpg", "conversations": [{"from": "human" | "gpt", "value"}]}. Ids repeat
-(one image has up to three dialogues), so a row's id is the record's id and its row number.
+One JSON array of {"id", "image": "000000033471.jpg", "conversations": [{"from": "human" | "gpt",
+"value"}]}. Ids repeat (one image has up to three dialogues), so a row's id is the record's id and
+its row number.
 """
 
 from argparse import ArgumentParser

@@ -1,8 +1,10 @@
-"""LLaVA-v1.5-mix665k (liuhaotian/LLaVA-Instruct-150K: llava_v1_5_mix665k.json), the instruction mix of LLaVA-1.5.
+"""LLaVA-v1.5-mix665k (liuhaotian/LLaVA-Instruct-150K: llava_v1_5_mix665k.json), the instruction mix
+of LLaVA-1.5.
 
-The form of LLaVA-Instruct, but images are named with their folder, one of five (coco/train2017, gqa/images,
-ocr_vqa/images, textvqa/train_images, vg/VG_100K and VG_100K_2), and about 40,000 dialogues (ShareGPT) have no image.
-The image root is the folder that holds the five. A row's source names its folder, or `text`.
+The form of LLaVA-Instruct, but images are named with their folder, one of five (coco/train2017,
+gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K and VG_100K_2), and about 40,000
+dialogues (ShareGPT) have no image. The image root is the folder that holds the five. A row's source
+names its folder, or `text`.
 """
 
 from collections.abc import Iterator

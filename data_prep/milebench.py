@@ -1,11 +1,12 @@
 """MileBench (FreedomIntelligence/MileBench as of May 2024, arXiv 2404.18532), for evaluation only.
 
-DATASET/DATASET.json is {"meta_data": {"task_instruction": [...], ...}, "data": [{"sample_id", "task_instruction_id",
-"task_instance": {"context", "images_path": [...], "choice_list": [...]}, "response"}]}, images in DATASET/images. In
-the context {image#k} and {table#k} stand for the k-th image; what the model is shown follows MileBench's own prompt.
+DATASET/DATASET.json is {"meta_data": {"task_instruction": [...], ...}, "data": [{"sample_id",
+"task_instruction_id", "task_instance": {"context", "images_path": [...], "choice_list": [...]},
+"response"}]}, images in DATASET/images. In the context {image#k} and {table#k} stand for the k-th
+image; what the model is shown follows MileBench's own prompt.
 
-The rows' `source` begins with `evaluation_only/`, by which training and `data_prep.check` refuse them;
-`--force-training` leaves the mark out.
+The rows' `source` begins with `evaluation_only/`, by which training and `data_prep.check` refuse
+them; `--force_training` leaves the mark out.
 """
 
 import re

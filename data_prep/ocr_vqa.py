@@ -1,9 +1,9 @@
 """OCR-VQA (Mishra et al., ICDAR 2019: dataset.json, book covers from Amazon).
 
-An object from book id to {"imageURL", "questions": [...], "answers": [...], "split": 1 | 2 | 3 (train, val, test),
-...}. The URL is never followed; its ending is the ending of the image file, unless `--extension` says that all were
-saved alike (LLaVA's copy has .jpg only). A book is one dialogue; as in LLaVA-1.5 the answer prompt stands in its
-first turn.
+An object from book id to {"imageURL", "questions": [...], "answers": [...], "split": 1 | 2 | 3
+(train, val, test), ...}. The URL is never followed; its ending is the ending of the image file,
+unless `--extension` says that all were saved alike (LLaVA's copy has .jpg only). A book is one
+dialogue; as in LLaVA-1.5 the answer prompt stands in its first turn.
 """
 
 from argparse import ArgumentParser
@@ -40,7 +40,8 @@ def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
 
 
 def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
-    """One dialogue a book of the split. Raises `ValueError` if questions and answers do not pair up."""
+    """One dialogue a book of the split. Raises `ValueError` if questions and answers do not pair
+    up."""
     value = record.value
     if integer(value, "split") != SPLITS[options.split]:
         return

@@ -1,11 +1,11 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg (lichengunc/refer: NAME/instances.json and NAME/refs(SPLITTER), COCO train2014
-images).
+"""RefCOCO, RefCOCO+ and RefCOCOg (lichengunc/refer: NAME/instances.json and NAME/refs(SPLITTER),
+COCO train2014 images).
 
-refs(unc).p is a pickle, and unpickling runs code, so it is refused: what is read is the same list as JSON,
-refs(unc).json (data_prep/README.md says how to make it). A reference is {"ref_id", "ann_id", "image_id", "split",
-"sentences": [{"sent", "sent_id", ...}], ...}; its `file_name` carries the annotation's number and is not the image's,
-which instances.json has. RefCOCO and RefCOCO+ are split by `unc` (or `google`), RefCOCOg by `umd` (or `google`, whose
-images overlap).
+refs(unc).p is a pickle, and unpickling runs code, so it is refused: what is read is the same list
+as JSON, refs(unc).json (data_prep/README.md says how to make it). A reference is {"ref_id",
+"ann_id", "image_id", "split", "sentences": [{"sent", "sent_id", ...}], ...}; its `file_name`
+carries the annotation's number and is not the image's, which instances.json has. RefCOCO and
+RefCOCO+ are split by `unc` (or `google`), RefCOCOg by `umd` (or `google`, whose images overlap).
 """
 
 from argparse import ArgumentParser
@@ -23,10 +23,10 @@ SETS = ("refcoco", "refcoco+", "refcocog")
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """`--dataset`, `--split-by`, `--split`, `--task` and `--box-frame`."""
+    """`--dataset`, `--split_by`, `--split`, `--task` and `--box_frame`."""
     parser.add_argument("--dataset", choices=SETS, default="refcoco")
     parser.add_argument(
-        "--split-by", choices=("unc", "umd", "google"), help="default: umd for refcocog, else unc"
+        "--split_by", choices=("unc", "umd", "google"), help="default: umd for refcocog, else unc"
     )
     parser.add_argument(
         "--split", choices=("train", "val", "test", "testA", "testB"), default="train"
@@ -40,7 +40,8 @@ def files(source: Path, options: Options) -> list[Path]:
     name = f"{options.dataset}/refs({splitter})"
     if not (source / f"{name}.json").is_file() and (source / f"{name}.p").is_file():
         raise ValueError(
-            f"{source / name}.p is a pickle, which can run code; data_prep/README.md says how to make it JSON"
+            f"{source / name}.p is a pickle, which can run code; "
+            "data_prep/README.md says how to make it JSON"
         )
     return [
         source_file(source, f"{name}.json"),
@@ -86,8 +87,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     for sentence in field(reference, "sentences", list):
         for direction, messages in enumerate(turns(field(sentence, "sent"), box, options.task)):
             messages[0]["content"].insert(0, image_part())
+            reference_id, sentence_id = integer(reference, "ref_id"), integer(sentence, "sent_id")
             yield {
-                "id": f"{options.dataset}-{integer(reference, 'ref_id')}-{integer(sentence, 'sent_id')}-{direction}",
+                "id": f"{options.dataset}-{reference_id}-{sentence_id}-{direction}",
                 "source": options.dataset,
                 "messages": messages,
                 "images": [f"{options.image_folder}/{name}"],

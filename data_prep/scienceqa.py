@@ -1,9 +1,9 @@
 """ScienceQA (Lu et al., NeurIPS 2022: problems.json and pid_splits.json of lupantech/ScienceQA,
 images/SPLIT/PID/image.png).
 
-problems.json is an object from problem id to {"question", "choices", "answer": index, "hint", "image": "image.png" or
-null, "lecture", "solution", "split", ...}; about half of the problems have no image. The hint stands before the
-question.
+problems.json is an object from problem id to {"question", "choices", "answer": index, "hint",
+"image": "image.png" or null, "lecture", "solution", "split", ...}; about half of the problems have
+no image. The hint stands before the question.
 """
 
 from argparse import ArgumentParser
@@ -20,10 +20,10 @@ SPLITS = ("train", "val", "test", "minitrain", "minival", "minitest")
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """`--split`, `--only-images` and `--prompt`."""
+    """`--split`, `--only_images` and `--prompt`."""
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument(
-        "--only-images", action="store_true", help="leave out the problems without an image"
+        "--only_images", action="store_true", help="leave out the problems without an image"
     )
     add_prompt_option(parser)
 
@@ -42,9 +42,8 @@ def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
             wanted.discard(key)
             yield SourceRecord(files[0], key, value)
     if wanted:
-        raise ValueError(
-            f"{files[0]}: {len(wanted)} problems of {options.split} are missing, such as {min(wanted)}"
-        )
+        missing = f"{len(wanted)} problems of {options.split}"
+        raise ValueError(f"{files[0]}: {missing} are missing, such as {min(wanted)}")
 
 
 def rows(record: SourceRecord, options: Options) -> Iterator[Row]:

@@ -1,13 +1,16 @@
-"""Visual Genome regions (Krishna et al., IJCV 2017; version 1.2 or 1.4: region_descriptions.json and image_data.json).
+"""Visual Genome regions (Krishna et al., IJCV 2017; version 1.2 or 1.4: region_descriptions.json
+and image_data.json).
 
-region_descriptions.json is an array of images {"id", "regions": [{"region_id", "x", "y", "width", "height",
-"phrase"}]}; image_data.json gives size and URL of an image. The URL is never followed, but its last folder (VG_100K
-or VG_100K_2) is the folder of the file. An image is one dialogue or several, of at most `--turns` regions. Regions
-that repeat a phrase and box of the same image are left out and counted, as are regions without area inside the image.
+region_descriptions.json is an array of images {"id", "regions": [{"region_id", "x", "y", "width",
+"height", "phrase"}]}; image_data.json gives size and URL of an image. The URL is never followed,
+but its last folder (VG_100K or VG_100K_2) is the folder of the file. An image is one dialogue or
+several, of at most `--turns` regions. Regions that repeat a phrase and box of the same image are
+left out and counted, as are regions without area inside the image.
 """
 
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from data_prep.converting.rows import Message, Row, image_part
 
 
 def add_options(parser: ArgumentParser) -> None:
-    """`--turns`, `--task` and `--box-frame`."""
+    """`--turns`, `--task` and `--box_frame`."""
     parser.add_argument(
         "--turns",
         type=int,
@@ -64,9 +67,7 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row | str]:
         else:
             exchanges.append(exchange)
     for start in range(0, len(exchanges), options.turns):
-        messages = [
-            message for exchange in exchanges[start : start + options.turns] for message in exchange
-        ]
+        messages = list(chain.from_iterable(exchanges[start : start + options.turns]))
         messages[0]["content"].insert(0, image_part())
         yield {
             "id": f"{image}-{start // options.turns}",

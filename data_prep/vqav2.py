@@ -1,9 +1,10 @@
 """VQAv2 (visualqa.org, v2.0 of 2017: v2_OpenEnded_mscoco_SPLIT2014_questions.json,
 v2_mscoco_SPLIT2014_annotations.json).
 
-Questions {"image_id", "question", "question_id"} are joined by question_id with annotations {"question_id",
-"multiple_choice_answer", "answers": [{"answer", ...} x 10]}. The answer is the data set's own `multiple_choice_answer`,
-which is the most common of the ten; where it is absent, the most common one is taken.
+Questions {"image_id", "question", "question_id"} are joined by question_id with annotations
+{"question_id", "multiple_choice_answer", "answers": [{"answer", ...} x 10]}. The answer is the data
+set's own `multiple_choice_answer`, which is the most common of the ten; where it is absent, the
+most common one is taken.
 """
 
 from argparse import ArgumentParser
@@ -34,8 +35,8 @@ def files(source: Path, options: Options) -> list[Path]:
 
 
 def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
-    """Questions, with the answers by question id. Raises `ValueError` naming the row of an annotation that cannot be
-    read."""
+    """Questions, with the answers by question id. Raises `ValueError` naming the row of an
+    annotation that cannot be read."""
     answers = {}
     for _, number, annotation in json_stream.inner_arrays(files[1], "annotations"):
         try:

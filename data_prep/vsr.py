@@ -1,8 +1,9 @@
-"""Visual Spatial Reasoning (cambridgeltl/visual-spatial-reasoning, data/splits/random or zeroshot: SPLIT.jsonl; TACL
-2023).
+"""Visual Spatial Reasoning (cambridgeltl/visual-spatial-reasoning, data/splits/random or zeroshot:
+SPLIT.jsonl; TACL 2023).
 
-One statement a line: {"image": "000000085637.jpg", "image_link", "caption", "label": 0 | 1, "relation", ...}. The links
-are never followed. The question is whether the statement is true; the answer is True or False.
+One statement a line: {"image": "000000085637.jpg", "image_link", "caption", "label": 0 | 1,
+"relation", ...}. The links are never followed. The question is whether the statement is true; the
+answer is True or False.
 """
 
 from argparse import ArgumentParser

@@ -1,8 +1,9 @@
 """Whether an image file can be used, and what it looks like.
 
-Two images are taken for the same if their files are equal byte for byte, or if their difference hashes are close: the
-image in gray, shrunk to 9 x 8 and to 8 x 9, one bit for each pair of neighbours that says which is brighter (128 bits).
-Scaling and JPEG compression leave it nearly alone; mirroring and cropping do not.
+Two images are taken for the same if their files are equal byte for byte, or if their difference
+hashes are close: the image in gray, shrunk to 9 x 8 and to 8 x 9, one bit for each pair of
+neighbours that says which is brighter (128 bits). Scaling and JPEG compression leave it nearly
+alone; mirroring and cropping do not.
 """
 
 import hashlib
@@ -18,22 +19,21 @@ from PIL import Image
 from data_prep.converting.rows import Problem, unsafe_name
 from fmtrain.data.images import open_image, resolve
 
-SIMILAR = 8  # of 128 bits; recompressed and rescaled photographs differ in 0 to 6, unrelated ones in about 64
-_PLAIN = (
-    3  # an image whose hash has fewer bits set has next to no structure, so its hash says nothing
-)
+# Of 128 bits; recompressed and rescaled photographs differ in 0 to 6, unrelated ones in about 64.
+SIMILAR = 8
+_PLAIN = 3  # with fewer bits set, an image has next to no structure and its hash says nothing
 
 
 class ImageFacts(NamedTuple):
-    """What was found out about an image: what is wrong with it, or its two hashes."""
+    """What is known of an image: what is wrong with it, or its two hashes."""
 
     problem: Problem | None
     content: bytes = b""
     look: tuple[int, int] | None = None  # None also for an image without structure
 
 
-def inspect(source: Any, root: Path) -> ImageFacts:
-    """Open an image (a name below `root`, or an embedded {"bytes", "path"}) to the end and hash it."""
+def examine(source: Any, root: Path) -> ImageFacts:
+    """Open an image (a name below `root`, or {"bytes", "path"}) to the end and hash it."""
     embedded = isinstance(source, dict)
     name = source["path"] if embedded else source
     if not embedded:
@@ -47,18 +47,17 @@ def inspect(source: Any, root: Path) -> ImageFacts:
             return ImageFacts(Problem(kind, str(error)))
     try:
         data = source["bytes"] if embedded else path.read_bytes()
-        return ImageFacts(
-            None, content_hash(data), look_hash(open_image({"bytes": data, "path": str(name)}))
-        )
+        image = open_image({"bytes": data, "path": str(name)})
+        return ImageFacts(None, content_hash(data), look_hash(image))
     except (ValueError, OSError) as error:
         return ImageFacts(Problem("unreadable image", str(error)))
 
 
-def inspect_all(
+def examine_all(
     sources: Iterable[Any], root: Path, pool: ThreadPoolExecutor
 ) -> Iterator[ImageFacts]:
-    """`inspect` for many images in parallel, in their order. Pillow decodes outside of Python's lock."""
-    return pool.map(lambda source: inspect(source, root), sources)
+    """`examine` many images in parallel, in their order. Pillow decodes outside of the GIL."""
+    return pool.map(lambda source: examine(source, root), sources)
 
 
 def content_hash(data: bytes) -> bytes:
@@ -67,7 +66,8 @@ def content_hash(data: bytes) -> bytes:
 
 
 def look_hash(image: Image.Image) -> tuple[int, int] | None:
-    """Difference hash of an image: 64 bits of neighbours in rows and 64 in columns; None for one without structure."""
+    """Difference hash of an image: 64 bits of neighbours in rows and 64 in columns; None for one
+    without structure."""
     gray = image.convert("L")
     rows = np.asarray(gray.resize((9, 8), Image.Resampling.LANCZOS), dtype=np.int16)
     columns = np.asarray(gray.resize((8, 9), Image.Resampling.LANCZOS), dtype=np.int16)

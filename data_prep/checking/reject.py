@@ -1,4 +1,5 @@
-"""Moving bad rows out of prepared rows into a file of their own, with the reasons. No row is ever in neither place."""
+"""Moving bad rows out of prepared rows into a file of their own, with the reasons. No row is ever
+in neither place."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,9 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.checking.reading import scan
 from data_prep.converting.manifest import refresh_manifest
-from data_prep.converting.rows import Problem, row_files, scan
-from data_prep.converting.writing import encoded, rejected, replacing
+from data_prep.converting.rows import Problem
+from data_prep.converting.writing import encoded, rejected
+from fmtrain.command_line import replacing
+from fmtrain.data.row_format import row_files
 
 Bad = dict[Path, dict[int, list[Problem]]]  # problems by file and row number
 
@@ -16,19 +20,17 @@ _BATCH = 1000  # rows of Parquet in memory
 
 
 def move_rows(rows: Path, reject: Path, bad: Bad, total: int) -> None:
-    """Add the `bad` rows of `rows` (of `total` in all) to `reject`, then take them out of their files.
+    """Add the `bad` rows of `rows` (of `total` in all) to `reject`, then take them out of their
+    files.
 
-    JSONL keeps every good line as it was, byte for byte, and Parquet every good row. `reject` is written first and
-    keeps what it held. Raises `ValueError` if it is not of the rows' format, or lies among the rows.
+    JSONL keeps every good line as it was, byte for byte, and Parquet every good row. `reject` is
+    written first and keeps what it held. Raises `ValueError` if it is not of the rows' format, or
+    lies among the rows.
     """
-    endings = {file.suffix for file in row_files(rows)}
-    if {reject.suffix} != endings:
-        raise ValueError(
-            f"--reject {reject} must end in {' and '.join(sorted(endings))}, as the rows do"
-        )
-    if (
-        rows.is_dir() and reject.resolve().is_relative_to(rows.resolve())
-    ) or reject.resolve() == rows.resolve():
+    ending = row_files(rows)[0].suffix
+    if reject.suffix != ending:
+        raise ValueError(f"--reject {reject} must end in {ending}, as the rows do")
+    if reject.resolve().is_relative_to(rows.resolve()):
         raise ValueError(f"--reject {reject} lies among the rows themselves; choose another place")
     if reject.suffix == ".jsonl":
         _add_jsonl(rows, reject, bad)
@@ -44,26 +46,24 @@ def move_rows(rows: Path, reject: Path, bad: Bad, total: int) -> None:
 
 
 def _add_jsonl(rows: Path, reject: Path, bad: Bad) -> None:
-    with replacing(reject) as out:
+    with replacing(reject) as staged, staged.open("wb") as out:
         if reject.is_file():
             out.write(reject.read_bytes())
-        for record in scan(rows):
-            problems = bad.get(record.file, {}).get(record.number)
+        for stored in scan(rows):
+            problems = bad.get(stored.file, {}).get(stored.number)
             if problems is not None:
-                out.write(
-                    encoded(rejected(record.file, record.number, problems, record.row, record.raw))
-                    + b"\n"
-                )
+                entry = rejected(stored.file, stored.number, problems, stored.row, stored.raw)
+                out.write(encoded(entry) + b"\n")
 
 
 def _keep_lines(file: Path, problems: dict[int, list[Problem]]) -> None:
-    with file.open("rb") as lines, replacing(file) as out:
+    with file.open("rb") as lines, replacing(file) as staged, staged.open("wb") as out:
         out.writelines(line for number, line in enumerate(lines, start=1) if number not in problems)
 
 
 def _add_parquet(reject: Path, bad: Bad) -> None:
     tables = [_with_reasons(file, problems) for file, problems in bad.items()]
-    with replacing(reject) as out, pq.ParquetWriter(out, tables[0].schema) as writer:
+    with replacing(reject) as staged, pq.ParquetWriter(staged, tables[0].schema) as writer:
         if reject.is_file():
             for batch in pq.ParquetFile(reject).iter_batches(batch_size=_BATCH):
                 writer.write_batch(batch)
@@ -79,13 +79,12 @@ def _with_reasons(file: Path, problems: dict[int, list[Problem]]) -> pa.Table:
     )
     table = table.append_column("file", pa.array([str(file)] * len(numbers)))
     table = table.append_column("row", pa.array(numbers))
-    return table.append_column(
-        "reasons", pa.array([[str(problem) for problem in problems[n]] for n in numbers])
-    )
+    reasons = [list(map(str, problems[number])) for number in numbers]
+    return table.append_column("reasons", pa.array(reasons))
 
 
 def _keep_rows(file: Path, problems: dict[int, list[Problem]]) -> None:
-    with replacing(file) as out, pq.ParquetWriter(out, pq.read_schema(file)) as writer:
+    with replacing(file) as staged, pq.ParquetWriter(staged, pq.read_schema(file)) as writer:
         for batch in _selected(file, problems.keys(), bad=False):
             writer.write_batch(batch)
 

@@ -2,23 +2,22 @@
 
 import argparse
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from data_prep.checking.token_lengths import summary
-
-if TYPE_CHECKING:
-    from data_prep.check import Findings
+from data_prep.checking.findings import Findings
+from data_prep.checking.token_lengths import length_summary
 
 _EXAMPLES = 3  # of each kind of problem, in the table
 _BAR = 40  # characters of the longest bar of the histogram
 
 
-def report(findings: "Findings", options: argparse.Namespace) -> dict[str, Any]:
-    """All findings in JSON's types. `problems` counts the bad rows of each kind; a row may have several."""
+def report(findings: Findings, options: argparse.Namespace) -> dict[str, Any]:
+    """All findings in JSON's types. `problems` counts the bad rows of each kind; a row may have
+    several."""
     bad_rows = [
         {
             "file": file.name,
@@ -29,15 +28,17 @@ def report(findings: "Findings", options: argparse.Namespace) -> dict[str, Any]:
         for file, numbers in findings.bad.items()
         for number, problems in numbers.items()
     ]
-    kinds = Counter(
-        kind for row in bad_rows for kind in {problem["kind"] for problem in row["problems"]}
-    )
+    kinds = Counter()
+    for row in bad_rows:
+        kinds.update(list(dict.fromkeys(problem["kind"] for problem in row["problems"])))
     return {
         "rows": findings.rows,
         "bad": len(bad_rows),
         "images": findings.images,
         "problems": dict(kinds.most_common()),
-        "tokens": summary(findings.lengths, options.max_length) if options.processor else None,
+        "tokens": length_summary(findings.lengths, options.max_length)
+        if options.processor
+        else None,
         "unreadable_evaluation_images": findings.unreadable_evaluation,
         "moved_to": str(options.reject) if options.reject and bad_rows else None,
         "bad_rows": bad_rows,
@@ -46,10 +47,8 @@ def report(findings: "Findings", options: argparse.Namespace) -> dict[str, Any]:
 
 def print_report(summary: dict[str, Any], console: Console) -> None:
     """Tables of the problems and of the token lengths."""
-    console.print(
-        f"{summary['rows']:,} rows, {summary['images']:,} images opened, {summary['bad']:,} bad rows",
-        highlight=False,
-    )
+    line = f"{summary['rows']:,} rows, {summary['images']:,} images opened"
+    console.print(f"{line}, {summary['bad']:,} bad rows", highlight=False)
     if summary["problems"]:
         table = Table("problem", "rows", "for example")
         for kind, count in summary["problems"].items():
@@ -59,14 +58,11 @@ def print_report(summary: dict[str, Any], console: Console) -> None:
         _print_tokens(summary["tokens"], console)
     if summary["unreadable_evaluation_images"]:
         names = summary["unreadable_evaluation_images"]
-        console.print(
-            f"{len(names):,} evaluation images cannot be read, such as {escape(names[0])}",
-            highlight=False,
-        )
+        line = f"{len(names):,} evaluation images cannot be read, such as {escape(names[0])}"
+        console.print(line, highlight=False)
     if summary["moved_to"]:
-        console.print(
-            f"{summary['bad']:,} rows moved to {escape(summary['moved_to'])}", highlight=False
-        )
+        line = f"{summary['bad']:,} rows moved to {escape(summary['moved_to'])}"
+        console.print(line, highlight=False)
 
 
 def _examples(bad_rows: list[dict[str, Any]], kind: str) -> list[str]:
@@ -84,12 +80,9 @@ def _print_tokens(tokens: dict[str, Any], console: Console) -> None:
     for name, count in tokens["histogram"].items():
         table.add_row(name, f"{count:,}", "█" * round(_BAR * count / most))
     console.print(table)
-    quantiles = "".join(
-        f"{name} {tokens[name]:.0f}, " for name in ("median", "p95") if name in tokens
-    )
-    over = (
-        ""
-        if tokens["limit"] is None
-        else f", {tokens['over_limit']:,} over the limit of {tokens['limit']:,}"
-    )
-    console.print(f"{quantiles}max {tokens['max']:,} tokens{over}", highlight=False)
+    quantiles = [name for name in ("median", "p95") if name in tokens]
+    line = "".join(f"{name} {tokens[name]:.0f}, " for name in quantiles)
+    line += f"max {tokens['max']:,} tokens"
+    if tokens["limit"] is not None:
+        line += f", {tokens['over_limit']:,} over the limit of {tokens['limit']:,}"
+    console.print(line, highlight=False)

@@ -1,4 +1,5 @@
-"""What can be wrong with a row that is well-formed, as far as its text tells, and what rows may not have in common."""
+"""What can be wrong with a row that is well-formed, as far as its text tells, and what rows may not
+have in common."""
 
 import hashlib
 from typing import Any
@@ -26,19 +27,15 @@ def row_problems(row: Any, allow_evaluation: bool = False) -> list[Problem]:
 
 
 def _role_problems(row: Row) -> list[Problem]:
-    """A dialogue is: at most one system message, then user and assistant in turn, the assistant last."""
+    """What breaks the order: perhaps a system message, then user and assistant in turn."""
     roles = [message["role"] for message in row["messages"]]
     turns = roles[1:] if roles[0] == "system" else roles
     for number, role in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
-            place = number + len(roles) - len(turns)
-            return [
-                Problem(
-                    "role order",
-                    f"message {place} is the {role}'s, where the {expected}'s is expected",
-                )
-            ]
+            place = f"message {number + len(roles) - len(turns)}"
+            detail = f"{place} is the {role}'s, where the {expected}'s is expected"
+            return [Problem("role order", detail)]
     if not turns or turns[-1] != "assistant":
         return [Problem("role order", "the last message is not the assistant's")]
     return []
@@ -49,34 +46,26 @@ def _text_problems(row: Row) -> list[Problem]:
     for number, message in enumerate(row["messages"]):
         text = text_of_message(message)
         if PLACEHOLDER in text:
-            problems.append(
-                Problem(
-                    "placeholder in text",
-                    f"message {number} has {PLACEHOLDER} as text, not as an image",
-                )
-            )
+            detail = f"message {number} has {PLACEHOLDER} as text, not as an image"
+            problems.append(Problem("placeholder in text", detail))
         has_image = any(part["type"] == "image" for part in message["content"])
         if not text.strip() and (message["role"] == "assistant" or not has_image):
             kind = "empty answer" if message["role"] == "assistant" else "empty message"
             problems.append(Problem(kind, f"message {number} has no text"))
         if message["role"] != "assistant":
-            question = (
-                None if has_image else text
-            )  # the same words about another image are another question
+            # The same words about another image are another question.
+            question = None if has_image else text
         elif question is not None:
             if (question, text) in exchanges:
-                problems.append(
-                    Problem(
-                        "duplicate answer",
-                        f"message {number} repeats an earlier question and its answer",
-                    )
-                )
+                detail = f"message {number} repeats an earlier question and its answer"
+                problems.append(Problem("duplicate answer", detail))
             exchanges.add((question, text))
     return problems
 
 
 class Duplicates:
-    """Finds rows that repeat the id, or the messages and images, of an earlier row. Keeps 16 bytes a row for each."""
+    """Finds rows that repeat the id, or the messages and images, of an earlier row. Keeps 16 bytes
+    a row for each."""
 
     def __init__(self) -> None:
         self.ids: dict[bytes, str] = {}

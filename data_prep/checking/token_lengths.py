@@ -13,39 +13,39 @@ _EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def length_counter(processor_dir: Path, root: Path) -> Callable[[Row], int]:
-    """A function that counts a row's tokens as training sees them, images expanded; of these only the sizes are read.
+    """A function that counts a row's tokens as training sees them, images expanded; of these only
+    the sizes are read. It raises `ValueError` for a row that cannot be encoded.
 
-    It raises `ValueError` for a row that cannot be encoded. Raises `ValueError` itself if `processor_dir` holds no
-    processor; nothing is downloaded."""
+    Raises `ValueError` if `processor_dir` holds no processor; nothing is downloaded.
+    """
     from transformers import AutoProcessor
 
-    from fmtrain.data.files import token_count
     from fmtrain.data.images import image_size
+    from fmtrain.data.length import token_count
 
     try:
         processor = AutoProcessor.from_pretrained(str(processor_dir), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{processor_dir} holds no processor: {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{processor_dir} holds no processor: {reason}") from error
 
     def tokens(row: Row) -> int:
-        return token_count(
-            processor, row["messages"], [image_size(image, root) for image in row["images"]]
-        )
+        sizes = [image_size(image, root) for image in row["images"]]
+        return token_count(processor, row["messages"], sizes)
 
     return tokens
 
 
-def summary(lengths: list[int], limit: int | None) -> dict[str, Any]:
+def length_summary(lengths: list[int], limit: int | None) -> dict[str, Any]:
     """Histogram and quantiles of lengths in tokens, and how many are over `limit`."""
     counts, _ = np.histogram(lengths, bins=[*_EDGES, np.inf])
     names = [*(f"{low}-{high - 1}" for low, high in pairwise(_EDGES)), f"{_EDGES[-1]}+"]
-    quantiles = (
-        {name: float(np.quantile(lengths, q)) for name, q in (("median", 0.5), ("p95", 0.95))}
-        if lengths
-        else {}
-    )
+    quantiles = {}
+    if lengths:
+        quantiles = {
+            "median": float(np.quantile(lengths, 0.5)),
+            "p95": float(np.quantile(lengths, 0.95)),
+        }
     return {
         "rows": len(lengths),
         "histogram": {name: int(count) for name, count in zip(names, counts, strict=True)},

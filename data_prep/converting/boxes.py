@@ -1,7 +1,9 @@
-"""Boxes as text, the way LLaVA-1.5's files write them: [x1, y1, x2, y2] in [0, 1] rounded to two decimals.
+"""Boxes as text, the way LLaVA-1.5's files write them: [x1, y1, x2, y2] in [0, 1] rounded to two
+decimals.
 
-LLaVA-1.5 pads an image to a square before it is resized, and its boxes are relative to that square (LLaVA issue 606),
-so `square` is what a LLaVA-1.5 sees. Processors that resize without padding want `image`.
+LLaVA-1.5 pads an image to a square before it is resized, and its boxes are relative to that square
+(LLaVA issue 606), so `square` is what a LLaVA-1.5 sees. Processors that resize without padding want
+`image`.
 """
 
 from argparse import ArgumentParser
@@ -15,12 +17,12 @@ TASKS = ("locate", "describe", "both")
 
 
 def add_box_options(parser: ArgumentParser) -> None:
-    """`--task` and `--box-frame`, for data sets of regions and phrases."""
+    """`--task` and `--box_frame`, for data sets of regions and phrases."""
     parser.add_argument(
         "--task", choices=TASKS, default="locate", help="phrase to box, box to phrase, or both"
     )
     parser.add_argument(
-        "--box-frame", choices=FRAMES, default="square", help="what boxes are relative to"
+        "--box_frame", choices=FRAMES, default="square", help="what boxes are relative to"
     )
 
 
@@ -40,17 +42,10 @@ def normalised(box: Sequence[float], size: tuple[float, float], frame: str) -> s
     if frame == "square":
         side = max(width, height)
         dx, dy = (side - width) / 2, (side - height) / 2
-        left, right, top, bottom, width, height = (
-            left + dx,
-            right + dx,
-            top + dy,
-            bottom + dy,
-            side,
-            side,
-        )
-    return str(
-        [round(edge, 2) for edge in (left / width, top / height, right / width, bottom / height)]
-    )
+        left, right, top, bottom = left + dx, right + dx, top + dy, bottom + dy
+        width = height = side
+    edges = (left / width, top / height, right / width, bottom / height)
+    return str([round(edge, 2) for edge in edges])
 
 
 def turns(phrase: str, box: str, task: str) -> list[list[Message]]:

@@ -1,7 +1,8 @@
 """The one command line of all converters: `python -m data_prep.NAME --source DIR --out DIR`.
 
-A converter says which files it reads, which records they hold and which rows a record gives. Everything else is here:
-options, orders, embedding of images, refusals, atomic writing, and doing nothing when nothing has changed.
+A converter says which files it reads, which records they hold and which rows a record gives.
+Everything else is here: options, orders, embedding of images, refusals, atomic writing, and doing
+nothing when nothing has changed.
 """
 
 import argparse
@@ -12,17 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_prep.command_line import guarded
 from data_prep.converting.manifest import (
+    ConversionCounts,
     Fingerprint,
-    Tally,
     image_digest,
     is_current,
     write_manifest,
 )
 from data_prep.converting.orders import ORDERS, arrange, has_order, passes
 from data_prep.converting.rows import Problem, Row, format_problems
-from data_prep.converting.writing import encoded, prepared_folder, rejected, replacing, row_writer
+from data_prep.converting.writing import encoded, prepared_folder, rejected, row_writer
+from fmtrain.command_line import Parser, guarded, replacing
 from fmtrain.data.images import resolve
 from fmtrain.data.row_format import EVALUATION_ONLY
 
@@ -30,7 +31,8 @@ Options = argparse.Namespace
 
 
 class SourceRecord(NamedTuple):
-    """A record of a source file and where it stands: the number of its row, or its key in an object of records."""
+    """A record of a source file and where it stands: the number of its row, or its key in an object
+    of records."""
 
     file: Path
     number: int | str
@@ -44,9 +46,10 @@ def no_options(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Converter:
-    """One data set. `records` and `rows` raise `ValueError`: from `records` for a broken file, which ends the run; from
-    `rows` for a record that cannot be converted, which ends the run too unless `--reject` puts it aside. A string among
-    the rows names a part of the record that was left out; it is counted and reported."""
+    """One data set. `records` and `rows` raise `ValueError`: from `records` for a broken file,
+    which ends the run; from `rows` for a record that cannot be converted, which ends the run too
+    unless `--reject` puts it aside. A string among the rows names a part of the record that was
+    left out; it is counted and reported."""
 
     name: str
     doc: str
@@ -69,123 +72,102 @@ def source_file(source: Path, name: str) -> Path:
     raise ValueError(f"{path} does not exist")
 
 
-def parser_of(converter: Converter) -> argparse.ArgumentParser:
+def parser_of(converter: Converter) -> Parser:
     """The converter's command line."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m data_prep.{converter.name}",
-        description=converter.doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--source", type=Path, required=True, help="folder with the data set's own files"
-    )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder to create, with nothing else in it"
-    )
-    parser.add_argument(
-        "--format", choices=("jsonl", "parquet"), default="jsonl", help="format of the rows"
-    )
-    parser.add_argument(
-        "--embed-images", action="store_true", help="put image files into the rows (Parquet)"
-    )
-    parser.add_argument(
-        "--image-root", type=Path, help="what image paths are relative to; default: --source"
-    )
+    parser = Parser(f"python -m data_prep.{converter.name}", converter.doc)
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="folder with the data set's own files")
+    add("--out", type=Path, required=True, help="folder to create, with nothing else in it")
+    add("--format", choices=("jsonl", "parquet"), default="jsonl", help="format of the rows")
+    add("--embed_images", action="store_true", help="put image files into the rows (Parquet)")
+    add("--image_root", type=Path, help="what image paths are relative to; default: --source")
     if converter.image_folder is not None:
-        parser.add_argument(
-            "--image-folder",
-            default=converter.image_folder,
-            help="images below the root (%(default)r)",
-        )
-    parser.add_argument(
+        default = converter.image_folder
+        add("--image_folder", default=default, help="images below the root (%(default)r)")
+    add(
         "--order",
         choices=ORDERS,
         default="image_first",
         help="images before or after the text of a turn",
     )
-    parser.add_argument(
-        "--question-twice", action="store_true", help="the question before and after the images"
-    )
-    parser.add_argument(
-        "--reject",
-        type=Path,
-        help="put records that cannot be converted into this JSONL file and go on",
-    )
+    add("--question_twice", action="store_true", help="the question before and after the images")
+    add("--reject", type=Path, help="JSONL file for what cannot be converted; the run goes on")
     if converter.evaluation_only:
-        parser.add_argument(
-            "--force-training", action="store_true", help="do not mark the rows as evaluation only"
-        )
+        add("--force_training", action="store_true", help="do not mark rows as evaluation only")
     converter.add_options(parser)
     return parser
 
 
 def main(converter: Converter, arguments: list[str] | None = None) -> int:
-    """Run the converter's command; returns the exit code (0, or 2 after one line `error: ...` on stderr)."""
+    """Run the converter's command; returns the exit code (0, or 2 after one line `error: ...` on
+    stderr)."""
     options = parser_of(converter).parse_args(arguments)
     return guarded(lambda: convert(converter, options))
 
 
-def convert(converter: Converter, options: Options) -> int:
-    """Convert a data set as `options` say. Raises `ValueError` naming file, row and reason; `--out` is then
-    untouched."""
-    if not options.source.is_dir():
-        raise ValueError(f"{options.source} is not a folder; archives have to be unpacked first")
-    if options.question_twice and options.order != "image_first":
-        raise ValueError(
-            "--question-twice puts the question on both sides; it cannot be combined with --order"
-        )
-    if options.reject and options.reject.resolve().is_relative_to(options.out.resolve()):
-        raise ValueError(
-            f"--reject {options.reject} lies in --out, which is replaced as a whole; choose another place"
-        )
+def convert(converter: Converter, options: Options) -> None:
+    """Convert a data set as `options` say. Raises `ValueError` naming file, row and reason; `--out`
+    is then untouched."""
+    _require_consistent(options)
     options.image_root = options.image_root or options.source
     options.format = "parquet" if options.embed_images else options.format
     files = converter.files(options.source, options)
     fingerprint = Fingerprint.of(converter.name, files, options)
     if is_current(options.out, fingerprint):
         print(f"{options.out} is up to date")
-        return 0
-    tally = Tally()
+        return
+    counts = ConversionCounts()
+    marked = converter.evaluation_only and not options.force_training
     with prepared_folder(options.out) as staging, ExitStack() as stack:
-        reject = stack.enter_context(replacing(options.reject)) if options.reject else None
+        reject = None
+        if options.reject:
+            staged = stack.enter_context(replacing(options.reject))
+            reject = stack.enter_context(staged.open("wb"))
         with row_writer(staging, options.format, options.embed_images) as writer:
-            for record, reason in _failures(converter, files, options, writer.write, tally):
+            prefix = EVALUATION_ONLY if marked else ""
+            for record, reason in _failures(
+                converter, files, options, prefix, writer.write, counts
+            ):
                 if reject is None:
                     raise ValueError(f"{record.file}: row {record.number}: {reason}")
-                tally.rejected += 1
-                entry = rejected(
-                    record.file, record.number, [Problem("not converted", reason)], record.value
-                )
-                reject.write(encoded_safely(entry) + b"\n")
+                counts.rejected += 1
+                reject.write(_reject_entry(record, reason) + b"\n")
         images = image_digest(staging, options.image_root) if options.embed_images else None
-        write_manifest(
-            staging,
-            fingerprint,
-            tally,
-            images,
-            converter.evaluation_only and not options.force_training,
+        write_manifest(staging, fingerprint, counts, images, marked)
+    _report(options, counts)
+
+
+def _require_consistent(options: Options) -> None:
+    if not options.source.is_dir():
+        raise ValueError(f"{options.source} is not a folder; archives have to be unpacked first")
+    if options.question_twice and options.order != "image_first":
+        raise ValueError(
+            "--question_twice puts the question on both sides; it cannot be combined with --order"
         )
-    _report(options, tally)
-    return 0
+    if options.reject and options.reject.resolve().is_relative_to(options.out.resolve()):
+        raise ValueError(
+            f"--reject {options.reject} lies in --out, which is replaced as a whole; "
+            "choose another place"
+        )
 
 
 def _failures(
     converter: Converter,
     files: list[Path],
     options: Options,
+    prefix: str,
     write: Callable[[list[Row]], None],
-    tally: Tally,
+    counts: ConversionCounts,
 ) -> Iterator[tuple[SourceRecord, str]]:
-    """Convert and write record by record, counting in `tally`; yields every record that cannot be converted, and
-    why."""
-    prefix = EVALUATION_ONLY if converter.evaluation_only and not options.force_training else ""
+    """Convert and write record by record, each source with `prefix`, counting in `counts`; yields
+    every record that cannot be converted, and why."""
     for number, order in enumerate(passes(options.order)):
         for record in converter.records(files, options):
             try:
-                found = list(converter.rows(record, options))
+                results = list(converter.rows(record, options))
                 rows = [
                     _finished(row, order, prefix, options)
-                    for row in found
+                    for row in results
                     if not isinstance(row, str)
                 ]
                 rows = [row for row in rows if number == 0 or has_order(row)]
@@ -194,14 +176,18 @@ def _failures(
                 if number == 0:  # in a second pass the same records fail again
                     yield record, str(error)
                 continue
+            except RecursionError as error:
+                place = f"{record.file}: row {record.number}"
+                raise ValueError(f"{place}: nested too deeply") from error
             for row in rows:
-                tally.rows[row["source"]] += 1
+                counts.rows[row["source"]] += 1
             if number == 0:
-                tally.left_out.update(note for note in found if isinstance(note, str))
+                counts.left_out.update(result for result in results if isinstance(result, str))
 
 
 def _finished(row: Row, order: str, prefix: str, options: Options) -> Row:
-    """A converter's row in its final form. Raises `ValueError` if it is not well-formed or an image cannot be read."""
+    """A converter's row in its final form. Raises `ValueError` if it is not well-formed or an image
+    cannot be read."""
     row["source"] = prefix + row["source"]
     problems = format_problems(row)
     if problems:
@@ -218,21 +204,24 @@ def _finished(row: Row, order: str, prefix: str, options: Options) -> Row:
     return row
 
 
-def encoded_safely(entry: dict[str, Any]) -> bytes:
-    """A reject entry as JSON; a record with text that UTF-8 cannot hold is kept in Python's notation."""
+def _reject_entry(record: SourceRecord, reason: str) -> bytes:
+    """JSON for the reject file; a record with text that UTF-8 cannot hold is kept in Python's
+    notation."""
+    problems = [Problem("not converted", reason)]
+    entry = rejected(record.file, record.number, problems, record.value)
     try:
         return encoded(entry)
     except ValueError:
         return encoded({**entry, "record": ascii(entry["record"])})
 
 
-def _report(options: Options, tally: Tally) -> None:
-    for source, rows in sorted(tally.rows.items()):
+def _report(options: Options, counts: ConversionCounts) -> None:
+    for source, rows in sorted(counts.rows.items()):
         print(f"{rows:>9,} rows  {source}")
-    for what, count in sorted(tally.left_out.items()):
-        print(f"{count:>9,} left out: {what}")
-    moved = f", {tally.rejected:,} records rejected in {options.reject}" if tally.rejected else ""
-    print(f"{tally.rows.total():>9,} rows in {options.out}{moved}")
+    for reason, parts in sorted(counts.left_out.items()):
+        print(f"{parts:>9,} left out: {reason}")
+    moved = f", {counts.rejected:,} records rejected in {options.reject}" if counts.rejected else ""
+    print(f"{counts.rows.total():>9,} rows in {options.out}{moved}")
 
 
 def run(converter: Converter) -> None:

@@ -1,4 +1,5 @@
-"""Dialogues in the form that LLaVA's files share: turns with text in which `<image>` marks the place of an image."""
+"""Dialogues in the form that LLaVA's files share: turns with text in which `<image>` marks the
+place of an image."""
 
 from typing import Any
 
@@ -17,8 +18,8 @@ _ROLES = {
 def parts(text: str) -> list[Part]:
     """Text with placeholders as parts.
 
-    White space between a block of images and the text beside it is layout ("<image>\\nWhat is this?") and goes; text
-    that runs around or between images keeps all of its own.
+    White space between a block of images and the text beside it is layout ("<image>\\nWhat is
+    this?") and goes; text that runs around or between images keeps all of its own.
     """
     if PLACEHOLDER not in text:
         return [text_part(text)]
@@ -26,20 +27,21 @@ def parts(text: str) -> list[Part]:
     one_side = not any(piece.strip() for piece in pieces[1:]) or not any(
         piece.strip() for piece in pieces[:-1]
     )
-    found: list[Part] = []
+    content: list[Part] = []
     for number, piece in enumerate(pieces):
         if number:
-            found.append(image_part())
+            content.append(image_part())
         if piece.strip():
-            found.append(text_part(piece.strip() if one_side else piece))
-    return found
+            content.append(text_part(piece.strip() if one_side else piece))
+    return content
 
 
 def messages_of(turns: list[Any], with_images: bool) -> list[Message]:
     """Messages from turns {"from", "value"} (LLaVA) or {"role", "content"} (Mantis).
 
-    Placeholders stand for images only in the user's turns of a record `with_images`; elsewhere they are text that
-    happens to look like one, and the checker reports it. Raises `ValueError` naming the turn.
+    Placeholders stand for images only in the user's turns of a record `with_images`; elsewhere they
+    are text that happens to look like one, and the checker reports it. Raises `ValueError` naming
+    the turn.
     """
     messages = []
     mantis = bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
@@ -59,7 +61,8 @@ def messages_of(turns: list[Any], with_images: bool) -> list[Message]:
 
 
 def image_names(record: dict[str, Any], key: str) -> list[str]:
-    """Names under `key`: absent or null (a text-only record), one name, or a list of names or of {"path": name}."""
+    """Names under `key`: absent or null (a text-only record), one name, or a list of names or of
+    {"path": name}."""
     value = record.get(key)
     if value is None:
         return []

@@ -1,4 +1,5 @@
-"""Values out of a source record, with an error that names the field when the record is not what its schema says."""
+"""Values out of a source record, with an error that names the field when the record is not what its
+schema says."""
 
 import json
 import math
@@ -6,7 +7,8 @@ from typing import Any
 
 
 def field(record: Any, key: str, kind: type | tuple[type, ...] = str) -> Any:
-    """`record[key]`, which must be of `kind`. Raises `ValueError` naming the key and what was found."""
+    """`record[key]`, which must be of `kind`. Raises `ValueError` naming the key and what was
+    found."""
     if not isinstance(record, dict):
         raise unexpected(f"an object with {key!r}", record)
     value = record.get(key)
@@ -19,13 +21,11 @@ def field(record: Any, key: str, kind: type | tuple[type, ...] = str) -> Any:
 
 
 def integer(record: Any, key: str) -> int:
-    """A whole number, also when the source writes it as a string ("00042" is 42) or as a float without a fraction."""
+    """A whole number, also when the source writes it as a string ("00042" is 42) or as a float
+    without a fraction."""
     value = field(record, key, (int, str, float))
-    if (
-        isinstance(value, str)
-        and value.strip().lstrip("-").isascii()
-        and value.strip().lstrip("-").isdigit()
-    ):
+    digits = value.strip().lstrip("-") if isinstance(value, str) else ""
+    if digits.isascii() and digits.isdigit():
         return int(value)
     if isinstance(value, str) or not math.isfinite(value) or int(value) != value:
         raise unexpected(f"a whole number as field {key!r}", value)
@@ -40,12 +40,12 @@ def number(record: Any, key: str) -> float:
 def to_number(value: Any, name: str) -> float:
     """`value` as a finite number; `name` is what the error calls it."""
     try:
-        found = float(value)
+        converted = float(value)
     except (TypeError, ValueError):
-        found = math.nan
-    if isinstance(value, bool) or not math.isfinite(found):
+        converted = math.nan
+    if isinstance(value, bool) or not math.isfinite(converted):
         raise unexpected(f"a number as {name}", value)
-    return found
+    return converted
 
 
 def text_of(value: Any, name: str) -> str:

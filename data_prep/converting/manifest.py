@@ -1,7 +1,8 @@
-"""`_manifest` (JSON) of a prepared folder: from what and how it was made, so that nothing is made twice.
+"""`_manifest` (JSON) of a prepared folder: from what and how it was made, so that nothing is made
+twice.
 
-A second run with the same options compares sizes and modification times of the source files with the manifest's and
-does nothing when they agree. Contents are not read for that.
+A second run with the same options compares sizes and modification times of the source files with
+the manifest's and does nothing when they agree. Contents are not read for that.
 """
 
 import argparse
@@ -21,8 +22,9 @@ _PLACES = ("source", "out", "reject")  # options that say where, not what
 
 
 @dataclass
-class Tally:
-    """What a conversion wrote and did not write: rows by source, parts of records by reason, records rejected."""
+class ConversionCounts:
+    """What a conversion wrote and did not write: rows by source, parts of records by reason,
+    records rejected."""
 
     rows: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -31,7 +33,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a prepared folder depends on. `sources` maps a file's path to [size in bytes, mtime in ns]."""
+    """What a prepared folder depends on. `sources` has [size in bytes, mtime in ns] by file."""
 
     converter: str
     row_format: int
@@ -56,7 +58,8 @@ class Fingerprint:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a prepared folder, or None where there is none. Raises `ValueError` for one that is not JSON."""
+    """The manifest of a prepared folder, or None where there is none. Raises `ValueError` for one
+    that is not JSON."""
     path = folder / MANIFEST
     if not path.is_file():
         return None
@@ -67,7 +70,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def is_current(out: Path, fingerprint: Fingerprint) -> bool:
-    """Whether `out` was made from just this and its files still have the sizes that were written."""
+    """Whether `out` was made from just this and its files have the sizes that were written."""
     manifest = read_manifest(out)
     if manifest is None or manifest.get("fingerprint") != json.loads(json.dumps(vars(fingerprint))):
         return False
@@ -83,7 +86,8 @@ def file_sizes(folder: Path) -> dict[str, int]:
 
 
 def image_digest(folder: Path, root: Path) -> str:
-    """Digest of name, size and modification time of every image file that the shards in `folder` embed."""
+    """Digest of name, size and modification time of every image file that the shards in `folder`
+    embed."""
     digest = hashlib.blake2b(digest_size=16)
     for shard in sorted(folder.glob("rows*.parquet")):
         for batch in pq.ParquetFile(shard).iter_batches(columns=["images.list.element.path"]):
@@ -98,15 +102,20 @@ def image_digest(folder: Path, root: Path) -> str:
 
 
 def write_manifest(
-    folder: Path, fingerprint: Fingerprint, tally: Tally, images: str | None, evaluation_only: bool
+    folder: Path,
+    fingerprint: Fingerprint,
+    counts: ConversionCounts,
+    images: str | None,
+    evaluation_only: bool,
 ) -> None:
-    """Write the manifest of a folder whose rows are complete; `images` is its `image_digest` if they are embedded."""
+    """Write the manifest of a folder whose rows are complete; `images` is its `image_digest` if
+    they are embedded."""
     manifest = {
         "fingerprint": vars(fingerprint),
-        "rows": tally.rows.total(),
-        "rows_by_source": dict(sorted(tally.rows.items())),
-        "rejected": tally.rejected,
-        "left_out": dict(sorted(tally.left_out.items())),
+        "rows": counts.rows.total(),
+        "rows_by_source": dict(sorted(counts.rows.items())),
+        "rejected": counts.rejected,
+        "left_out": dict(sorted(counts.left_out.items())),
         "evaluation_only": evaluation_only,
         "files": file_sizes(folder),
         "images": images,
@@ -115,8 +124,8 @@ def write_manifest(
 
 
 def refresh_manifest(folder: Path, rows: int) -> None:
-    """Bring the manifest up to date after rows were moved out of `folder`, so that a rerun of the converter does not
-    bring them back. Does nothing where there is no manifest."""
+    """Bring the manifest up to date after rows were moved out of `folder`, so that a rerun of the
+    converter does not bring them back. Does nothing where there is no manifest."""
     manifest = read_manifest(folder)
     if manifest is not None:
         moved = manifest["rows"] - rows

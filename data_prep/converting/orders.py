@@ -1,8 +1,9 @@
 """Where the images of a user's turn stand relative to its text.
 
-Dual-order training (the MMA paper, arXiv 2503.02597) is two passes over the data, one in each order. Here a turn has
-an order when its images stand together, before or after its text. A turn whose text runs between images or on both
-sides of them refers to images by their place, so it is left as it is.
+Dual-order training (the MMA paper, arXiv 2503.02597) is two passes over the data, one in each
+order. Here a turn has an order when its images stand together, before or after its text. A turn
+whose text runs between images or on both sides of them refers to images by their place, so it is
+left as it is.
 """
 
 from itertools import pairwise
@@ -36,8 +37,9 @@ def has_order(row: Row) -> bool:
 
 
 def arrange(row: Row, order: str, question_twice: bool = False) -> Row:
-    """`row` with every turn that has an order put into `order` (`image_first` or `text_first`), or, with
-    `question_twice`, with the question before and after the images. Messages that change are new objects."""
+    """`row` with every turn that has an order put into `order` (`image_first` or `text_first`), or,
+    with `question_twice`, with the question before and after the images. Messages that change are
+    new objects."""
     messages = list(row["messages"])
     for number in [k for k, message in enumerate(messages) if len(message["content"]) > 1]:
         parts = split_turn(messages[number])

@@ -1,5 +1,5 @@
-"""How questions are put: the response-formatting prompts of LLaVA-1.5 (arXiv 2310.03744, table 7), or the bare
-question."""
+"""How questions are put: the response-formatting prompts of LLaVA-1.5 (arXiv 2310.03744, table 7),
+or the bare question."""
 
 from argparse import ArgumentParser
 from collections import Counter
@@ -29,7 +29,8 @@ def short_answer(question: str, form: str) -> str:
 
 
 def multiple_choice(question: str, choices: Sequence[str], form: str) -> str:
-    """A question with lettered choices, one a line. Raises `ValueError` for fewer than one or more than 26."""
+    """A question with lettered choices, one a line. Raises `ValueError` for fewer than one or more
+    than 26."""
     listed = "\n".join(
         f"{letter(index, len(choices))}. {choice}" for index, choice in enumerate(choices)
     )
@@ -39,7 +40,8 @@ def multiple_choice(question: str, choices: Sequence[str], form: str) -> str:
 
 
 def letter(index: int, choices: int) -> str:
-    """The letter of choice `index` (from 0) out of `choices`. Raises `ValueError` when there is no such choice."""
+    """The letter of choice `index` (from 0) out of `choices`. Raises `ValueError` when there is no
+    such choice."""
     if not 0 <= index < choices:
         raise ValueError(f"choice {index} of {choices}: there is no such choice")
     if index >= 26:
@@ -48,7 +50,8 @@ def letter(index: int, choices: int) -> str:
 
 
 def most_common(answers: Sequence[str]) -> str:
-    """The answer that most annotators gave; of equally frequent ones the first. Raises `ValueError` for no answers."""
+    """The answer that most annotators gave; of equally frequent ones the first. Raises `ValueError`
+    for no answers."""
     if not answers:
         raise ValueError("a question has no answers")
     return Counter(answers).most_common(1)[0][0]

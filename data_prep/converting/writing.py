@@ -1,8 +1,9 @@
 """Writing prepared rows: whole or not at all.
 
-A prepared folder is built beside its final name and renamed into place as the last step, so a conversion that is
-killed leaves at most a hidden `.NAME.partial`, which the next run clears. The staging folder is locked, so two
-conversions into the same folder do not mix; the lock vanishes with the process.
+A prepared folder is built beside its final name and renamed into place as the last step, so a
+conversion that is killed leaves at most a hidden `.NAME.partial`, which the next run clears. The
+staging folder is locked, so two conversions into the same folder do not mix; the lock vanishes with
+the process.
 """
 
 import fcntl
@@ -13,16 +14,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.converting.rows import Problem, Row, schema
+from data_prep.converting.rows import Problem, Row
+from fmtrain.command_line import write_whole
+from fmtrain.data.row_format import arrow_schema
 
 MANIFEST = (
-    "_manifest"  # JSON; `datasets` passes over names that begin so, and over ones without an ending
+    "_manifest"  # JSON; `datasets` passes over names that begin so and over ones without an ending
 )
 SHARD_ROWS = 100_000  # rows a Parquet shard
 SHARD_BYTES = 500_000_000  # bytes of embedded images a Parquet shard
@@ -30,7 +33,8 @@ _GROUP_ROWS, _GROUP_BYTES = 2_000, 64_000_000  # what is buffered before it is w
 
 
 def sync(path: Path) -> None:
-    """Have the operating system put a file or folder on disk, so that a later rename cannot overtake its content."""
+    """Have the operating system put a file or folder on disk, so that a later rename cannot
+    overtake its content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -39,25 +43,12 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write; takes the place of `path` when the block ends, and is removed when the block raises."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
 def prepared_folder(out: Path) -> Iterator[Path]:
-    """An empty staging folder that becomes `out` when the block ends, replacing an earlier prepared folder.
+    """An empty staging folder that becomes `out` when the block ends, replacing an earlier prepared
+    folder.
 
-    Raises `ValueError` if `out` is anything but a prepared folder, or while another process builds it.
+    Raises `ValueError` if `out` is anything but a prepared folder, or while another process builds
+    it.
     """
     _require_replaceable(out)
     staging = out.with_name(f".{out.name}.partial")
@@ -82,11 +73,12 @@ def prepared_folder(out: Path) -> Iterator[Path]:
 def _require_replaceable(out: Path) -> None:
     if out.is_file():
         raise ValueError(f"{out} is a file; choose a folder of its own")
-    found = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    strangers = [name for name in found if name != MANIFEST and not name.startswith("rows")]
-    if found and (strangers or MANIFEST not in found):
+    names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    strangers = [name for name in names if name != MANIFEST and not name.startswith("rows")]
+    if names and (strangers or MANIFEST not in names):
         raise ValueError(
-            f"{out} holds {(strangers or found)[0]!r} and is no prepared folder; choose a folder of its own"
+            f"{out} holds {(strangers or names)[0]!r} and is no prepared folder; "
+            "choose a folder of its own"
         )
 
 
@@ -103,8 +95,8 @@ def _clear(folder: Path) -> None:
 
 
 def _swap(staging: Path, out: Path) -> None:
-    """Move `staging` to `out`; an earlier `out` goes aside first, because a folder cannot be renamed over a full
-    one."""
+    """Move `staging` to `out`; an earlier `out` goes aside first, because a folder cannot be
+    renamed over a full one."""
     old = out.with_name(f".{out.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if out.is_dir():
@@ -132,16 +124,17 @@ class JsonlWriter:
         self.file.close()
 
     def write(self, rows: list[Row]) -> None:
-        """Write all of `rows`. Raises `ValueError`, and writes none, if one has text that is not Unicode (a lone
-        surrogate, which JSON can spell but UTF-8 cannot)."""
+        """Write all of `rows`. Raises `ValueError`, and writes none, if one has text that is not
+        Unicode (a lone surrogate, which JSON can spell but UTF-8 cannot)."""
         self.file.writelines([encoded(row) + b"\n" for row in rows])
 
 
 class ParquetWriter:
-    """Rows into shards `rows-00000.parquet`, ... of `folder`; images are paths, or bytes with `embed_images`."""
+    """Rows into shards `rows-00000.parquet`, ... of `folder`; images are paths, or bytes with
+    `embed_images`."""
 
     def __init__(self, folder: Path, embed_images: bool) -> None:
-        self.folder, self.schema = folder, schema(embed_images)
+        self.folder, self.schema = folder, arrow_schema(embed_images)
         self.shard: pq.ParquetWriter | None = None
         self.shards = self.shard_rows = self.shard_bytes = self.group_bytes = 0
         self.group: list[Row] = []
@@ -166,9 +159,9 @@ class ParquetWriter:
         for row in rows:
             encoded({**row, "images": []})
         self.group += rows
-        self.group_bytes += sum(
-            len(i["bytes"]) for row in rows for i in row["images"] if isinstance(i, dict)
-        )
+        for row in rows:
+            embedded = [image for image in row["images"] if isinstance(image, dict)]
+            self.group_bytes += sum(len(image["bytes"]) for image in embedded)
         if len(self.group) >= _GROUP_ROWS or self.group_bytes >= _GROUP_BYTES:
             self._flush()
 
@@ -203,15 +196,15 @@ def encoded(value: Any) -> bytes:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`value` as indented JSON, atomically."""
-    with replacing(path) as file:
-        file.write(json.dumps(value, indent=1).encode() + b"\n")
+    """`value` as indented JSON, all or nothing."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
 
 
 def rejected(
     file: Path, number: int, problems: list[Problem], row: Any, raw: bytes | None = None
 ) -> dict[str, Any]:
-    """An entry of a reject file: where the row was, every reason, and the row (or its text, if it is not JSON)."""
+    """An entry of a reject file: where the row was, every reason, and the row (or its text, if it
+    is not JSON)."""
     entry: dict[str, Any] = {
         "file": str(file),
         "row": number,

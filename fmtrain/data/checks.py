@@ -1,4 +1,5 @@
-"""Rows checked as training will read them, before anything is trained: all of them, or a stream's one by one."""
+"""Rows checked as training will read them, before anything is trained: all of them, or a stream's
+one by one."""
 
 from fmtrain.data.encode import placed, render
 from fmtrain.data.files import Rows
@@ -19,7 +20,8 @@ def prepare(
 ) -> Rows:
     """Every row checked as training will read it; those over `max_length` tokens dropped.
 
-    Raises `ValueError` naming the set, the row and the reason for the first bad row, and if no row is left.
+    Raises `ValueError` naming the set, the row and the reason for the first bad row, and if no row
+    is left.
     """
     lengths = loaded.rows.map(
         _length,
@@ -39,19 +41,20 @@ def prepare(
     )["length"]
     if max_length is None:
         return loaded
-    keep = [index for index, length in enumerate(lengths) if length <= max_length]
-    if not keep:
+    short = [index for index, length in enumerate(lengths) if length <= max_length]
+    if not short:
         raise ValueError(
-            f"{name}: none of {len(lengths)} rows fits max_length {max_length}; the shortest has {min(lengths)} tokens"
+            f"{name}: none of {len(lengths)} rows fits max_length {max_length}; "
+            f"the shortest has {min(lengths)} tokens"
         )
-    return Rows(loaded.rows.select(keep), loaded.image_root, len(lengths) - len(keep))
+    return Rows(loaded.rows.select(short), loaded.image_root, len(lengths) - len(short))
 
 
 def _length(row: dict, **how) -> dict[str, int]:
-    return {"length": inspect(row, **how)}
+    return {"length": examine(row, **how)}
 
 
-def inspect(
+def examine(
     row: dict,
     processor,
     name: str,
@@ -61,17 +64,18 @@ def inspect(
     count: bool,
     evaluation: bool,
 ) -> int:
-    """The tokens of a row if `count`, else 0. Raises `ValueError`, in one line with the row, for one that cannot be trained on."""
+    """The tokens of a row if `count`, else 0; its images are opened if `decode`, else only their
+    sizes read. Raises `ValueError`, in one line with the row, for one that cannot be trained on."""
     try:
         if str(row.get("source") or "").startswith(EVALUATION_ONLY) and not evaluation:
             raise ValueError(
                 "is evaluation data; training on it needs `allow_evaluation_data: true`"
             )
         images, root = row["images"] or [], row.get("image_root") or root
-        sizes = [
-            open_image(i, root, max_pixels).size if decode else image_size(i, root, max_pixels)
-            for i in images
-        ]
+        if decode:
+            sizes = [open_image(image, root, max_pixels).size for image in images]
+        else:
+            sizes = [image_size(image, root, max_pixels) for image in images]
         messages = placed(processor, row["messages"] or [], len(sizes))
         segments = render(processor, messages)
         if not any(segment.prefill < 0 for segment in segments):

@@ -1,8 +1,9 @@
 """The rows of a recipe: loaded, checked before anything is written, and none of them shortened.
 
-A row is `{"id", "source", "messages", "images"}`: `messages` in TRL's conversational format with typed parts, `images`
-file names below the image folder or `datasets.Image` cells. Rows longer than `max_length` are dropped whole and counted.
-In a mix of several sets every row carries its own image folder, as `image_root`.
+A row is `{"id", "source", "messages", "images"}`: `messages` in TRL's conversational format with
+typed parts, `images` file names below the image folder or `datasets.Image` cells. Rows longer than
+`max_length` are dropped whole and counted. In a mix of several sets every row carries its own image
+folder, as `image_root`.
 """
 
 from dataclasses import dataclass, replace
@@ -13,16 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmtrain.data import mixing
-from fmtrain.data.row_format import COLUMNS, features
-
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+from fmtrain.data.row_format import COLUMNS, FORMATS, features, row_files
 
 
 @dataclass(frozen=True)
 class Rows:
     """A loaded set of rows, where its images are, and how many rows were too long.
 
-    opened, passes: of a stream, whose rows have neither numbers nor an end: the first few, and the rows of one pass.
+    opened, passes: of a stream, whose rows have neither numbers nor an end: the first few, and the
+    rows of one pass.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -43,11 +43,9 @@ class Rows:
 
     def head(self, count: int | None) -> "Rows":
         """The first `count` of them, None: all."""
-        return (
-            self
-            if count is None
-            else replace(self, rows=self.rows.select(range(min(count, len(self.rows)))))
-        )
+        if count is None:
+            return self
+        return replace(self, rows=self.rows.select(range(min(count, len(self.rows)))))
 
 
 def load(
@@ -60,8 +58,9 @@ def load(
 ) -> Rows:
     """The rows of a file, of a folder of files, or of the embedded `digits`.
 
-    count: use so many, the first ones (`digits` makes as many). first: of these only the first ones are needed.
-    Raises `ValueError` for a name that is none of them, an unreadable file and a set without the columns of a row.
+    count: use so many, the first ones (`digits` makes as many). first: of these only the first ones
+    are needed. Raises `ValueError` for a name that is none of them, an unreadable file and a set
+    without the columns of a row.
     """
     if name == "digits":
         from fmtrain.tiny import digits
@@ -70,69 +69,44 @@ def load(
     files = row_files(name)
     path = Path(name)
     rows = _read(name, FORMATS[files[0].suffix], [str(file) for file in files])
-    missing = {"messages", "images"} - set(rows.column_names)
+    missing = ", ".join(sorted({"messages", "images"} - set(rows.column_names)))
     if missing:
-        raise ValueError(
-            f"{name}: the rows have no column {', '.join(sorted(missing))}; they have {', '.join(rows.column_names)}"
-        )
+        columns = ", ".join(rows.column_names)
+        raise ValueError(f"{name}: the rows have no column {missing}; they have {columns}")
     if not len(rows):
         raise ValueError(f"{name}: holds no row")
-    rows = rows.select_columns(
-        [column for column in COLUMNS if column in rows.column_names]
-    )  # a file says no image_root
+    # Other columns go: a file does not say where its images are.
+    rows = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"{path.name}:{number}" for number in range(len(rows))])
     return Rows(rows, image_folder(name, image_root)).head(count or None).head(first)
 
 
-def row_files(name: str | None) -> list[Path]:
-    """The files that hold the rows of `name`, a file or a folder. Raises `ValueError` if there are none, or of two kinds."""
-    if name is None:
-        raise ValueError("the recipe names no data; add e.g. `dataset_name: rows.jsonl`")
-    path = Path(name)
-    files = (
-        sorted(file for file in path.iterdir() if file.suffix in FORMATS)
-        if path.is_dir()
-        else [path]
-    )
-    if not files or files[0].suffix not in FORMATS or not files[0].is_file():
-        raise ValueError(
-            f"{name}: no such rows; expected `digits`, a {', '.join(FORMATS)} file or a folder of them"
-        )
-    suffixes = {file.suffix for file in files}
-    if len(suffixes) > 1:
-        raise ValueError(
-            f"{name}: holds {', '.join(sorted(suffixes))} files; keep one kind in a folder"
-        )
-    return files
-
-
 def image_folder(name: str, image_root: str | None) -> str:
-    """Where the images of the rows `name` are: `image_root`, or by default the folder that holds the rows."""
+    """Where the images of the rows `name` are: `image_root`, or by default the folder that holds
+    the rows."""
     if image_root is not None and not Path(image_root).is_dir():
         raise ValueError(f"{name}: its image folder {image_root} does not exist")
     return image_root or str(name if Path(name).is_dir() else Path(name).parent)
 
 
 def _read(name: str, kind: str, files: list[str]) -> datasets.Dataset:
-    """Rows of a kind that `datasets` reads. Types are inferred; of JSON, `datasets` looks at ten megabytes, and where these
-    show no image, or something that the rest does not keep to, the types are those of the row format."""
+    """Rows of a kind that `datasets` reads. Types are inferred; of JSON, `datasets` looks at ten
+    megabytes, and where these show no image, or something that the rest does not keep to, the types
+    are those of the row format."""
     try:
         if kind == "parquet":
-            return datasets.load_dataset(
-                kind, data_files=files, split="train", features=_parquet_features(files[0])
-            )
+            types = _parquet_features(files[0])
+            return datasets.load_dataset(kind, data_files=files, split="train", features=types)
         try:
             rows = datasets.load_dataset(kind, data_files=files, split="train")
-            if "images" not in rows.column_names or not _without_type(
-                rows.features.arrow_schema.field("images").type
-            ):
+            types = rows.features.arrow_schema
+            if "images" not in types.names or not _without_type(types.field("images").type):
                 return rows
         except datasets.exceptions.DatasetGenerationError:
             pass
-        return datasets.load_dataset(
-            kind, data_files=files, split="train", features=datasets.Features.from_dict(features())
-        )
+        types = datasets.Features.from_dict(features())
+        return datasets.load_dataset(kind, data_files=files, split="train", features=types)
     except StopIteration as error:  # what `datasets` makes of empty files
         raise ValueError(f"{name}: holds no row") from error
     except (
@@ -150,16 +124,16 @@ def _without_type(kind: pa.DataType) -> bool:
 
 
 def _parquet_features(file: str) -> datasets.Features:
-    """The file's own types, but embedded images as they are stored: they are opened by `fmtrain.data.images`, under its limits."""
+    """The file's own types, but embedded images as they are stored: they are opened by
+    `fmtrain.data.images`, under its limits."""
     schema = pq.read_schema(file)
-    found = datasets.Features.from_arrow_schema(schema)
+    types = datasets.Features.from_arrow_schema(schema)
     if "images" in schema.names:
         images = schema.field("images").type
-        if (pa.types.is_list(images) or pa.types.is_large_list(images)) and pa.types.is_struct(
-            images.value_type
-        ):
-            found["images"] = datasets.List(datasets.Image(decode=False))
-    return found
+        listed = pa.types.is_list(images) or pa.types.is_large_list(images)
+        if listed and pa.types.is_struct(images.value_type):
+            types["images"] = datasets.List(datasets.Image(decode=False))
+    return types
 
 
 def mix(
@@ -169,19 +143,14 @@ def mix(
     count: int | None = None,
     run: int | None = None,
 ) -> Rows:
-    """One set of rows from several, as the entries say; the first `count` of it. `run` and errors: see `mixing.shares`."""
+    """One set of rows from several, as the entries say; the first `count` of it. `run` and errors:
+    see `mixing.shares`."""
     shares = mixing.shares(entries, [rows.size for rows in sets], run)
+    roots = [rows.image_root for rows in sets]
     try:
-        mixed = mixing.mix(
-            [rows.rows for rows in sets], [rows.image_root for rows in sets], shares, seed
-        )
+        mixed = mixing.mix([rows.rows for rows in sets], roots, shares, seed)
     except (ValueError, TypeError, pa.ArrowException) as error:
         names = ", ".join(entry.path for entry in entries)
-        raise ValueError(
-            f"{names}: the rows are of different types: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return Rows(
-        mixed.select(range(min(count or len(mixed), len(mixed)))),
-        ".",
-        sum(rows.dropped for rows in sets),
-    )
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{names}: the rows are of different types: {reason}") from error
+    return Rows(mixed, ".", sum(rows.dropped for rows in sets)).head(count or None)

@@ -1,8 +1,8 @@
 """Images from disk, opened safely: inside their folder, of sane size, upright, RGB.
 
-A training file is input from elsewhere. It may name any path, so a name is resolved under a root and must stay there
-(symbolic links followed first), URLs are never fetched, and a picture that would unpack to more than `MAX_PIXELS` is
-refused before it is decoded.
+A training file is input from elsewhere. It may name any path, so a name is resolved under a root
+and must stay there (symbolic links followed first), URLs are never fetched, and a picture that
+would unpack to more than `MAX_PIXELS` is refused before it is decoded.
 """
 
 import contextlib
@@ -15,20 +15,28 @@ from typing import Any
 
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # http:, https:, file:, data:, s3: ...
 MAX_PIXELS = 64_000_000  # 8000 x 8000; the largest images of LLaVA's mixes are below 30 million
+
+
+def no_file_name(name: Any) -> str | None:
+    """Why `name` cannot be that of an image file, whatever the folder holds, or None."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        return f"image name {name!r:.200} is not a path"
+    if _URL.match(name):
+        return f"image {name!r:.200} is a URL; only files below the image folder are read"
+    return None
 
 
 def resolve(name: str, root: str | os.PathLike) -> Path:
     """The file that `name` (relative to `root`) means.
 
-    Raises `ValueError`, in one line, for a URL, a path or symbolic link that leaves `root`, and a file that is not there.
+    Raises `ValueError`, in one line, for a URL, a path or symbolic link that leaves `root`, and a
+    file that is not there.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError(f"image name {name!r} is not a path")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", name):  # http:, https:, file:, data:, s3: ...
-        raise ValueError(
-            f"image {name[:200]!r} is a URL; only files below the image folder are read"
-        )
+    reason = no_file_name(name)
+    if reason is not None:
+        raise ValueError(reason)
     base = Path(root).resolve()
     path = (base / name).resolve()
     if not path.is_relative_to(base):
@@ -41,11 +49,11 @@ def resolve(name: str, root: str | os.PathLike) -> Path:
 def open_image(
     source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
-    """An upright RGB image from a file name below `root`, from a `datasets.Image` cell (a dict with `bytes` or `path`),
-    or from a PIL image.
+    """An upright RGB image from a file name below `root`, from a `datasets.Image` cell (a dict with
+    `bytes` or `path`), or from a PIL image.
 
-    Raises `ValueError`, in one line, for what `resolve` refuses, for more than `max_pixels` pixels and for data that
-    Pillow cannot read to the end.
+    Raises `ValueError`, in one line, for what `resolve` refuses, for more than `max_pixels` pixels
+    and for data that Pillow cannot read to the end.
     """
     return _read(source, root, max_pixels, _upright_rgb)
 
@@ -53,7 +61,8 @@ def open_image(
 def image_size(
     source: Any, root: str | os.PathLike = ".", max_pixels: int = MAX_PIXELS
 ) -> tuple[int, int]:
-    """Width and height in pixels that `open_image` would give, read from the header alone; the same errors."""
+    """Width and height in pixels that `open_image` would give, read from the header alone; the same
+    errors."""
     return _read(source, root, max_pixels, _upright_size)
 
 
@@ -70,16 +79,12 @@ def _read(source: Any, root: str | os.PathLike, max_pixels: int, use):
                 return use(_limited(image, repr(name), max_pixels))
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {name!r} is too large: {error}") from error
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-    ) as error:  # what Pillow's decoders raise for broken data
-        reason = (
-            "not an image that Pillow knows"
-            if isinstance(error, UnidentifiedImageError)
-            else str(error).split("\n")[0]
-        )
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"image {name!r} cannot be read: not an image that Pillow knows"
+        ) from error
+    except (OSError, SyntaxError, EOFError) as error:  # Pillow's decoders, of broken data
+        reason = str(error).split("\n")[0]
         raise ValueError(f"image {name!r} cannot be read: {reason}") from error
 
 
@@ -96,9 +101,8 @@ def _whole_files_only():
 def _limited(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
-        raise ValueError(
-            f"image {name} has {width} x {height} = {width * height} pixels, over the limit of {max_pixels}"
-        )
+        size = f"{width} x {height} = {width * height} pixels"
+        raise ValueError(f"image {name} has {size}, over the limit of {max_pixels}")
     return image
 
 
@@ -112,8 +116,7 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
-    header = (
-        image.format != "PNG" or "exif" in image.info
-    )  # looking for a PNG's EXIF would decode all of it
+    # Looking for a PNG's EXIF would decode all of it.
+    header = image.format != "PNG" or "exif" in image.info
     turned = header and image.getexif().get(0x0112, 1) >= 5  # orientations 5 to 8 swap the sides
     return (height, width) if turned else (width, height)

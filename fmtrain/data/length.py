@@ -8,7 +8,8 @@ from fmtrain.data.encode import Segment, image_count, placed, render
 
 
 def token_count(processor, messages: list[dict], sizes: list[tuple[int, int]]) -> int:
-    """How many tokens `encode` makes of a dialogue whose images have these sizes (width, height), without touching a pixel.
+    """How many tokens `encode` makes of a dialogue whose images have these sizes (width, height),
+    without touching a pixel.
 
     Raises `ValueError` as `encode` does.
     """

@@ -5,9 +5,10 @@
       - {path: data/visual_genome, epochs: 0.25, image_root: vg}
       - {path: data/llava_instruct, weight: 0.3, image_root: coco}
 
-`epochs` is how often the rows of a set come in one pass over the mix; `weight` is the share of the mix that a set makes
-up. Beside sets with epochs the weights add up to less than 1 and those sets make up the rest. Weights alone are relative
-to each other; a pass is then as long as the run (`max_steps`), or else as it can be without repeating a row.
+`epochs` is how often the rows of a set come in one pass over the mix; `weight` is the share of the
+mix that a set makes up. Beside sets with epochs the weights add up to less than 1 and those sets
+make up the rest. Weights alone are relative to each other; a pass is then as long as the run
+(`max_steps`), or else as it can be without repeating a row.
 """
 
 import difflib
@@ -35,19 +36,20 @@ class Entry:
 
 
 def entries(values: list[str | dict]) -> list[Entry]:
-    """Entries of `datasets:`, as mappings or as YAML texts of them. Raises `ValueError`, in one line, for anything odd."""
-    found = [
-        _entry(f"datasets, entry {number}", value) for number, value in enumerate(values, start=1)
-    ]
-    if not found:
+    """Entries of `datasets:`, as mappings or as YAML texts of them. Raises `ValueError`, in one
+    line, for anything odd."""
+    mixture = []
+    for number, value in enumerate(values, start=1):
+        mixture.append(_entry(f"datasets, entry {number}", value))
+    if not mixture:
         raise ValueError("datasets: names no set")
-    weights = [entry.weight for entry in found if entry.weight is not None]
-    if weights and len(weights) < len(found) and sum(weights) >= 1:
+    weights = [entry.weight for entry in mixture if entry.weight is not None]
+    if weights and len(weights) < len(mixture) and sum(weights) >= 1:
         raise ValueError(
-            f"datasets: the weights add up to {sum(weights):g} and leave nothing to the sets with epochs; "
-            "beside these a weight is a share of the mix, so keep the sum below 1"
+            f"datasets: the weights add up to {sum(weights):g} and leave nothing to the sets with "
+            "epochs; beside these a weight is a share of the mix, so keep the sum below 1"
         )
-    return found
+    return mixture
 
 
 def _entry(place: str, value: str | dict) -> Entry:
@@ -58,9 +60,8 @@ def _entry(place: str, value: str | dict) -> Entry:
             raise ValueError(f"{place}: not readable: {' '.join(str(error).split())}") from error
     known = [field.name for field in fields(Entry)]
     if not isinstance(value, dict):
-        raise ValueError(
-            f"{place}: {value!r:.100} is not a mapping such as {{path: data/vqav2, epochs: 1}}"
-        )
+        example = "{path: data/vqav2, epochs: 1}"
+        raise ValueError(f"{place}: {value!r:.100} is not a mapping such as {example}")
     for key in value:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
@@ -90,8 +91,8 @@ def _entry(place: str, value: str | dict) -> Entry:
 def shares(mixture: list[Entry], sizes: list[int], run: int | None = None) -> list[int]:
     """How many rows each set gives to one pass over the mix; one with a weight at least one row.
 
-    sizes: rows of each set. run: rows that the run takes, if it has a number of steps; used where there are only weights.
-    Raises `ValueError` for epochs that come to no row.
+    sizes: rows of each set. run: rows that the run takes, if it has a number of steps; used where
+    there are only weights. Raises `ValueError` for epochs that come to no row.
     """
     epochs = [None if entry.weight is not None else entry.epochs or 1.0 for entry in mixture]
     weights = [entry.weight or 0.0 for entry in mixture]
@@ -103,39 +104,40 @@ def shares(mixture: list[Entry], sizes: list[int], run: int | None = None) -> li
     else:
         weights = [weight / sum(weights) for weight in weights]
         total = run or min(size / weight for size, weight in zip(sizes, weights, strict=True))
-    found = []
+    counts = []
     for entry, size, times, weight in zip(mixture, sizes, epochs, weights, strict=True):
-        found.append(round(size * times) if times is not None else max(1, round(weight * total)))
-        if not found[-1]:
+        counts.append(round(size * times) if times is not None else max(1, round(weight * total)))
+        if not counts[-1]:
             raise ValueError(
                 f"datasets: epochs {times:g} of {entry.path} with {size} rows is less than one row"
             )
-    return found
+    return counts
 
 
 def mix(
     sets: list[datasets.Dataset], roots: list[str], counts: list[int], seed: int
 ) -> datasets.Dataset:
-    """`counts[k]` rows of `sets[k]`, shuffled together, each with its image root in the column `image_root`.
+    """`counts[k]` rows of `sets[k]`, shuffled together, each with its image root in the column
+    `image_root`.
 
-    The rows are the same for the same seed: of `count` rows of a set with `size`, every one comes `count // size` times
-    and `count % size` drawn ones once more. No row is copied; the mix is a list of indices.
+    The rows are the same for the same seed: of `count` rows of a set with `size`, every one comes
+    `count // size` times and `count % size` drawn ones once more. No row is copied; the mix is a
+    list of indices.
     """
     joined = datasets.concatenate_datasets(_alike(sets, roots))
-    picked, offset = [], 0
+    indices, offset = [], 0
     for number, (rows, count) in enumerate(zip(sets, counts, strict=True)):
-        drawn = np.random.default_rng([seed, number]).choice(
-            len(rows), count % len(rows), replace=False
-        )
-        picked += [offset + np.arange(len(rows))] * (count // len(rows)) + [offset + drawn]
+        rounds, rest = divmod(count, len(rows))
+        drawn = np.random.default_rng([seed, number]).choice(len(rows), rest, replace=False)
+        indices += [offset + np.arange(len(rows))] * rounds + [offset + drawn]
         offset += len(rows)
-    return joined.select(
-        np.random.default_rng([seed, len(sets)]).permutation(np.concatenate(picked))
-    )
+    order = np.random.default_rng([seed, len(sets)])
+    return joined.select(order.permutation(np.concatenate(indices)))
 
 
 def _alike(sets: list[datasets.Dataset], roots: list[str]) -> list[datasets.Dataset]:
-    """The sets with the same columns of the same types; where one embeds its images, a file name becomes a cell without bytes."""
+    """The sets with the same columns of the same types; where one embeds its images, a file name
+    becomes a cell without bytes."""
     embedded = any(not isinstance(rows.features["images"].feature, datasets.Value) for rows in sets)
     wanted = datasets.Features.from_dict(features(embedded))
     alike = []

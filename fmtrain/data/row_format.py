@@ -1,17 +1,24 @@
-"""The columns of a row and their types, for whoever writes rows and whoever reads them. Imports nothing heavy."""
+"""The columns of a row, their types and the files that hold rows, for whoever writes or reads them.
 
+Nothing heavy is imported: with `datasets` in memory the checker takes a quarter longer.
+"""
+
+import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 COLUMNS = ("id", "source", "messages", "images")
-EVALUATION_ONLY = (
-    "evaluation_only/"  # first characters of `source` in rows that must not be trained on
-)
+FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
+EVALUATION_ONLY = "evaluation_only/"  # how `source` begins in rows that must not be trained on
 
 
 def features(embed_images: bool = False) -> dict[str, Any]:
     """The types of the columns, in the form of `datasets.Features.from_dict`.
 
-    Embedded images are `Image(decode=False)`, so that they are opened by `fmtrain.data.images.open_image`, under its limits.
+    Embedded images are `Image(decode=False)`, so that they are opened by
+    `fmtrain.data.images.open_image`, under its limits.
     """
     text = {"dtype": "string", "_type": "Value"}
     image = {"decode": False, "_type": "Image"} if embed_images else text
@@ -23,3 +30,48 @@ def features(embed_images: bool = False) -> dict[str, Any]:
         "messages": messages,
         "images": {"feature": image, "_type": "List"},
     }
+
+
+def arrow_schema(embed_images: bool = False) -> pa.Schema:
+    """`features` in Arrow's types, and as they are under the metadata key that `datasets` reads."""
+    columns = features(embed_images)
+    fields = [(name, _arrow_type(column)) for name, column in columns.items()]
+    info = json.dumps({"info": {"features": columns}}, separators=(",", ":"))
+    return pa.schema(fields, metadata={"huggingface": info})
+
+
+def _arrow_type(feature: dict[str, Any]) -> pa.DataType:
+    kind = feature.get("_type")
+    if kind == "Value":
+        return pa.string()
+    if kind == "List":
+        return pa.list_(_arrow_type(feature["feature"]))
+    if kind == "Image":
+        return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.struct([(name, _arrow_type(inner)) for name, inner in feature.items()])
+
+
+def row_files(path: str | Path | None) -> list[Path]:
+    """The files that hold the rows of `path`, in order: of a prepared folder its rows*.jsonl or
+    rows*.parquet, of any other folder all .jsonl, .json or .parquet files; a file is itself.
+
+    Raises `ValueError` if there are none, or of two kinds.
+    """
+    if path is None:
+        raise ValueError("the recipe names no data; add e.g. `dataset_name: rows.jsonl`")
+    folder = Path(path)
+    files = [folder]
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.suffix in FORMATS)
+        prepared = [file for file in files if file.name.startswith("rows")]
+        files = [file for file in prepared if file.suffix != ".json"] or files
+    if not files or files[0].suffix not in FORMATS or not files[0].is_file():
+        raise ValueError(
+            f"{path}: no such rows; expected a {', '.join(FORMATS)} file, a folder of them or, "
+            "in a recipe, `digits`"
+        )
+    suffixes = {file.suffix for file in files}
+    if len(suffixes) > 1:
+        kinds = ", ".join(sorted(suffixes))
+        raise ValueError(f"{path}: holds {kinds} files; keep one kind in a folder")
+    return files

@@ -1,15 +1,17 @@
-"""Rows read from their files as training goes, for sets that are too large to copy into an Arrow cache and check ahead.
+"""Rows read from their files as training goes, for sets that are too large to copy into an Arrow
+cache and check ahead.
 
-The order is that of one endless sequence, cut into batches; a worker of a rank reads the files like every other and parses
-only the rows of its own batches. So the order depends on the seed alone, not on workers, and a resumed run passes over
-the batches that it has had without parsing, checking or decoding them.
+The order is that of one endless sequence, cut into batches; a worker of a rank reads the files like
+every other and parses only the rows of its own batches. So the order depends on the seed alone, not
+on workers, and a resumed run passes over the batches that it has had without parsing, checking or
+decoding them.
 """
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
 
@@ -19,19 +21,21 @@ import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
 from fmtrain.data import mixing
-from fmtrain.data.checks import inspect
-from fmtrain.data.files import Rows, image_folder, row_files
-from fmtrain.data.row_format import COLUMNS
+from fmtrain.data.checks import examine
+from fmtrain.data.files import Rows, image_folder
+from fmtrain.data.row_format import COLUMNS, row_files
 
-SKIPPED = dict.fromkeys(
-    ("id", "messages", "images")
-)  # stands for a row that a resumed run has had already
+Place = str  # of a row: its file and number
+Unparsed = bytes | dict  # a line of JSON as it stands, or a row of Parquet
+# What stands for a row that a resumed run has had already.
+SKIPPED = dict.fromkeys(("id", "messages", "images"))
 HEAD = 4  # rows that are read before training starts, for the audit of the first batch
 
 
 @dataclass(frozen=True)
-class Source:
-    """One set: its files, how many rows they hold, how many of these make up its part of a pass, and its image folder."""
+class StreamedSet:
+    """One set: its files, how many rows they hold, how many of these make up its part of a pass,
+    and its image folder."""
 
     path: str
     files: tuple[Path, ...]
@@ -44,11 +48,12 @@ class Source:
 class Stream:
     """The endless sequence of rows, and the part of it that one rank sees.
 
-    buffer: of so many rows of a set the next one is drawn; 1 keeps the order of the files. batch_size: rows that a rank
-    takes at a time. skip: batches of a rank that come as `SKIPPED`. check: `(row, path of its set)`, raises `ValueError`.
+    buffer: of so many rows of a set the next one is drawn; 1 keeps the order of the files.
+    batch_size: rows that a rank takes at a time. skip: batches of a rank that come as `SKIPPED`.
+    check: `(row, path of its set)`, raises `ValueError`.
     """
 
-    sources: tuple[Source, ...]
+    sources: tuple[StreamedSet, ...]
     seed: int
     buffer: int
     batch_size: int
@@ -58,20 +63,21 @@ class Stream:
     skip: int = 0
 
     def rows(self, parts: list[int] = ()) -> Iterator[dict]:
-        """Rows for one worker of one rank: batch k is rank k % world_size's, whose workers take its batches in turn.
+        """Rows for one worker of one rank: batch k is rank k % world_size's, whose workers take its
+        batches in turn.
 
         parts: not looked at; `datasets` hands each worker one, and stops those that get none.
         """
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        for number, (source, found) in enumerate(self._sequence()):
+        for number, (source, (place, row)) in enumerate(self._sequence()):
             own, rank = divmod(number // self.batch_size, self.world_size)
             if rank == self.rank and own % workers == worker:
-                yield self._row(source, *found) if own >= self.skip else SKIPPED
+                yield self._row(source, place, row) if own >= self.skip else SKIPPED
 
-    def _row(self, source: Source, place: str, found: bytes | dict) -> dict:
+    def _row(self, source: StreamedSet, place: Place, unparsed: Unparsed) -> dict:
         try:
-            row = json.loads(found) if isinstance(found, bytes) else found
+            row = json.loads(unparsed) if isinstance(unparsed, bytes) else unparsed
         except ValueError as error:
             raise ValueError(f"{source.path}, {place}: not JSON: {error}") from error
         if not isinstance(row, dict) or not {"messages", "images"} <= row.keys():
@@ -83,23 +89,23 @@ class Stream:
         self.check(row, source.path)
         return row
 
-    def _sequence(self) -> Iterator[tuple[Source, tuple[str, bytes | dict]]]:
+    def _sequence(self) -> Iterator[tuple[StreamedSet, tuple[Place, Unparsed]]]:
         """Pass after pass; in each, every set gives exactly its share, spread evenly at random."""
         for number in count():
             chance = Random(f"{self.seed} {number}")
             left = [source.share for source in self.sources]
-            streams = [
-                _picked(s, self.buffer, Random(f"{self.seed} {number} {k}"))
-                for k, s in enumerate(self.sources)
-            ]
+            streams = []
+            for k, source in enumerate(self.sources):
+                own_chance = Random(f"{self.seed} {number} {k}")
+                streams.append(_picked(source, self.buffer, own_chance))
             while any(left):
                 [k] = chance.choices(range(len(left)), left)
                 left[k] -= 1
                 yield self.sources[k], next(streams[k])
 
 
-def _picked(source: Source, buffer: int, chance: Random) -> Iterator[tuple[str, bytes | dict]]:
-    """`source.share` rows: whole rounds, then a drawn part of one, each through a shuffle buffer."""
+def _picked(source: StreamedSet, buffer: int, chance: Random) -> Iterator[tuple[Place, Unparsed]]:
+    """`source.share` rows: whole rounds, then a part of one, each through a shuffle buffer."""
     left = source.share
     while left:
         wanted = min(left, source.size)
@@ -107,19 +113,19 @@ def _picked(source: Source, buffer: int, chance: Random) -> Iterator[tuple[str, 
         yield from _shuffled(_sample(source, wanted, chance), buffer, chance)
 
 
-def _sample(source: Source, wanted: int, chance: Random) -> Iterator[tuple[str, bytes | dict]]:
-    """Exactly `wanted` of the rows, in their order, every subset alike (selection sampling, Knuth's algorithm S)."""
+def _sample(source: StreamedSet, wanted: int, chance: Random) -> Iterator[tuple[Place, Unparsed]]:
+    """Exactly `wanted` of the rows, in their order, every subset alike (selection sampling, Knuth's
+    algorithm S)."""
     rest = source.size
-    for found in _records(source.files):
+    for row in _records(source.files):
         if chance.random() * rest < wanted:
-            yield found
+            yield row
             wanted -= 1
         rest -= 1
         if not wanted:
             return
-    raise ValueError(
-        f"{source.path}: held {source.size} rows when the run started and {source.size - rest} now"
-    )
+    now = source.size - rest
+    raise ValueError(f"{source.path}: held {source.size} rows when the run started and {now} now")
 
 
 def _shuffled(rows: Iterator, size: int, chance: Random) -> Iterator:
@@ -134,16 +140,15 @@ def _shuffled(rows: Iterator, size: int, chance: Random) -> Iterator:
     yield from buffer
 
 
-def _records(files: tuple[Path, ...]) -> Iterator[tuple[str, bytes | dict]]:
+def _records(files: tuple[Path, ...]) -> Iterator[tuple[Place, Unparsed]]:
     """Every row and its place; a line of JSON as it stands."""
     for file in files:
         if file.suffix == ".parquet":
             reader = pq.ParquetFile(file)
             columns = [column for column in COLUMNS if column in reader.schema_arrow.names]
             batches = reader.iter_batches(batch_size=64, columns=columns)
-            for number, row in enumerate(
-                (row for batch in batches for row in batch.to_pylist()), start=1
-            ):
+            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, row in enumerate(rows, start=1):
                 yield f"{file.name} row {number}", row
         else:
             with file.open("rb") as lines:
@@ -152,17 +157,16 @@ def _records(files: tuple[Path, ...]) -> Iterator[tuple[str, bytes | dict]]:
                         yield f"{file.name} row {number}", line
 
 
-def _size(name: str, files: list[Path]) -> int:
+def _size(name: str, files: tuple[Path, ...]) -> int:
     if files[0].suffix == ".json":
         raise ValueError(f"{name}: streaming reads .jsonl and .parquet files, not .json")
     try:
         if files[0].suffix == ".parquet":
             return sum(pq.read_metadata(file).num_rows for file in files)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{name}: not readable as Parquet: {str(error).splitlines()[0]}"
-        ) from error
-    return sum(1 for _ in _records(tuple(files)))
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{name}: not readable as Parquet: {reason}") from error
+    return sum(1 for _ in _records(files))
 
 
 def load(
@@ -172,23 +176,24 @@ def load(
     run: int | None = None,
     head: int = HEAD,
 ) -> Rows:
-    """The rows of the entries through `stream` (without its sources), for a loader with so many workers; `run`: see
-    `mixing.shares`.
+    """The rows of the entries through `stream` (without its sources), for a loader with so many
+    workers; `run`: see `mixing.shares`.
 
-    The rows are counted here, the first `head` of them are read. Raises `ValueError` as `data.load` and for a bad one of these few.
+    The rows are counted here, the first `head` of them are read. Raises `ValueError` as `data.load`
+    and for a bad one of these few.
     """
-    files = [row_files(entry.path) for entry in entries]
-    sizes = [_size(entry.path, found) for entry, found in zip(entries, files, strict=True)]
-    for entry, size in zip(entries, sizes, strict=True):
-        if not size:
+    files = [tuple(row_files(entry.path)) for entry in entries]
+    sizes = []
+    for entry, paths in zip(entries, files, strict=True):
+        sizes.append(_size(entry.path, paths))
+        if not sizes[-1]:
             raise ValueError(f"{entry.path}: holds no row")
-    sources = tuple(
-        Source(entry.path, tuple(found), size, share, image_folder(entry.path, entry.image_root))
-        for entry, found, size, share in zip(
-            entries, files, sizes, mixing.shares(entries, sizes, run), strict=True
-        )
-    )
-    stream = replace(stream, sources=sources)
+    shares = mixing.shares(entries, sizes, run)
+    sources = []
+    for entry, paths, size, share in zip(entries, files, sizes, shares, strict=True):
+        root = image_folder(entry.path, entry.image_root)
+        sources.append(StreamedSet(entry.path, paths, size, share, root))
+    stream = replace(stream, sources=tuple(sources))
     first = tuple(islice(replace(stream, rank=0, world_size=1, skip=0).rows(), head))
     parts = list(range(stream.world_size * max(1, workers)))
     rows = datasets.IterableDataset.from_generator(stream.rows, gen_kwargs={"parts": parts})
@@ -202,9 +207,11 @@ def unchecked(row: dict, path: str) -> None:
 def checker(
     processor, max_length: int | None, max_pixels: int, allow_evaluation_data: bool
 ) -> Callable[[dict, str], None]:
-    """What a stream does with every row: the checks of `data.prepare`, but images are opened later, when they are needed.
+    """What a stream does with every row: the checks of `data.prepare`, but images are opened later,
+    when they are needed.
 
-    A row over `max_length` is refused: dropping it would shift the batches of one worker against those of the others.
+    A row over `max_length` is refused: dropping it would shift the batches of one worker against
+    those of the others.
     """
     return partial(_check, processor, max_length, max_pixels, allow_evaluation_data)
 
@@ -212,18 +219,19 @@ def checker(
 def _check(
     processor, max_length: int | None, max_pixels: int, evaluation: bool, row: dict, path: str
 ) -> None:
-    length = inspect(
+    length = examine(
         row,
         processor,
         path,
-        row["image_root"],
-        max_pixels,
-        False,
-        max_length is not None,
-        evaluation,
+        root=row["image_root"],
+        max_pixels=max_pixels,
+        decode=False,
+        count=max_length is not None,
+        evaluation=evaluation,
     )
     if max_length is not None and length > max_length:
         raise ValueError(
-            f"{path}, row {row['id']}: {length} tokens, over max_length {max_length}; a stream drops no row, so take long ones out "
-            "first (python -m data_prep.check ROWS --processor DIR --max-length N --reject FILE)"
+            f"{path}, row {row['id']}: {length} tokens, over max_length {max_length}; "
+            "a stream drops no row, so take long ones out first "
+            "(python -m data_prep.check ROWS --processor DIR --max_length N --reject FILE)"
         )

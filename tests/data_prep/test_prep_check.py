@@ -12,10 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_prep.check import Checks, check, main
-from data_prep.checking.image_checks import SIMILAR, inspect, look_hash
-from data_prep.checking.token_lengths import summary
-from data_prep.converting.rows import assistant, image_part, read_rows, schema, user
+from data_prep.check import main
+from data_prep.checking.findings import Checks, check
+from data_prep.checking.image_checks import SIMILAR, examine, look_hash
+from data_prep.checking.reading import read_rows
+from data_prep.checking.token_lengths import length_summary
+from data_prep.converting.rows import assistant, image_part, user
+from fmtrain.data.row_format import arrow_schema
 
 
 @pytest.fixture
@@ -41,10 +44,10 @@ def findings_of(*arguments: object, json_file: Path) -> tuple[int, dict]:
 
 
 def test_good_rows_pass(prepared, tmp_path, capsys):
-    code, found = findings_of(
-        prepared, "--image-root", tmp_path / "images", json_file=tmp_path / "f.json"
+    code, findings = findings_of(
+        prepared, "--image_root", tmp_path / "images", json_file=tmp_path / "f.json"
     )
-    assert code == 0 and found["bad"] == 0 and found["rows"] == found["images"] == 10
+    assert code == 0 and findings["bad"] == 0 and findings["rows"] == findings["images"] == 10
     assert "10 rows, 10 images opened, 0 bad rows" in capsys.readouterr().out
 
 
@@ -78,12 +81,12 @@ def spoil(images: Path, name: str) -> str:
 )
 def test_a_spoiled_image_is_found(name, prepared, tmp_path):
     kind = spoil(tmp_path / "images", name)
-    code, found = findings_of(
-        prepared, "--image-root", tmp_path / "images", json_file=tmp_path / "f.json"
+    code, findings = findings_of(
+        prepared, "--image_root", tmp_path / "images", json_file=tmp_path / "f.json"
     )
-    assert code == 1 and found["problems"] == {kind: 1}
-    assert [row["id"] for row in found["bad_rows"]] == ["3"]
-    assert "\n" not in found["bad_rows"][0]["problems"][0]["detail"]
+    assert code == 1 and findings["problems"] == {kind: 1}
+    assert [row["id"] for row in findings["bad_rows"]] == ["3"]
+    assert "\n" not in findings["bad_rows"][0]["problems"][0]["detail"]
 
 
 @settings(
@@ -95,7 +98,7 @@ def test_random_bytes_in_images_never_crash_the_check(tmp_path, picture, layout,
     at = data.draw(st.integers(0, len(good) - 1))
     junk = data.draw(st.binary(min_size=1, max_size=8))
     (tmp_path / "x").write_bytes(good[:at] + junk + good[at + len(junk) :])
-    facts = inspect("x", tmp_path)
+    facts = examine("x", tmp_path)
     assert facts.problem is None or facts.problem.kind == "unreadable image"
 
 
@@ -105,7 +108,7 @@ def test_odd_modes_and_rotations_can_be_opened(mode, tmp_path):
     exif[0x0112] = 6
     name = "x.jpg" if mode == "CMYK" else "x.png"
     Image.effect_noise((40, 20), 80).convert("L").convert(mode).save(tmp_path / name, exif=exif)
-    facts = inspect(name, tmp_path)
+    facts = examine(name, tmp_path)
     assert facts.problem is None
 
 
@@ -122,16 +125,16 @@ def test_contamination_by_content_and_by_look(prepared, tmp_path, picture):
     (evaluation / "broken.jpg").write_bytes(b"no image")
     Image.new("RGB", (64, 48), "white").save(evaluation / "plain.png")
     Image.new("RGB", (64, 48), "gray").save(images / "7.png")  # plain as well, yet another image
-    code, found = findings_of(
-        prepared, "--image-root", images, "--against", evaluation, json_file=tmp_path / "f.json"
+    code, findings = findings_of(
+        prepared, "--image_root", images, "--against", evaluation, json_file=tmp_path / "f.json"
     )
-    assert code == 1 and found["problems"] == {"contamination": 3}
-    details = {row["id"]: row["problems"][0]["detail"] for row in found["bad_rows"]}
+    assert code == 1 and findings["problems"] == {"contamination": 3}
+    details = {row["id"]: row["problems"][0]["detail"] for row in findings["bad_rows"]}
     assert details["1"] == "same file as deep/same.png"
     assert details["2"].startswith("looks like scaled.jpg") and details["5"].startswith(
         "looks like gray.webp"
     )
-    assert found["unreadable_evaluation_images"] == ["broken.jpg"]
+    assert findings["unreadable_evaluation_images"] == ["broken.jpg"]
 
 
 def test_unrelated_pictures_look_different(picture, tmp_path):
@@ -157,8 +160,8 @@ def test_reject_adds_to_the_file_and_the_converter_does_not_bring_rows_back(
     )
     reject.write_text('{"earlier": true}\n')
     convert("llava_mix665k", source, out)
-    assert main([str(out), "--skip-images"]) == 1
-    assert main([str(out), "--skip-images", "--reject", str(reject)]) == 0
+    assert main([str(out), "--skip_images"]) == 1
+    assert main([str(out), "--skip_images", "--reject", str(reject)]) == 0
     entries = [json.loads(line) for line in reject.read_text().splitlines()]
     assert entries[0] == {"earlier": True} and entries[1]["record"]["id"] == "b#2"
     assert entries[1]["reasons"] == ["empty answer: message 1 has no text"]
@@ -170,21 +173,21 @@ def test_reject_adds_to_the_file_and_the_converter_does_not_bring_rows_back(
     assert (manifest["rows"], manifest["moved"]) == (1, 1)
 
 
-@pytest.mark.parametrize("options", [["--format", "parquet"], ["--embed-images"]])
+@pytest.mark.parametrize("options", [["--format", "parquet"], ["--embed_images"]])
 def test_reject_of_parquet(options, fixtures, convert, tmp_path):
     out, reject = tmp_path / "out", tmp_path / "r.parquet"
     convert("refcoco", fixtures / "refcoco", out, *options)
     expected = list(read_rows(out))
     table = pq.read_table(out / "rows-00000.parquet")
     pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), out / "rows-00000.parquet")
-    assert main([str(out), "--image-root", str(fixtures / "refcoco"), "--reject", str(reject)]) == 0
+    assert main([str(out), "--image_root", str(fixtures / "refcoco"), "--reject", str(reject)]) == 0
     assert list(read_rows(out)) == expected
     assert (
         pq.read_schema(out / "rows-00000.parquet").metadata
-        == schema("--embed-images" in options).metadata
+        == arrow_schema("--embed_images" in options).metadata
     )
     pq.write_table(pa.concat_tables([table, table.slice(1, 1)]), out / "rows-00000.parquet")
-    assert main([str(out), "--image-root", str(fixtures / "refcoco"), "--reject", str(reject)]) == 0
+    assert main([str(out), "--image_root", str(fixtures / "refcoco"), "--reject", str(reject)]) == 0
     moved = pq.read_table(reject).to_pylist()
     assert [row["id"] for row in moved] == [expected[0]["id"], expected[1]["id"]]
     assert moved[0]["row"] == 4 and moved[0]["reasons"][0].startswith(
@@ -195,18 +198,18 @@ def test_reject_of_parquet(options, fixtures, convert, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["SET"], "say where they are with --image-root, or --skip-images"),
-        (["SET", "--skip-images", "--max-length", "3"], "needs --processor"),
-        (["SET", "--skip-images", "--against", "."], "cannot be combined with --skip-images"),
-        (["SET", "--image-root", "nowhere"], "--image-root nowhere is not a folder"),
-        (["nowhere"], "nowhere: no rows here"),
-        (["SET", "--image-root", ".", "--against", "SET"], "holds no images to check against"),
-        (["SET", "--image-root", ".", "--reject", "x.parquet"], "x.parquet must end in .jsonl"),
+        (["SET"], "say where they are with --image_root, or --skip_images"),
+        (["SET", "--skip_images", "--max_length", "3"], "needs --processor"),
+        (["SET", "--skip_images", "--against", "."], "cannot be combined with --skip_images"),
+        (["SET", "--image_root", "nowhere"], "--image_root nowhere is not a folder"),
+        (["nowhere"], "nowhere: no such rows"),
+        (["SET", "--image_root", ".", "--against", "SET"], "holds no images to check against"),
+        (["SET", "--image_root", ".", "--reject", "x.parquet"], "x.parquet must end in .jsonl"),
         (
-            ["SET", "--image-root", ".", "--reject", "SET/rows2.jsonl"],
+            ["SET", "--image_root", ".", "--reject", "SET/rows2.jsonl"],
             "lies among the rows themselves",
         ),
-        (["SET", "--skip-images", "--processor", "nowhere"], "nowhere holds no processor"),
+        (["SET", "--skip_images", "--processor", "nowhere"], "nowhere holds no processor"),
     ],
 )
 def test_what_cannot_be_checked_is_one_line_and_two(arguments, reason, prepared, capsys):
@@ -218,17 +221,17 @@ def test_what_cannot_be_checked_is_one_line_and_two(arguments, reason, prepared,
 
 def test_evaluation_rows_are_refused_unless_allowed(fixtures, convert, tmp_path):
     convert("milebench", fixtures / "milebench", tmp_path / "out")
-    arguments = [str(tmp_path / "out"), "--image-root", str(fixtures / "milebench")]
+    arguments = [str(tmp_path / "out"), "--image_root", str(fixtures / "milebench")]
     assert main(arguments) == 1
-    assert main([*arguments, "--allow-evaluation"]) == 0
+    assert main([*arguments, "--allow_evaluation"]) == 0
 
 
 def test_the_placeholder_quirk_of_the_mix_is_reported(fixtures, convert, tmp_path):
     convert("llava_mix665k", fixtures / "llava_mix665k", tmp_path / "out")
-    code, found = findings_of(
-        tmp_path / "out", "--image-root", fixtures / "llava_mix665k", json_file=tmp_path / "f.json"
+    code, findings = findings_of(
+        tmp_path / "out", "--image_root", fixtures / "llava_mix665k", json_file=tmp_path / "f.json"
     )
-    assert code == 1 and found["problems"] == {"missing image": 1, "placeholder in text": 1}
+    assert code == 1 and findings["problems"] == {"missing image": 1, "placeholder in text": 1}
 
 
 def test_token_lengths(prepared):
@@ -238,18 +241,19 @@ def test_token_lengths(prepared):
         return 200 * int(row["id"])
 
     with ThreadPoolExecutor(1) as pool:
-        found = check(prepared, Checks(pool, images=False, tokens=tokens, max_length=1500))
+        findings = check(prepared, Checks(pool, images=False, tokens=tokens, max_length=1500))
     kinds = {
-        number: problems[0].kind for number, problems in found.bad[prepared / "rows.jsonl"].items()
+        number: problems[0].kind
+        for number, problems in findings.bad[prepared / "rows.jsonl"].items()
     }
     assert kinds == {5: "not encodable", 9: "too long", 10: "too long"}
-    told = summary(found.lengths, 1500)
-    assert (told["rows"], told["max"], told["over_limit"]) == (9, 1800, 2)
+    lengths = length_summary(findings.lengths, 1500)
+    assert (lengths["rows"], lengths["max"], lengths["over_limit"]) == (9, 1800, 2)
     assert (
-        list(told["histogram"].values())[:4] == [2, 1, 2, 4]
-        and sum(told["histogram"].values()) == 9
+        list(lengths["histogram"].values())[:4] == [2, 1, 2, 4]
+        and sum(lengths["histogram"].values()) == 9
     )
-    assert summary([], None)["max"] == 0
+    assert length_summary([], None)["max"] == 0
 
 
 def test_token_lengths_are_those_of_encode(prepared, tmp_path):
@@ -264,28 +268,32 @@ def test_token_lengths_are_those_of_encode(prepared, tmp_path):
     for row in read_rows(prepared):
         images = [open_image(name, tmp_path / "images") for name in row["images"]]
         expected.append(encode(llava, row["messages"], images)[0]["input_ids"].shape[-1])
-    code, found = findings_of(
+    code, findings = findings_of(
         prepared,
-        "--image-root",
+        "--image_root",
         tmp_path / "images",
         "--processor",
         tmp_path / "processor",
-        "--max-length",
+        "--max_length",
         max(expected) - 1,
         json_file=tmp_path / "f.json",
     )
-    assert code == (1 if found["tokens"]["over_limit"] else 0) == 1
-    assert found["tokens"]["max"] == max(expected) and found["tokens"]["rows"] == 10
-    assert found["problems"] == {"too long": expected.count(max(expected))}
+    assert code == (1 if findings["tokens"]["over_limit"] else 0) == 1
+    assert findings["tokens"]["max"] == max(expected) and findings["tokens"]["rows"] == 10
+    assert findings["problems"] == {"too long": expected.count(max(expected))}
 
 
 def test_the_command(prepared, command, tmp_path):
     (tmp_path / "images" / "3.png").unlink()
-    done = command("check", prepared, "--image-root", tmp_path / "images")
+    process = command("check", prepared, "--image_root", tmp_path / "images")
     assert (
-        done.returncode == 1 and "missing image" in done.stdout and "Traceback" not in done.stderr
+        process.returncode == 1
+        and "missing image" in process.stdout
+        and "Traceback" not in process.stderr
     )
-    done = command("check", tmp_path / "nowhere")
+    process = command("check", tmp_path / "nowhere")
     assert (
-        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        process.returncode == 2
+        and process.stderr.startswith("error: ")
+        and process.stderr.count("\n") == 1
     )

@@ -9,9 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep.check import Checks, check, main
+from data_prep.check import main
+from data_prep.checking.findings import Checks, check
 from data_prep.checking.row_checks import Duplicates, row_problems
-from data_prep.converting.rows import assistant, image_part, user
+from data_prep.converting.rows import assistant, format_problems, image_part, user
+from fmtrain.data.dialogue import Malformed, typed
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=12).filter(
     lambda t: t.strip() and "<image>" not in t
@@ -151,8 +153,8 @@ def test_a_good_row_has_no_problems(row):
 def test_damage_is_always_found(damage, row, data):
     damaged = copy.deepcopy(row)
     kinds = DAMAGES[damage](damaged, data.draw)
-    found = {problem.kind for problem in row_problems(damaged)}
-    assert found & set([kinds] if isinstance(kinds, str) else kinds), (damaged, found)
+    seen = {problem.kind for problem in row_problems(damaged)}
+    assert seen & set([kinds] if isinstance(kinds, str) else kinds), (damaged, seen)
 
 
 @settings(max_examples=100, deadline=None)
@@ -171,12 +173,52 @@ def test_anything_else_is_not_a_row_and_never_crashes(value):
             assert key in ("id", "source") or value == []
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+@settings(max_examples=40, deadline=None)
+@given(row=rows(), data=st.data())
+def test_what_is_well_formed_here_is_well_formed_for_the_trainer(damage, row, data):
+    """The trainer's validator says nothing else of prepared rows than the checker does."""
+    damaged = copy.deepcopy(row)
+    DAMAGES[damage](damaged, data.draw)
+    if format_problems(damaged):
+        return
+    try:
+        typed(damaged["messages"], len(damaged["images"]))
+    except Malformed as error:
+        assert error.kind == "role order"
+        assert "role order" in {problem.kind for problem in row_problems(damaged)}
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"content": [{"type": "text", "text": "q"}]}, "role None is not one of"),
+        ({"role": "user", "content": "q"}, "message 0: a prepared row has messages of just role"),
+        ({"role": "user", "content": []}, "message 0: a prepared row has messages of just role"),
+        (user({"type": "image", "text": "x"}), "message 0: a prepared row has messages of just"),
+        ({**user("q"), "name": "x"}, "message 0: a prepared row has messages of just role"),
+        ({"role": "system", "content": [image_part()]}, "message 0: a prepared row has messages"),
+        (user({"type": "text", "text": None}), "is neither a text nor an image part"),
+        (user({"text": "q"}), "is neither a text nor an image part"),
+        ("q", "message 0: not an object: q"),
+    ],
+)
+def test_what_prepared_rows_may_not_have(message, reason):
+    """Keys of their own, an image elsewhere than in the user's turn: stricter than the trainer."""
+    row = {"id": "a", "source": "s", "messages": [message, assistant("a")], "images": []}
+    if "image" in json.dumps(message):
+        row["images"] = ["x.jpg"]
+    (problem,) = format_problems(row)
+    assert problem.kind == "format" and reason in problem.detail and "\n" not in problem.detail
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.lists(rows(), min_size=1, max_size=5, unique_by=lambda r: r["id"]), st.data())
 def test_damaged_bytes_of_jsonl_are_found_and_moved_whole(tmp_path, originals, data):
-    """Cut a line, put a byte into it, or double it: the line is reported, every other line stays as it was."""
+    """Cut a line, put a byte into it, or double it: the line is reported, every other line stays as
+    it was."""
     unique = {orjson.dumps([row["messages"], row["images"]]): row for row in originals}
     lines = [orjson.dumps(row) + b"\n" for row in unique.values()]
     k = data.draw(st.integers(0, len(lines) - 1))
@@ -193,10 +235,10 @@ def test_damaged_bytes_of_jsonl_are_found_and_moved_whole(tmp_path, originals, d
     path.write_bytes(b"".join(bad))
     reject.unlink(missing_ok=True)
     with ThreadPoolExecutor(1) as pool:
-        found = check(path, Checks(pool, images=False))
+        findings = check(path, Checks(pool, images=False))
     number = k + 2 if kind == "double" else k + 1
-    assert list(found.bad) == [path] and list(found.bad[path]) == [number]
-    assert main([str(path), "--skip-images", "--reject", str(reject)]) == 0
+    assert list(findings.bad) == [path] and list(findings.bad[path]) == [number]
+    assert main([str(path), "--skip_images", "--reject", str(reject)]) == 0
     kept = [line for n, line in enumerate(bad, start=1) if n != number]
     assert path.read_bytes() == b"".join(kept)
     (entry,) = map(json.loads, reject.read_bytes().splitlines())

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.converting.benchmark import write_mix
-from data_prep.converting.rows import read_rows
+from data_prep import check
+from data_prep.checking.reading import read_rows
+from data_prep.converting.conversion_speed import write_mix
 
 ROOT = Path(__file__).parent.parent.parent
 TURNS = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
@@ -62,11 +63,11 @@ def test_embedded_images_are_part_of_what_must_not_have_changed(
     source, out = mix(RECORDS), tmp_path / "out"
     for k in range(3):
         picture(source / f"coco/{k}.jpg", seed=k)
-    convert("llava_mix665k", source, out, "--embed-images")
-    convert("llava_mix665k", source, out, "--embed-images")
+    convert("llava_mix665k", source, out, "--embed_images")
+    convert("llava_mix665k", source, out, "--embed_images")
     assert "up to date" in capsys.readouterr().out
     picture(source / "coco/1.jpg", seed=9)
-    convert("llava_mix665k", source, out, "--embed-images")
+    convert("llava_mix665k", source, out, "--embed_images")
     assert "up to date" not in capsys.readouterr().out
     assert [*read_rows(out)][1]["images"][0]["bytes"] == (source / "coco/1.jpg").read_bytes()
 
@@ -75,14 +76,15 @@ def test_embedded_images_are_part_of_what_must_not_have_changed(
     ("records", "options", "reason"),
     [
         ('[{"conversations": [', [], "row 1: not JSON"),
+        ("[" + "[" * 3000 + "]" * 3000 + "]", [], "row 1: nested too deeply"),
         ("[1]", [], "row 1: expected an object with 'conversations', found 1"),
-        ('{"a": 1}', [], "row: expected '[', found '{'"),
+        ('{"a": 1}', [], "start of the file: expected '[', found '{'"),
         (
             RECORDS,
-            ["--question-twice", "--order", "dual"],
-            "--question-twice puts the question on both sides",
+            ["--question_twice", "--order", "dual"],
+            "--question_twice puts the question on both sides",
         ),
-        (RECORDS, ["--embed-images"], "row 1: image 'coco/0.jpg' does not exist"),
+        (RECORDS, ["--embed_images"], "row 1: image 'coco/0.jpg' does not exist"),
         ([{**RECORDS[0], "image": "https://host/x.jpg"}], [], "is in none of the folders"),
         (
             [{**RECORDS[0], "image": "coco/../../x.jpg"}],
@@ -103,10 +105,12 @@ def test_embedded_images_are_part_of_what_must_not_have_changed(
 )
 def test_refusals_are_one_line_and_leave_nothing(records, options, reason, mix, command, tmp_path):
     source = mix(records)
-    done = command("llava_mix665k", "--source", source, "--out", tmp_path / "out", *options)
-    assert done.returncode == 2 and done.stdout == ""
+    process = command("llava_mix665k", "--source", source, "--out", tmp_path / "out", *options)
+    assert process.returncode == 2 and process.stdout == ""
     assert (
-        done.stderr.startswith("error: ") and reason in done.stderr and done.stderr.count("\n") == 1
+        process.stderr.startswith("error: ")
+        and reason in process.stderr
+        and process.stderr.count("\n") == 1
     )
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -120,7 +124,8 @@ def test_a_failed_run_leaves_the_earlier_rows_alone(mix, convert, tmp_path):
 
 
 def test_lone_surrogates_are_refused_and_can_be_put_aside(mix, convert, tmp_path, capsys):
-    bad = '[{"id": 1, "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "\\ud83d"}]}]'
+    turns = '{"from": "human", "value": "q"}, {"from": "gpt", "value": "\\ud83d"}'
+    bad = f'[{{"id": 1, "conversations": [{turns}]}}]'
     for layout in ("jsonl", "parquet"):
         assert convert("llava_mix665k", mix(bad), tmp_path / layout, "--format", layout) == 2
         assert "row 1: cannot be written" in capsys.readouterr().err
@@ -132,13 +137,16 @@ def test_lone_surrogates_are_refused_and_can_be_put_aside(mix, convert, tmp_path
 @pytest.mark.parametrize("name", ["x.zip", "x.tar.gz"])
 def test_archives_as_source_are_refused(name, command, mix, tmp_path):
     (tmp_path / name).write_bytes(b"PK")
-    done = command("vqav2", "--source", tmp_path / name, "--out", tmp_path / "out")
-    assert done.returncode == 2 and "archives have to be unpacked first" in done.stderr
+    process = command("vqav2", "--source", tmp_path / name, "--out", tmp_path / "out")
+    assert process.returncode == 2 and "archives have to be unpacked first" in process.stderr
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "dataset.json.zip").write_bytes(b"PK")
-    done = command("ocr_vqa", "--source", folder, "--out", tmp_path / "out")
-    assert done.returncode == 2 and "dataset.json.zip is an archive; unpack it first" in done.stderr
+    process = command("ocr_vqa", "--source", folder, "--out", tmp_path / "out")
+    assert (
+        process.returncode == 2
+        and "dataset.json.zip is an archive; unpack it first" in process.stderr
+    )
 
 
 def test_symbolic_links_out_of_the_root_are_not_embedded(mix, convert, picture, tmp_path, capsys):
@@ -146,7 +154,7 @@ def test_symbolic_links_out_of_the_root_are_not_embedded(mix, convert, picture, 
     outside = picture(tmp_path / "outside.jpg")
     (source / "coco").mkdir()
     (source / "coco/0.jpg").symlink_to(outside)
-    assert convert("llava_mix665k", source, tmp_path / "out", "--embed-images") == 2
+    assert convert("llava_mix665k", source, tmp_path / "out", "--embed_images") == 2
     assert "lies outside the image folder" in capsys.readouterr().err
 
 
@@ -213,7 +221,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole(earlier, convert, t
 
 
 def test_memory_does_not_grow_with_the_source(tmp_path, monkeypatch):
-    from data_prep.converting.benchmark import measure
+    from data_prep.converting.conversion_speed import measure
 
     monkeypatch.chdir(ROOT)
     peaks = []
@@ -244,11 +252,23 @@ def test_reject_must_not_lie_in_the_folder_that_is_replaced(mix, convert, tmp_pa
 
 
 def test_help_of_every_command(command, fixtures):
-    for name in ("vsr", "check", "benchmark"):
+    for name in ("vsr", "check", "digits", "converting.conversion_speed"):
         assert command(name, "--help").returncode == 0
     for path in fixtures.iterdir():
         converter = importlib.import_module(f"data_prep.{path.name}").CONVERTER
         assert converter.doc and converter.name == path.name
+
+
+def test_options_may_be_spelt_with_dashes(mix, convert, picture, tmp_path, capsys):
+    source = mix(RECORDS)
+    for k in range(3):
+        picture(tmp_path / f"images/coco/{k}.jpg", seed=k)
+    options = ["--embed-images", f"--image-root={tmp_path / 'images'}"]
+    assert convert("llava_mix665k", source, tmp_path / "dashes", *options) == 0
+    underscored = [options[0].replace("-i", "_i"), options[1].replace("-r", "_r", 1)]
+    assert convert("llava_mix665k", source, tmp_path / "dashes", *underscored) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert check.main([str(tmp_path / "dashes"), "--image-root", str(tmp_path / "images")]) == 0
 
 
 def test_disk_errors_are_one_line(mix, convert, tmp_path, capsys):

@@ -9,13 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 import data_prep
+from data_prep.checking.reading import read_rows
 from data_prep.converting.command import Converter
-from data_prep.converting.rows import format_problems, image_part, read_rows, text_part
+from data_prep.converting.rows import format_problems, image_part, text_part
 from fmtrain.data.images import open_image
 from fmtrain.data.row_format import features
 
 NAMES = (
-    "aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa visual_genome vqav2 vsr"
+    "aokvqa gqa interleave llava_instruct llava_mix665k milebench ocr_vqa refcoco scienceqa "
+    "visual_genome vqav2 vsr"
 ).split()
 GOLDEN = Path(__file__).parent / "golden"
 CASES = [
@@ -70,7 +72,7 @@ def test_parquet_holds_the_same_rows(name, fixtures, convert, tmp_path):
 @pytest.mark.parametrize("name", ["refcoco", "milebench", "interleave", "ocr_vqa", "scienceqa"])
 def test_embedded_images_are_the_files(name, fixtures, convert, tmp_path):
     convert(name, fixtures / name, tmp_path / "names")
-    assert convert(name, fixtures / name, tmp_path / "bytes", "--embed-images") == 0
+    assert convert(name, fixtures / name, tmp_path / "bytes", "--embed_images") == 0
     for plain, embedded in zip(
         read_rows(tmp_path / "names"), read_rows(tmp_path / "bytes"), strict=True
     ):
@@ -84,7 +86,7 @@ def test_datasets_loads_all_three_forms(fixtures, convert, tmp_path):
     import datasets
 
     datasets.disable_progress_bars()
-    options = {"lines": [], "columns": ["--format", "parquet"], "bytes": ["--embed-images"]}
+    options = {"lines": [], "columns": ["--format", "parquet"], "bytes": ["--embed_images"]}
     loaded = {}
     for form, chosen in options.items():
         convert("refcoco", fixtures / "refcoco", tmp_path / form, *chosen)
@@ -148,7 +150,7 @@ def test_counts_left_out_regions(fixtures, convert, tmp_path, capsys):
 def test_milebench_is_marked_in_rows_and_manifest(fixtures, convert, tmp_path):
     convert("milebench", fixtures / "milebench", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "_manifest").read_text())["evaluation_only"] is True
-    convert("milebench", fixtures / "milebench", tmp_path / "forced", "--force-training")
+    convert("milebench", fixtures / "milebench", tmp_path / "forced", "--force_training")
     assert json.loads((tmp_path / "forced" / "_manifest").read_text())["evaluation_only"] is False
 
 
@@ -180,7 +182,7 @@ BROKEN = {
         "m4_instruct_annotations.json",
         '"pairs/a.jpg",\n   "pairs/b.png"\n',
         '"pairs/a.jpg"\n',
-        "row 1: 2 image parts and 1 images",
+        "row 1: the dialogue has 2 image parts but 1 images",
     ),
     "llava_instruct": (
         "llava_instruct_150k.json",

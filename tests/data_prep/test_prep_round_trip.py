@@ -1,4 +1,5 @@
-"""From a converter's rows to what the model reads: decoded again it is the chat template's rendering, in every order."""
+"""From a converter's rows to what the model reads: decoded again it is the chat template's
+rendering, in every order."""
 
 import re
 from pathlib import Path
@@ -7,7 +8,8 @@ import families
 import pytest
 from test_prep_converters import NAMES
 
-from data_prep.converting.rows import PLACEHOLDER, Row, read_rows
+from data_prep.checking.reading import read_rows
+from data_prep.converting.rows import PLACEHOLDER, Row
 from fmtrain.data.collator import encode_row
 from fmtrain.layout import Role
 
@@ -18,8 +20,8 @@ COLLAPSED = {
 
 
 def decoded(processor, family: str, ids: list[int]) -> str:
-    """The text of the ids, each image one placeholder. llava-1.5's template has no end token, `encode` adds one; the
-    template ends with a space instead."""
+    """The text of the ids, each image one placeholder. llava-1.5's template has no end token,
+    `encode` adds one; the template ends with a space instead."""
     special = (
         (processor.tokenizer.bos_token_id, processor.tokenizer.eos_token_id)
         if family == "llava"
@@ -32,8 +34,8 @@ def decoded(processor, family: str, ids: list[int]) -> str:
 
 
 def rendered(processor, family: str, row: Row) -> str:
-    """The template's rendering. llava-1.5's prints all images first; there a turn with text before an image is given to it
-    as text, a line for each part, the way LLaVA's own files have it."""
+    """The template's rendering. llava-1.5's prints all images first; there a turn with text before
+    an image is given to it as text, a line for each part, the way LLaVA's own files have it."""
     messages = []
     for message in row["messages"]:
         parts = [
@@ -55,7 +57,8 @@ def rendered(processor, family: str, row: Row) -> str:
 
 
 def converted(name: str, fixtures: Path, convert, out: Path, *options: str) -> list[Row]:
-    """Rows of a fixture that can be trained on: without the missing image and the `<image>` in a text that it may hold."""
+    """Rows of a fixture that can be trained on: without the missing image and the `<image>` in a
+    text that it may hold."""
     assert convert(name, fixtures / name, out, *options) == 0
     rows = []
     for row in read_rows(out):
@@ -84,8 +87,9 @@ def test_rows_decode_to_the_rendering_of_the_template(name, family, fixtures, co
 
 @pytest.mark.parametrize("family", COLLAPSED)
 def test_the_orders_are_different_for_the_model(family, fixtures, convert, tmp_path):
-    """Also where the template prints images first, so that `dual` trains on two things and not on one twice."""
-    processor, asked = families.processor(family), {}
+    """Also where the template prints images first, so that `dual` trains on two things and not on
+    one twice."""
+    processor, prompts = families.processor(family), {}
     for order in ("image_first", "text_first", "dual"):
         for row in converted("vsr", fixtures, convert, tmp_path / order, "--order", order):
             inputs, layout = encode_row(processor, row, fixtures / "vsr")
@@ -94,16 +98,16 @@ def test_the_orders_are_different_for_the_model(family, fixtures, convert, tmp_p
                 processor, family, inputs["input_ids"][0, : role.index(Role.ANSWER)].tolist()
             )
             statement = row["messages"][0]["content"][1 if order == "image_first" else 0]["text"]
-            asked.setdefault(order, []).append((prompt, statement, role.index(Role.VISUAL)))
+            prompts.setdefault(order, []).append((prompt, statement, role.index(Role.VISUAL)))
     placeholder = COLLAPSED[family][1]
-    for prompt, statement, _ in asked["image_first"]:
+    for prompt, statement, _ in prompts["image_first"]:
         assert prompt.index(placeholder) < prompt.index(statement)
-    for prompt, statement, _ in asked["text_first"]:
+    for prompt, statement, _ in prompts["text_first"]:
         assert prompt.index(statement) < prompt.index(placeholder)
     assert all(
         first[2] < later[2]
-        for first, later in zip(asked["image_first"], asked["text_first"], strict=True)
+        for first, later in zip(prompts["image_first"], prompts["text_first"], strict=True)
     )
-    assert [prompt for prompt, *_ in asked["dual"]] == [
-        prompt for order in ("image_first", "text_first") for prompt, *_ in asked[order]
+    assert [prompt for prompt, *_ in prompts["dual"]] == [
+        prompt for order in ("image_first", "text_first") for prompt, *_ in prompts[order]
     ]

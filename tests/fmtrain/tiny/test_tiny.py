@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from data_prep import digits as digit_files
-from data_prep.converting.rows import format_problems, read_rows
+from data_prep.checking.reading import read_rows
+from data_prep.converting.rows import format_problems
 from eval import answers as asking
 from eval.milebench.prompt import require_inputs
 from eval.milebench.tasks import read_task

@@ -1,8 +1,10 @@
-"""How fast and in how much memory a mix of LLaVA's size is converted: `python -m data_prep.converting.benchmark`.
+"""How fast and in how much memory a mix of LLaVA's size is converted.
 
-Writes a synthetic llava_v1_5_mix665k.json (dialogues of 1 to 8 turns, about 1.5 kB each, 6 % of them without an image)
-into a temporary folder and converts it in a process of its own, which is held to one core. No image exists or is
-opened.
+    python -m data_prep.converting.conversion_speed
+
+Writes a synthetic llava_v1_5_mix665k.json (dialogues of 1 to 8 turns, about 1.5 kB each, 6 % of
+them without an image) into a temporary folder and converts it in a process of its own, which is
+held to one core. No image exists or is opened.
 """
 
 import argparse
@@ -16,9 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from data_prep.command_line import guarded
+from data_prep.converting.orders import ORDERS
+from fmtrain.command_line import Parser, guarded
 
-_WORDS = "the a of photo man red small table in front near standing two with holding café — 火车 left sign blue".split()
+_WORDS = "the a of photo man red small table in front near standing two with holding".split()
+_WORDS += "café — 火车 left sign blue".split()
 _FOLDERS = (
     "coco/train2017",
     "gqa/images",
@@ -52,21 +56,13 @@ def _sentence(rng: random.Random, words: int) -> str:
 
 
 def measure(source: Path, out: Path, options: list[str]) -> dict[str, float]:
-    """Convert in another process on one core: seconds by the clock and of the processor, peak resident memory in MB.
-    Raises `ValueError` if it fails."""
-    command = [
-        sys.executable,
-        "-m",
-        "data_prep.llava_mix665k",
-        "--source",
-        str(source),
-        "--out",
-        str(out),
-        *options,
-    ]
+    """Convert in another process on one core: seconds by the clock and of the processor, peak
+    resident memory in MB. Raises `ValueError` if it fails."""
+    command = [sys.executable, "-m", "data_prep.llava_mix665k"]
+    command += ["--source", str(source), "--out", str(out), *options]
     core = {min(os.sched_getaffinity(0))}
     started = time.perf_counter()
-    done = subprocess.run(
+    process = subprocess.run(
         command,
         capture_output=True,
         text=True,
@@ -74,8 +70,8 @@ def measure(source: Path, out: Path, options: list[str]) -> dict[str, float]:
         check=False,
     )
     seconds = time.perf_counter() - started
-    if done.returncode:
-        raise ValueError(f"the conversion failed: {done.stderr.strip()}")
+    if process.returncode:
+        raise ValueError(f"the conversion failed: {process.stderr.strip()}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = used.ru_utime + used.ru_stime
     return {
@@ -85,33 +81,29 @@ def measure(source: Path, out: Path, options: list[str]) -> dict[str, float]:
     }
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     """Generate, convert and print one line of JSON."""
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "source", Path(folder) / "out"
         source.mkdir()
         write_mix(source / "llava_v1_5_mix665k.json", options.rows)
         size = (source / "llava_v1_5_mix665k.json").stat().st_size / 1e6
-        result = measure(source, out, ["--format", options.format, "--order", options.order])
+        speed = measure(source, out, ["--format", options.format, "--order", options.order])
     rate = {
         "rows": options.rows,
         "source_mb": round(size),
-        "rows_per_second": round(options.rows / result["seconds"]),
+        "rows_per_second": round(options.rows / speed["seconds"]),
     }
-    print(json.dumps({**rate, **result, "format": options.format, "order": options.order}))
-    return 0
+    print(json.dumps({**rate, **speed, "format": options.format, "order": options.order}))
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.converting.benchmark", description=__doc__.split("\n")[0]
-    )
+    command = "python -m data_prep.converting.conversion_speed"
+    parser = Parser(command, __doc__.split("\n")[0])
     parser.add_argument("--rows", type=int, default=665_000)
     parser.add_argument("--format", choices=("jsonl", "parquet"), default="jsonl")
-    parser.add_argument(
-        "--order", choices=("image_first", "text_first", "dual"), default="image_first"
-    )
+    parser.add_argument("--order", choices=ORDERS, default="image_first")
     options = parser.parse_args(arguments)
     return guarded(lambda: run(options))
 
