@@ -1,7 +1,6 @@
 """The structure: imports run one way and in no circle, lines and files are short."""
 
 import ast
-import re
 from pathlib import Path
 
 import pytest
@@ -105,10 +104,11 @@ def test_lines_of_text_files_fit():
 
 def test_no_text_is_cut_at_the_plus_of_a_light_form():
     """`Mask` alone knows how a light form is written."""
-    pattern = re.compile(r"""["']\+merge["']|partition\(\s*["']\+["']""")
     for module, path in MODULES.items():
-        if module != "fmtrain.masks":
-            assert not pattern.search(path.read_text()), module
+        tree = ast.parse(path.read_text())
+        texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+        assert "+merge" not in texts or module == "fmtrain.masks", module
+        assert 'partition("+")' not in path.read_text(), module
 
 
 def test_files_stay_readable():

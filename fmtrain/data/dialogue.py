@@ -45,9 +45,12 @@ def image_parts(message: dict) -> int:
 
 
 def _typed(k: int, message: dict) -> dict:
+    if not isinstance(message, dict):
+        raise Malformed("format", f"message {k}: {str(message)[:80]} is not a message")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise Malformed("format", f"message {k}: role {role!r} is not one of {', '.join(ROLES)}")
+        known = ", ".join(ROLES)
+        raise Malformed("format", f"message {k}: role {role!r:.50} is not one of {known}")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):

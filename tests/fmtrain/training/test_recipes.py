@@ -18,7 +18,7 @@ RECIPES = sorted(path for path in (training.ROOT / "recipes").glob("*.yaml"))
 
 
 def test_how_many_there_are():
-    assert len(RECIPES) == 8, [path.name for path in RECIPES]
+    assert len(RECIPES) == 9, [path.name for path in RECIPES]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -79,7 +79,7 @@ def prepare(tmp_path_factory):
                 check.main(
                     [
                         str(out),
-                        "--image-root",
+                        "--image_root",
                         str(source),
                         "--reject",
                         str(rejected),
