@@ -181,7 +181,7 @@ DEFAULTS = {
 
 def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     """The recipe of a YAML file with `--key value` overrides. Raises `ValueError`, in one line, for anything odd."""
-    values = _load(path)
+    values = load_values(path)
     named = list(values)
     parser = _Parser(
         (MaskArguments, DataArguments, SFTConfig, ModelConfig), allow_abbrev=False, add_help=False
@@ -191,7 +191,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     for key, value in list(values.items()):
         if key not in known:
             raise ValueError(
-                f"{path}: unknown key {key!r}; the nearest known one is {_nearest(key, known)!r}"
+                f"{path}: unknown key {key!r}; the nearest known one is {nearest(key, known)!r}"
             )
         if (
             isinstance(value, list) and known[key].nargs is None
@@ -207,7 +207,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     if unknown:
         key = unknown[0].lstrip("-").split("=")[0]
         raise ValueError(
-            f"unknown argument {unknown[0]!r}; the nearest known one is '--{_nearest(key, known)}'"
+            f"unknown argument {unknown[0]!r}; the nearest known one is '--{nearest(key, known)}'"
         )
     masking, data, training, model = arguments
     changed = {
@@ -240,7 +240,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     return Recipe(str(path), mask, masking, data, training, model, resolved)
 
 
-def _load(path: str | os.PathLike) -> dict:
+def load_values(path: str | os.PathLike) -> dict:
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such recipe")
     try:
@@ -270,5 +270,5 @@ def _as_arguments(values: dict) -> list[str]:
     return arguments
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
