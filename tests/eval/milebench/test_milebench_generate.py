@@ -1,4 +1,7 @@
-"""`python -m eval.milebench.generate` on tiny random models: what it writes, and that nothing but the policy decides it."""
+"""`python -m eval.milebench.generate` on tiny random models.
+
+What it writes, and that nothing but the mask decides it.
+"""
 
 import json
 import os
@@ -17,10 +20,11 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from eval.milebench import combine, generate, score
-from eval.milebench.decoder import Decoder, variant
 from eval.milebench.fitting import Fitter
 from eval.milebench.tasks import batches, read_task
-from fmtrain.patch import VERSION, attach
+from fmtrain.decoding import Decoder
+from fmtrain.masks import VERSION
+from fmtrain.patch import attach
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SEVEN = ["causal", "future", "v2v", "mma_interleaved", "v2v+merge", "text_future", "prefix_lm"]
@@ -153,7 +157,7 @@ def command(place: Path, out: Path, *more: str, launcher: tuple[str, ...] = ()) 
     )
 
 
-# --- what it writes -------------------------------------------------------------------------------------------------
+# --- what it writes -------------------------------------------------------------------------------
 
 
 def test_what_is_written_and_that_it_can_be_scored(place, plain, tmp_path):
@@ -303,7 +307,7 @@ def test_combined_images(place, tmp_path):
     )
 
 
-# --- nothing but the policy decides ---------------------------------------------------------------------------------
+# --- nothing but the policy decides ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("images", ["1", "4", "100"])
@@ -311,17 +315,17 @@ def test_batch_size_changes_no_prediction(place, plain, tmp_path, images):
     assert run(place, tmp_path, "--batch_images", images) == answers(plain)
 
 
-def test_seven_policies_cost_one_pass_of_the_tower(place, plain, tmp_path, monkeypatch):
+def test_seven_masks_cost_one_pass_of_the_tower(place, plain, tmp_path, monkeypatch):
     passes = []
     load = generate.load
 
-    def counting(*args):
-        model, processor = load(*args)
+    def counting(*args, **kwargs):
+        model, processor = load(*args, **kwargs)
         model.base_model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
         return model, processor
 
     monkeypatch.setattr(generate, "load", counting)
-    together = run(place, tmp_path / "together", "--policy", *SEVEN, model="bare")
+    together = run(place, tmp_path / "together", "--masks", *SEVEN, model="bare")
     with_images = [
         batch
         for name in ("TQA", "IEdit")
@@ -338,7 +342,7 @@ def test_seven_policies_cost_one_pass_of_the_tower(place, plain, tmp_path, monke
     assert together["bare+v2v/TQA"] == answers(plain)["ckpt/TQA"]
     apart = {}
     for name in SEVEN:
-        apart |= run(place, tmp_path / "apart", "--policy", name, model="bare")
+        apart |= run(place, tmp_path / "apart", "--masks", name, model="bare")
     assert together == apart
 
 
@@ -353,20 +357,18 @@ def test_teacher_forcing_rederives_every_answer(place, family):
         read_task(place / "data", "TQA"),
     )
     fitted = [fitter.fit(task, sample) for sample in task.samples]
-    prompts = decoder.batch([(one.inputs, one.layout) for one in fitted])
-    alone = [decoder.batch([(one.inputs, one.layout)]) for one in fitted]
+    prompts = decoder.prefill([sample.encoded for sample in fitted])
+    single = [decoder.prefill([sample.encoded]) for sample in fitted]
     for name in SEVEN:
-        with decoder.under(variant(name)):
+        with decoder.under(name):
             made = decoder.answers(prompts, max_new_tokens=6, min_new_tokens=1, do_sample=False)
             assert max(max(gaps) for gaps in decoder.shortfalls(prompts, made)) == 0.0
             if name in ("v2v", "v2v+merge", "prefix_lm"):
                 assert [
                     decoder.answers(one, max_new_tokens=6, min_new_tokens=1, do_sample=False)[0]
-                    for one in alone
+                    for one in single
                 ] == made
-    with decoder.under(
-        variant("causal")
-    ):  # the answers of another policy, and wrong ones, are told apart
+    with decoder.under("causal"):  # the answers of another mask, and wrong ones, are told apart
         assert max(max(gaps) for gaps in decoder.shortfalls(prompts, made)) > 0.01
     wrong = [[(token + 1) % 250 + 3 for token in answer] for answer in made]
     assert min(max(gaps) for gaps in decoder.shortfalls(prompts, wrong)) > 0.01
@@ -385,15 +387,18 @@ def test_verify(place, plain, tmp_path, monkeypatch, capsys):
     )
 
 
-# --- a killed run ---------------------------------------------------------------------------------------------------
+# --- a killed run ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
-    """SIGKILL in the middle, with a torn line on top; then the same command. Nothing is lost, doubled or different."""
+    """SIGKILL in the middle, with a torn line on top; then the same command.
+
+    Nothing is lost, doubled or different.
+    """
     make_task(tmp_path / "data", "WikiVQA", "multi-choice", [1, 2] * 12)
     (tmp_path / "ckpt").symlink_to(place / "ckpt")
-    more = ["--max_new_tokens", "24", "--batch_images", "2", "--policy", "v2v", "causal"]
+    more = ["--max_new_tokens", "24", "--batch_images", "2", "--masks", "v2v", "causal"]
     assert generate.main(arguments(tmp_path, tmp_path / "whole", *more)) == 0
     running = command(tmp_path, tmp_path / "killed", *more)
     folders = [tmp_path / "killed" / f"ckpt+{name}" / "WikiVQA" for name in ("v2v", "causal")]
@@ -413,7 +418,7 @@ def test_a_killed_run_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
     monkeypatch.setattr(
         generate,
         "answer_batch",
-        lambda *args: made.append([one.name for one in args[2]]) or real(*args),
+        lambda *args: made.append([str(mask) for mask in args[2]]) or real(*args),
     )
     assert generate.main(arguments(tmp_path, tmp_path / "killed", *more)) == 0
     assert 1 < len(made) < 18 and sum("v2v" in names for names in made) == lost
@@ -474,7 +479,7 @@ def test_predictions_made_otherwise_are_not_mixed(place, plain, tmp_path, capsys
     assert answers(out)["other/IEdit"] == answers(plain)["ckpt/IEdit"]
 
 
-# --- the window -----------------------------------------------------------------------------------------------------
+# --- the window -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -484,7 +489,7 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
     task, processor = read_task(tmp_path, "TQA"), families.processor(family)
     for sample in task.samples:
         whole = Fitter(processor, 5000, 10).fit(task, sample)
-        length = whole.layout.shape[1] + 10
+        length = whole.encoded.layout.shape[1] + 10
         assert whole.prompt.notes == () and len(whole.prompt.images) == len(sample.images)
         slack = 2 * (
             2 * len(sample.images) + 1
@@ -498,7 +503,7 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
         )
         for shorter in range(length - 1, least, -9):
             cut = Fitter(processor, shorter, 10).fit(task, sample)
-            assert cut.layout.shape[1] + 10 <= shorter
+            assert cut.encoded.layout.shape[1] + 10 <= shorter
             instruction, _, kept = cut.prompt.text.partition("\n")
             assert instruction == task.instruction(sample) and whole.prompt.text.endswith(kept)
             assert cut.prompt.notes and len(cut.prompt.text) < len(whole.prompt.text)
@@ -509,7 +514,7 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
         Fitter(processor, 25, 10).fit(task, task.samples[2])
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -540,12 +545,12 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
         (["--model", "{place}/nowhere"], "{place}/nowhere: no such checkpoint folder"),
         (
             ["--model", "{place}/bare"],
-            "{place}/bare: its config.json records no policy; name one, e.g. --policy causal",
+            "{place}/bare: its config.json records no mask; name one, e.g. --masks causal",
         ),
-        (["--policy", "v3v"], "unknown policy 'v3v'; the nearest is 'v2v'"),
-        (["--policy", "v2v", "v2v+marge"], "mask 'v2v+marge' is neither a policy nor POLICY+merge"),
+        (["--masks", "v3v"], "unknown policy 'v3v'; the nearest is 'v2v'"),
+        (["--masks", "v2v", "v2v+marge"], "unknown policy 'v2v+marge'; the nearest is "),
         (
-            ["--policy", "causal+merge"],
+            ["--masks", "causal+merge"],
             "policy 'causal' reveals nothing, so there is nothing to merge",
         ),
         (["--window", "4096"], "--window 4096: the model has 2048 positions"),
@@ -576,7 +581,7 @@ def test_errors_are_one_line(place, tmp_path, capfd, more, message):
 
 @pytest.mark.slow
 def test_an_error_from_the_shell(place, tmp_path):
-    running = command(place, tmp_path, "--policy", "v3v")
+    running = command(place, tmp_path, "--masks", "v3v")
     out, error = running.communicate(timeout=120)
     assert (
         (running.returncode, out) == (2, "")
