@@ -9,25 +9,28 @@ from statsmodels.stats.contingency_tables import mcnemar
 
 from eval import paired
 from eval.intervals import accuracy, average
-from eval.matrix import analysis as tabulate
-from eval.matrix.analysis import Row
-from eval.matrix.cells import Item
-from eval.paired import OVERALL, Task
+from eval.held_out import Question
+from eval.matrix import analysis
+from eval.matrix.analysis import MatrixRow
+from eval.paired import OVERALL, QuestionsOfTask
 
 
-def task(questions: int, per_unit: int = 1, name: str = "t") -> Task:
-    return Task(name, np.arange(questions) // per_unit)
+def task(questions: int, per_unit: int = 1, name: str = "t") -> QuestionsOfTask:
+    return QuestionsOfTask(name, np.arange(questions) // per_unit)
 
 
 def coins(seed: int, *shape: int, p: float = 0.5) -> np.ndarray:
     return (np.random.default_rng(seed).random(shape) < p).astype(float)
 
 
-# --- p-values ----------------------------------------------------------------------------------------------------------
+# --- p-values -------------------------------------------------------------------------------------
 
 
 def test_mcnemar_by_hand():
-    """Three discordant pairs, all one way: both tails of the binomial, 2 / 2^3. Five against one: 2 (1 + 6) / 2^6."""
+    """Three discordant pairs, all one way: both tails of the binomial, 2 / 2^3.
+
+    Five against one: 2 (1 + 6) / 2^6.
+    """
     assert paired.sign_flip_p(np.array([1, 1, 1, 0, 0])) == pytest.approx(0.25)
     assert paired.sign_flip_p(np.array([1, 1, 1, 1, 1, -1])) == pytest.approx(14 / 64)
     assert paired.sign_flip_p(np.array([0, 0])) == 1.0
@@ -68,7 +71,7 @@ def test_holm_by_hand():
     assert paired.holm([]) == []
 
 
-# --- bootstrap ---------------------------------------------------------------------------------------------------------
+# --- bootstrap ------------------------------------------------------------------------------------
 
 
 def test_interval_of_one_run_is_that_of_scipy():
@@ -130,7 +133,7 @@ def test_overall_is_the_mean_of_the_tasks_however_many_questions_they_have():
     assert drawn[OVERALL] == pytest.approx((drawn["few"] + drawn["many"]) / 2)
 
 
-# --- cells -------------------------------------------------------------------------------------------------------------
+# --- cells ----------------------------------------------------------------------------------------
 
 
 def test_one_run_has_the_wilson_interval_and_overall_that_of_the_parts():
@@ -159,17 +162,17 @@ def test_an_extreme_score_of_several_runs_has_an_interval_of_some_width(value):
     assert found[OVERALL].high > found[OVERALL].low
 
 
-# --- which comparisons -------------------------------------------------------------------------------------------------
+# --- which comparisons ----------------------------------------------------------------------------
 
 ROWS = [
-    Row("base", "causal", ("base",)),
-    Row("causal", "causal", ("c0", "c1")),
-    Row("v2v", "v2v", ("v0", "v1")),
+    MatrixRow("base", "causal", ("base",)),
+    MatrixRow("causal", "causal", ("c0", "c1")),
+    MatrixRow("v2v", "v2v", ("v0", "v1")),
 ]
 
 
 def test_every_comparison_once():
-    found = tabulate.pairs(ROWS, ["causal", "v2v"])
+    found = analysis.pairs(ROWS, ["causal", "v2v"])
     cc, own = ("causal", "causal"), ("v2v", "v2v")
     assert [(cell, other) for kind, cell, other in found if kind == "causal-causal"] == [
         (("base", "causal"), cc),
@@ -186,20 +189,20 @@ def test_every_comparison_once():
         ("inference-only", own, ("causal", "v2v"))
     ]
     assert (
-        tabulate.reference(ROWS[:1], ["causal"]) == ("base", "causal")
-        and tabulate.reference(ROWS[2:], ["causal"]) is None
+        analysis.reference(ROWS[:1], ["causal"]) == ("base", "causal")
+        and analysis.reference(ROWS[2:], ["causal"]) is None
     )
 
 
 def test_results_of_a_small_matrix_by_hand():
     """40 questions; v2v trained is right on all, causal on the first 20, whatever the mask in inference but for one cell."""
-    items = [Item("t", f"row{k}", "?", "!") for k in range(40)]
+    items = [Question("t", f"row{k}", "?", "!") for k in range(40)]
     half = [1.0] * 20 + [0.0] * 20
     scores = {(run, mask): half for run in ("base", "c0", "c1") for mask in ("causal", "v2v")}
     scores |= {(run, "v2v"): [1.0] * 40 for run in ("v0", "v1")} | {
         (run, "causal"): [0.0] * 40 for run in ("v0", "v1")
     }
-    results = tabulate.results(ROWS, ["causal", "v2v"], items, scores)
+    results = analysis.results(ROWS, ["causal", "v2v"], items, scores)
     cell = next(
         one
         for one in results["cells"]
@@ -235,16 +238,16 @@ def test_results_of_a_small_matrix_by_hand():
 
 def test_turns_of_a_row_are_one_unit():
     items = [
-        Item("a", "r0", "", ""),
-        Item("b", "r9", "", ""),
-        Item("a", "r0", "", ""),
-        Item("a", "r1", "", ""),
+        Question("a", "r0", "", ""),
+        Question("b", "r9", "", ""),
+        Question("a", "r0", "", ""),
+        Question("a", "r1", "", ""),
     ]
-    tasks = tabulate.tasks_of(items)
+    tasks = analysis.tasks_of(items)
     assert (
         [one.name for one in tasks] == ["a", "b"]
         and tasks[0].unit.tolist() == [0, 0, 1]
         and tasks[0].counts_U.tolist() == [2, 1]
     )
-    scores = tabulate.by_task(items, [[1, 0, 0, 1]])
+    scores = analysis.by_task(items, [[1, 0, 0, 1]])
     assert scores["a"].tolist() == [[1, 0, 1]] and scores["b"].tolist() == [[0]]

@@ -12,18 +12,22 @@ import pytest
 from PIL import Image
 
 from eval import provenance
-from eval.matrix import analysis as tabulate
-from eval.matrix import charts, published, report, showcase, tables, tracking
-from eval.matrix.analysis import Row
-from eval.matrix.cells import HeldOut, Item
+from eval.held_out import HeldOut
+from eval.matrix import analysis, charts, published, report, showcase, tracking
+from eval.matrix.analysis import MatrixRow
+from eval.tables import Table
 from fmtrain.layout import Layout
-from fmtrain.policies import EXAMPLE, POLICIES, allowed
+from fmtrain.masks import EXAMPLE, allowed
+from fmtrain.policies import POLICIES
 
-EVIL = '<script>alert(1)</script><img src=https://example.org/x.png onerror=alert(2)>" onmouseover="alert(3)\' {{ 7*7 }}'
+EVIL = (
+    "<script>alert(1)</script><img src=https://example.org/x.png onerror=alert(2)>"
+    '" onmouseover="alert(3)\' {{ 7*7 }}'
+)
 ROWS = [
-    Row("base", "causal", ("tiny",)),
-    Row("causal", "causal", ("c0", "c1")),
-    Row("mma_interleaved", "mma_interleaved", ("m0", "m1")),
+    MatrixRow("base", "causal", ("tiny",)),
+    MatrixRow("causal", "causal", ("c0", "c1")),
+    MatrixRow("mma_interleaved", "mma_interleaved", ("m0", "m1")),
 ]
 MASKS = ["causal", "mma_interleaved", "v2v+merge"]
 
@@ -36,7 +40,7 @@ def noise(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    rows, items = [], []
+    rows = []
     for task in ("TQA", "count"):
         for k in range(12):
             user = {
@@ -55,18 +59,23 @@ def results() -> dict:
                     "images": [noise(k), noise(k + 50)],
                 }
             )
-            items += [Item(task, f"{task}-{k}", f"what {EVIL}?", str(k))] * 2
+    data = HeldOut(rows, ".")
+    questions = data.questions
+    assert [question.reference for question in questions[:4]] == ["0", "0", "1", "1"]
     rng = np.random.default_rng(0)
     cells = [(run, mask) for row in ROWS for run in row.runs for mask in MASKS]
-    scores = {cell: rng.integers(0, 2, len(items)).tolist() for cell in cells}
+    scores = {cell: rng.integers(0, 2, len(questions)).tolist() for cell in cells}
     answers = {
-        cell: [item.reference if right else EVIL for item, right in zip(items, scores[cell])]
+        cell: [
+            question.reference if right else EVIL
+            for question, right in zip(questions, scores[cell])
+        ]
         for cell in cells
     }
-    shown = showcase.showcase(HeldOut(rows, ".", items), ROWS, MASKS, scores, answers, 2)
+    shown = showcase.showcase(data, ROWS, MASKS, scores, answers, 2)
     found = {
         "title": f"Masks {EVIL}",
-        **tabulate.results(ROWS, MASKS, items, scores),
+        **analysis.results(ROWS, MASKS, questions, scores),
         "samples": shown,
     }
     return found | {
@@ -178,11 +187,25 @@ def test_sections_follow_what_there_is(results):
 
 
 def test_masks_are_drawn_as_they_are():
+    layout = Layout.parse(EXAMPLE)
+    causal = int(allowed("causal", layout).sum())
     for name in POLICIES:
-        drawn = charts.policy_picture(name)
-        assert drawn.count('class="past"') + drawn.count('class="revealed"') == int(
-            allowed(name, Layout.parse(EXAMPLE)).sum()
-        )
+        drawn, pairs = charts.mask_picture(name), int(allowed(name, layout).sum())
+        assert drawn.count('class="past"') == causal and "pooled" not in drawn
+        assert drawn.count('class="past"') + drawn.count('class="revealed"') == pairs
+        if name == "causal":
+            continue
+        light = charts.mask_picture(f"{name}+merge")  # attends as causal does, pools the others
+        assert light.count('class="past"') == causal == int(allowed(f"{name}+merge", layout).sum())
+        assert light.count('class="pooled"') == pairs - causal and "revealed" not in light
+
+
+def test_the_legend_of_a_light_form_is_there_when_one_is_drawn(results):
+    assert 'class="swatch pooled"' in report.render(results)
+    without = {**results, "masks": ["causal", "mma_interleaved"]}
+    without["cells"] = [cell for cell in results["cells"] if cell["mask"] != "v2v+merge"]
+    without["comparisons"] = [one for one in results["comparisons"] if one["mask"] != "v2v+merge"]
+    assert 'class="swatch pooled"' not in report.render({**without, "samples": []})
 
 
 def contrast(a: float, b: float) -> float:
@@ -209,12 +232,12 @@ def test_heat_maps_are_ordered_by_lightness():
 
 
 def test_latex_and_markdown_escape():
-    table = tables.Table("a_b", ["x|y", "n"], [["50 % & {c} \\ #_^~$", "1"]], bold={(0, 1)})
+    table = Table("a_b", ["x|y", "n"], [["50 % & {c} \\ #_^~$", "1"]], bold={(0, 1)})
     assert (
         r"50 \% \& \{c\} \textbackslash{} \#\_\textasciicircum{}\textasciitilde{}\$ & \textbf{1} \\"
-        in tables.as_latex(table)
+        in table.as_latex()
     )
-    assert r"x\|y" in tables.as_markdown(table) and "**1**" in tables.as_markdown(table)
+    assert r"x\|y" in table.as_markdown() and "**1**" in table.as_markdown()
 
 
 def test_published_tables_are_complete():
