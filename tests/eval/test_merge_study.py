@@ -1,5 +1,9 @@
-"""The instrument against explicit computations: masses, the decomposition of merge, distances, the control, the losses."""
+"""The merge study against explicit computations.
 
+Masses, the decomposition of merge, distances, the control, the losses.
+"""
+
+import argparse
 import json
 import random
 
@@ -12,11 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from eval.merge_study import study as merge_study
 from eval.merge_study.study import Pieces, Tally, study, take_apart
-from fmtrain import Layout, Merge, attach
+from fmtrain import Encoded, Layout, Mask, Merge, attach
 from fmtrain.attention import reference
-from fmtrain.audit import recorded_attention
-from fmtrain.patch import NAME, attached
-from fmtrain.policies import get_policy
+from fmtrain.consistency import recorded_attention
+from fmtrain.patch import ATTENTION, attached
 
 SCALE = 0.7
 OPTIONS = [(1, 3, True), (2, 1, True), (0.5, 5, True), (1, 3, False)]
@@ -34,7 +37,7 @@ def qkv(
 
 
 def pieces(name: str, layout: Layout, merge: tuple, seed: int = 0) -> Pieces:
-    prepared = reference.prepare(layout, get_policy(name), Merge(*merge), 0)
+    prepared = reference.prepare(layout, Mask.of(name, Merge(*merge)), 0)
     return take_apart(*qkv(layout, seed=seed), SCALE, prepared)
 
 
@@ -88,7 +91,10 @@ def test_the_pieces_are_those_of_the_definition(name, merge):
 
 @pytest.mark.parametrize("merge", OPTIONS)
 def test_tally_against_explicit_sums(merge):
-    """Two calls of one layer; distances by subtracting outputs. The products that the tally keeps lose half the digits."""
+    """Two calls of one layer; distances by subtracting outputs.
+
+    The products that the tally keeps lose half the digits.
+    """
     tally, calls = Tally(2, 4), []
     for seed in (0, 1):
         layout = layout_of(f"v2v {seed}", merge)
@@ -134,25 +140,23 @@ def encoded():
     return model, merge_study.encode_rows(model, processor, rows, ".")
 
 
-def loss(model, inputs: dict, layout: Layout, *policy) -> float:
-    with attach(model, *policy), torch.no_grad():
-        return model(**inputs, **layout.model_inputs()).loss.item()
+def loss(model, row: Encoded, *mask) -> float:
+    with attach(model, *mask), torch.no_grad():
+        return model(**row.kwargs()).loss.item()
 
 
 def test_a_study_of_a_model(encoded):
     """Losses are those of the model with the policy attached; masses are those of the attention that it records."""
     model, rows = encoded
-    merge, before = Merge(), ALL_ATTENTION_FUNCTIONS[NAME]
-    found = study(model, rows, get_policy("v2v"), merge)
-    assert ALL_ATTENTION_FUNCTIONS[NAME] is before and attached(model) is None
+    merge, before = Merge(), ALL_ATTENTION_FUNCTIONS[ATTENTION]
+    found = study(model, rows, Mask.of("v2v", merge))
+    assert ALL_ATTENTION_FUNCTIONS[ATTENTION] is before and attached(model) is None
     for k, row in enumerate(rows):
-        assert found.losses["direct"][k] == pytest.approx(
-            loss(model, *row, "v2v", "sdpa"), abs=1e-5
-        )
+        assert found.losses["direct"][k] == pytest.approx(loss(model, row, "v2v", "sdpa"), abs=1e-5)
         assert found.losses["merge"][k] == pytest.approx(
-            loss(model, *row, "v2v", "sdpa", merge), abs=1e-5
+            loss(model, row, "v2v", "sdpa", merge), abs=1e-5
         )
-        assert found.losses["causal"][k] == pytest.approx(loss(model, *row, "causal"), abs=1e-5)
+        assert found.losses["causal"][k] == pytest.approx(loss(model, row, "causal"), abs=1e-5)
     losses = torch.tensor(list(found.losses.values()))
     assert (
         losses[:, 0] - losses[0, 0]
@@ -160,9 +164,10 @@ def test_a_study_of_a_model(encoded):
     assert all(len({round(x, 4) for x in row}) == 4 for row in losses[:, 1:].T.tolist())
 
     total, count = torch.zeros(4, 4, dtype=torch.float64), 0
-    for inputs, layout in rows:
+    for encoded_row in rows:
+        layout = encoded_row.layout
         with attach(model, "v2v", "reference"), recorded_attention(model) as calls, torch.no_grad():
-            model(**inputs, **layout.model_inputs())
+            model(**encoded_row.kwargs())
         (row,) = oracle.rows(layout)
         revealing = [
             i
@@ -187,7 +192,7 @@ def test_the_control_is_blind_to_the_future_and_adds_what_merge_adds(encoded, mo
         return mixed(self, keep, add)
 
     monkeypatch.setattr(Pieces, "mixed", spied)
-    study(model, rows, get_policy("future"), Merge(kernel_size=1))
+    study(model, rows, Mask.parse("future+merge", kernel_size=1))
     passes = 4 * len(rows)  # layers x rows
     assert (
         len(calls) == 4 * passes
@@ -204,11 +209,11 @@ def test_the_control_is_blind_to_the_future_and_adds_what_merge_adds(encoded, mo
 def test_rows_that_reveal_nothing_are_an_error(encoded):
     model, rows = encoded
     with pytest.raises(ValueError, match="policy 'v2v' reveals nothing in these 1 rows"):
-        study(model, rows[:1], get_policy("v2v"), Merge())
+        study(model, rows[:1], Mask.parse("v2v+merge"))
     assert attached(model) is None
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -257,10 +262,21 @@ def test_the_command(checkpoint, tmp_path, capsys):
     assert "merge - control" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["v2t", "v2t+merge", None])
+def test_a_mask_and_its_light_form_mean_the_light_form(checkpoint, name):
+    """Options that are not given are as recorded."""
+    nothing = {"merge_prefix": None, "merge_kernel_size": None, "merge_raw": False}
+    options = argparse.Namespace(checkpoint=str(checkpoint), mask=name, **nothing)
+    expected = Mask.parse("v2t+merge", prefix=2, kernel_size=5)
+    assert merge_study.studied_mask(options) == expected
+
+
 def test_options_replace_what_is_recorded(checkpoint, tmp_path):
-    asked = ["--policy", "v2v", "--merge_kernel_size", "1", "--merge_prefix", "0.1", "--merge_raw"]
+    options = ["--mask", "v2v", "--merge_kernel_size", "1", "--merge_prefix", "0.1", "--merge_raw"]
     assert (
-        merge_study.main([str(checkpoint), "digits", "--rows", "2", *asked, "--out", str(tmp_path)])
+        merge_study.main(
+            [str(checkpoint), "digits", "--rows", "2", *options, "--out", str(tmp_path)]
+        )
         == 0
     )
     found = json.loads((tmp_path / "merge_study.json").read_text())
@@ -273,25 +289,25 @@ def test_options_replace_what_is_recorded(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
-        (["digits", "--policy", "v2w"], "unknown policy 'v2w'; the nearest is 'v2v'"),
-        (["digits", "--policy", "causal"], "nothing to merge"),
+        (["digits", "--mask", "v2w"], "unknown policy 'v2w'; the nearest is 'v2v'"),
+        (["digits", "--mask", "causal"], "nothing to merge"),
         (["digits", "--merge_kernel_size", "0"], "kernel_size 0 is not allowed"),
         (["digits", "--rows", "0"], "--rows 0"),
         (["/nowhere.jsonl"], "/nowhere.jsonl: no such rows"),
     ],
 )
-def test_errors_are_one_line(checkpoint, arguments, said, capsys):
+def test_errors_are_one_line(checkpoint, arguments, message, capsys):
     assert merge_study.main([str(checkpoint), *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and message in error
 
 
-def test_a_checkpoint_without_a_policy_needs_one(tmp_path, capsys):
+def test_a_checkpoint_without_a_mask_needs_one(tmp_path, capsys):
     families.model("llava").save_pretrained(tmp_path)
     families.processor("llava").save_pretrained(tmp_path)
     assert merge_study.main([str(tmp_path), "digits"]) == 2
-    assert "records no policy that reveals anything" in capsys.readouterr().err
+    assert "records no mask that looks ahead" in capsys.readouterr().err
     assert merge_study.main([str(tmp_path / "none"), "digits"]) == 2
     assert "no such checkpoint folder" in capsys.readouterr().err
