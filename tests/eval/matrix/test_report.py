@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from wandb_files import wandb_records
 
 from eval import provenance
 from eval.held_out import HeldOut
@@ -289,25 +290,18 @@ def test_the_command_renders_again(results, tmp_path, capsys):
     )
 
 
-@pytest.mark.slow
 def _media(records) -> dict[str, str]:
     """Path of each logged file by its key."""
-    items = (
-        item
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-        for item in record.history.item
-    )
-    return {
-        item.nested_key[0]: json.loads(item.value_json)
-        for item in items
-        if item.nested_key[-1] == "path"
-    }
+    paths = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            for item in record.history.item:
+                if item.nested_key[-1] == "path":
+                    paths[item.nested_key[0]] = json.loads(item.value_json)
+    return paths
 
 
 def test_wandb_offline_without_a_key(results, tmp_path, monkeypatch):
-    from test_sft import wandb_records
-
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
