@@ -103,6 +103,7 @@ SERIES = {
 
 
 LEFT, WIDTH, BAR, GAP, TOP = 118.0, 236.0, 9.0, 9.0, 6.0  # pixels of a chart of bars
+LETTER = 7.0  # pixels of a letter of a mask's name, at most
 
 
 def bars(groups: Sequence[tuple[str, dict[str, dict]]], line: float | None, title: str) -> str:
@@ -115,36 +116,37 @@ def bars(groups: Sequence[tuple[str, dict[str, dict]]], line: float | None, titl
         highs += [entry["high"] for entry in series.values()]
     highest = max(highs, default=1.0)
     full = next(limit for limit in (0.1, 0.25, 0.5, 0.75, 1.0) if highest <= limit + 1e-9)
+    left = max([LEFT, *(LETTER * len(name) + 8 for name, _ in groups)])
     parts, y = [], TOP
     for name, series in groups:
         middle = y + BAR * len(series) / 2
         parts.append(
-            f'<text class="name" x="{LEFT - 8:g}" y="{middle + 4:g}">{escape(name)}</text>'
+            f'<text class="name" x="{left - 8:g}" y="{middle + 4:g}">{escape(name)}</text>'
         )
         for kind, entry in series.items():
-            parts.append(_bar(name, kind, entry, y, full))
+            parts.append(_bar(name, kind, entry, left, y, full))
             y += BAR
         y += GAP
     bottom = y - GAP + 4
     for k in range(5):
-        x, value = LEFT + WIDTH * k / 4, f"{full * k / 4:.3f}".rstrip("0").rstrip(".")
+        x, value = left + WIDTH * k / 4, f"{full * k / 4:.3f}".rstrip("0").rstrip(".")
         parts.insert(0, f'<path class="grid" d="M{x:g} {TOP - 4:g}V{bottom:g}"/>')
         parts.append(f'<text class="tick" x="{x:g}" y="{bottom + 14:g}">{value}</text>')
     if line is not None:
-        x = LEFT + WIDTH * line / full
+        x = left + WIDTH * line / full
         parts.append(f'<path class="reference" d="M{x:.1f} {TOP - 4:g}V{bottom:g}"/>')
-    return svg(LEFT + WIDTH + 18, bottom + 20, title, parts, "bars")
+    return svg(left + WIDTH + 18, bottom + 20, title, parts, "bars")
 
 
-def _bar(name: str, kind: str, entry: dict, y: float, full: float) -> str:
+def _bar(name: str, kind: str, entry: dict, left: float, y: float, full: float) -> str:
     """One bar with its whisker; full: the score at the right end."""
-    score, low, high = (LEFT + WIDTH * entry[key] / full for key in ("score", "low", "high"))
+    score, low, high = (left + WIDTH * entry[key] / full for key in ("score", "low", "high"))
     middle = y + BAR / 2
     tip = (
         f"{name}, {SERIES[kind]}: {entry['score']:.4f} "
         f"[{entry['low']:.4f}, {entry['high']:.4f}], n {entry['n']}"
     )
-    place = f'x="{LEFT:g}" y="{y + 1:g}" width="{score - LEFT:.1f}" height="{BAR - 2:g}"'
+    place = f'x="{left:g}" y="{y + 1:g}" width="{score - left:.1f}" height="{BAR - 2:g}"'
     ends = f"M{low:.1f} {middle - 2:g}v4M{high:.1f} {middle - 2:g}v4"
     whisker = f"M{low:.1f} {middle:g}H{high:.1f}{ends}"
     return (

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 SHARES = {
-    "future": "attention on the future under {policy}\n(sum of a query's weights on its revealed keys)",
+    "future": "attention on the future under {policy}\n"
+    "(sum of a query's weights on its revealed keys)",
     "pooled": "what the merge pools of it\n(C$_i$, kernel size {kernel_size})",
 }
 DISTANCES = {

@@ -66,7 +66,7 @@ class Pieces:
 
 
 def take_apart(q_BHQD, k_BGKD, v_BGKD, scale: float | None, prepared: reference.Prepared) -> Pieces:
-    """The pieces of one attention call under a light form, by the reference backend's definitions."""
+    """The pieces of one attention call under a light form, as `reference` defines it."""
     pairs, merge, scale = prepared.allowed, prepared.merge, scale or q_BHQD.shape[-1] ** -0.5
     direct = reference.Prepared(pairs, None)
     causal = reference.Prepared(Allowed(pairs.past_B1QK, None), None)

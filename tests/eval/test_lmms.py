@@ -79,7 +79,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a checkpoint (ckpt/), one without a policy (bare/), and three tasks (tasks/)."""
+    """A folder with a checkpoint (ckpt/), one without a mask (bare/), and three tasks (tasks/)."""
     folder = tmp_path_factory.mktemp("lmms")
     for name in ("ckpt", "bare"):
         model = families.model("llava")
@@ -179,7 +179,7 @@ def expected(rows: list[dict], policy: str, before: str = "") -> list[str]:
 
 @pytest.mark.parametrize("more", [{}, {"force_simple": True}, {"batch_size": 1}, {"batch_size": 5}])
 def test_the_harness_gets_the_models_answers(place, manager, rows, more):
-    """In the order of the documents, whatever the batch size, as messages and as text with images."""
+    """In the order of the documents, whatever the batch size, as messages and as text."""
     results = harness(place, manager, "tiny_answer", **more)
     found = answers(results, "tiny_answer")
     assert found == expected(rows, "prefix_lm") != expected(rows, "causal")
@@ -271,7 +271,8 @@ def test_masks_by_name(place):
         ("pretrained={place}/nowhere", "{place}/nowhere: no such checkpoint folder"),
         (
             "pretrained={place}/bare",
-            "{place}/bare: its config.json records no mask; name one in --model_args, e.g. mask=causal",
+            "{place}/bare: its config.json records no mask; "
+            "name one in --model_args, e.g. mask=causal",
         ),
         ("pretrained={place}/bare,mask=v3v", "unknown policy 'v3v'; the nearest is 'v2v'"),
         ("pretrained={place}/bare,msk=v2v", "unexpected keyword argument 'msk'"),
@@ -305,7 +306,7 @@ def test_places_that_do_not_fit_the_images(place):
 
 @pytest.mark.slow
 def test_from_the_shell_in_two_processes(place, rows, tmp_path):
-    """The harness's own command line. (On a CPU `--multi_gpu` means several processes over gloo.)"""
+    """The harness's own command line; on a CPU `--multi_gpu` means several processes over gloo."""
     launcher = [
         "accelerate.commands.launch",
         "--multi_gpu",

@@ -64,8 +64,10 @@ def explicit_future(name: str, layout: Layout, q: torch.Tensor, k: torch.Tensor)
 @pytest.mark.parametrize("merge", OPTIONS)
 @pytest.mark.parametrize("name", ["v2v", "future", "mma_interleaved"])
 def test_the_pieces_are_those_of_the_definition(name, merge):
-    """keep * causal + add * sink is the merged output of DESIGN 5, which the double loop computes without taking it apart.
-    The shares of the prefix are float32: 2**-25 of up to C |v| = 8."""
+    """keep * causal + add * sink is the merged output, which the double loop computes as a whole.
+
+    The shares of the prefix are float32: 2**-25 of up to C |v| = 8.
+    """
     layout = layout_of(name, merge)
     found, (q, k, v) = pieces(name, layout, merge), qkv(layout)
     near = dict(rtol=0, atol=8 * 2**-25)
@@ -146,7 +148,7 @@ def loss(model, row: Encoded, *mask) -> float:
 
 
 def test_a_study_of_a_model(encoded):
-    """Losses are those of the model with the policy attached; masses are those of the attention that it records."""
+    """Losses are those of the model with the mask attached, masses those of its attention."""
     model, rows = encoded
     merge, before = Merge(), ALL_ATTENTION_FUNCTIONS[ATTENTION]
     found = study(model, rows, Mask.of("v2v", merge))
@@ -183,7 +185,7 @@ def test_a_study_of_a_model(encoded):
 
 
 def test_the_control_is_blind_to_the_future_and_adds_what_merge_adds(encoded, monkeypatch):
-    """In the whole model: one share a head for all queries that reveal something, none for the others."""
+    """In the whole model: one share a head for all queries that reveal something, else none."""
     model, rows = encoded
     mixed, calls = Pieces.mixed, []
 

@@ -1,4 +1,4 @@
-"""Paired statistics against cases worked out by hand, against statsmodels and scipy, and against slow loops."""
+"""Paired statistics against cases by hand, against statsmodels and scipy, and slow loops."""
 
 import itertools
 
@@ -8,8 +8,8 @@ from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from eval import paired
-from eval.intervals import accuracy, average
 from eval.held_out import Question
+from eval.intervals import accuracy, average
 from eval.matrix import analysis
 from eval.matrix.analysis import MatrixRow
 from eval.paired import OVERALL, QuestionsOfTask
@@ -84,7 +84,10 @@ def test_interval_of_one_run_is_that_of_scipy():
 
 
 def test_interval_of_several_runs_against_a_slow_loop():
-    """Runs and units drawn with replacement, independently of each other; a unit of two questions stays together."""
+    """Runs and units drawn with replacement, independently of each other.
+
+    A unit of two questions stays together.
+    """
     d, units = coins(5, 3, 40, p=[[0.3], [0.6], [0.7]]) - coins(6, 3, 40), 20
     drawn = paired.replicates([task(40, per_unit=2)], [{"t": d}])["t"][0]
     rng, slow = np.random.default_rng(9), []
@@ -195,7 +198,10 @@ def test_every_comparison_once():
 
 
 def test_results_of_a_small_matrix_by_hand():
-    """40 questions; v2v trained is right on all, causal on the first 20, whatever the mask in inference but for one cell."""
+    """40 questions; v2v trained is right on all, causal on the first 20.
+
+    Whatever the mask in inference, but for one cell.
+    """
     items = [Question("t", f"row{k}", "?", "!") for k in range(40)]
     half = [1.0] * 20 + [0.0] * 20
     scores = {(run, mask): half for run in ("base", "c0", "c1") for mask in ("causal", "v2v")}

@@ -315,7 +315,8 @@ def test_a_failed_run_says_why(stand_in):
     run, recipe = stand_in("future")
     with pytest.raises(
         ValueError,
-        match=r"training future-seed0 failed \(exit code 1\): error: no such luck; see .*future-seed0.log",
+        match=r"training future-seed0 failed \(exit code 1\): error: no such luck; "
+        r"see .*future-seed0.log",
     ):
         runs.train(run, recipe, [])
 

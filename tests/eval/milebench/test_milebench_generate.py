@@ -180,7 +180,8 @@ def test_what_is_written_and_that_it_can_be_scored(place, plain, tmp_path):
     assert records[5] == {
         "sample_id": 2,
         "image": [str(place / "data" / "TQA" / "images" / f"{k}.png") for k in (1, 2)],
-        "question": "Look at the picture.\npicture 1: <ImageHere> picture 2: <ImageHere> what changed? 2\nChoice list: \n"
+        "question": "Look at the picture.\n"
+        "picture 1: <ImageHere> picture 2: <ImageHere> what changed? 2\nChoice list: \n"
         "A. a red cube\nB. two blue spheres\nYour answer is: ",
         "gt_response": "a red cube",
         "gen_model_id": "ckpt",
@@ -220,7 +221,7 @@ def test_what_is_written_and_that_it_can_be_scored(place, plain, tmp_path):
 
 
 def test_answers_are_the_models_own(place, plain):
-    """An independent loop: one sample at a time, plain processor call, argmax by argmax without a cache."""
+    """An independent loop: one sample at a time, plain processor call, argmax by argmax."""
     model, processor = families.model("llava"), families.processor("llava")
     end = processor.tokenizer.eos_token_id
     with attach(model, "v2v", "reference"), torch.no_grad():
@@ -348,7 +349,10 @@ def test_seven_masks_cost_one_pass_of_the_tower(place, plain, tmp_path, monkeypa
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_teacher_forcing_rederives_every_answer(place, family):
-    """All families, on shared features: each greedy token is the argmax of one forward over prompt and answer."""
+    """Each greedy token is the argmax of one forward over prompt and answer.
+
+    In all families, on shared features.
+    """
     model, processor = families.model(family), families.processor(family)
     attach(model, "v2v", "sdpa")
     decoder, fitter, task = (
@@ -484,7 +488,10 @@ def test_predictions_made_otherwise_are_not_mixed(place, plain, tmp_path, capsys
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
-    """Nothing is cut where everything fits exactly; one token less, and the left goes; question and instruction stay."""
+    """Nothing is cut where everything fits exactly; one token less, and the left goes.
+
+    Question and instruction stay.
+    """
     make_task(tmp_path, "TQA", "multi-choice", [3, 1, 0], words="the lazy dog " * 5)
     task, processor = read_task(tmp_path, "TQA"), families.processor(family)
     for sample in task.samples:
@@ -509,7 +516,8 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
             assert cut.prompt.notes and len(cut.prompt.text) < len(whole.prompt.text)
     with pytest.raises(
         ValueError,
-        match=r"TQA.json: sample 2: \d+ tokens that cannot be cut, and 10 for the answer, do not fit",
+        match=r"TQA.json: sample 2: \d+ tokens that cannot be cut, and 10 for the answer, "
+        r"do not fit",
     ):
         Fitter(processor, 25, 10).fit(task, task.samples[2])
 

@@ -1,4 +1,7 @@
-"""`original` against the outputs of MileBench's own scripts (commit 9583e1f): every case, files byte for byte."""
+"""`original` against the outputs of MileBench's own scripts (commit 9583e1f).
+
+Every case, files byte for byte.
+"""
 
 import hashlib
 import json

@@ -54,7 +54,10 @@ def test_average_of_parts():
 
 
 def test_average_covers():
-    """Of 400 simulated means of three accuracies, the intervals hold the true one 95 % of the time (+- 3 sd = 3.3)."""
+    """The intervals hold the true mean of three accuracies 95 % of the time (+- 3 sd = 3.3).
+
+    In 400 simulations.
+    """
     draw, truth = np.random.default_rng(1), [0.05, 0.4, 0.9]
     held = 0
     for _ in range(400):

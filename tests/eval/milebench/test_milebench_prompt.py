@@ -1,4 +1,4 @@
-"""Prompts: `original` against MileBench's own (golden), the default against expectations written by hand."""
+"""Prompts: `original` against MileBench's own (golden), the default against ones made by hand."""
 
 import json
 from pathlib import Path
@@ -78,7 +78,7 @@ def test_golden_prompts(golden, golden_tokenizers):
 
 
 def test_golden_generation(golden, golden_tokenizers):
-    """Order, batches, prompts and pred.json of a whole run, with the scripted answers in place of a model."""
+    """Order, batches, prompts and pred.json of a whole run, with scripted answers."""
     script = json.loads((golden / "e2e" / "script.json").read_text())
     config = json.loads((golden / "e2e" / script["config_file"]).read_text())[script["model"]]
     tokenizer = golden_tokenizers[Path(script["tokenizer"]).stem]

@@ -1,4 +1,7 @@
-"""`python -m eval.milebench.score`: what it writes, and that an error is one line and leaves nothing behind."""
+"""`python -m eval.milebench.score`: what it writes.
+
+And that an error is one line and leaves nothing behind.
+"""
 
 import csv
 import json
