@@ -73,15 +73,15 @@ class Fmtrain(lmms):
         if not Path(pretrained).is_dir():
             raise ValueError(f"{pretrained}: no such checkpoint folder")
         merge = {"prefix": str(merge_prefix), "kernel_size": int(merge_kernel_size)}
-        chosen = recorded_mask(pretrained)
+        attached_mask = recorded_mask(pretrained)
         if mask is not None:
-            [chosen] = parse_masks([mask], **merge)
-        if chosen is None:
+            [attached_mask] = parse_masks([mask], **merge)
+        if attached_mask is None:
             raise ValueError(
                 f"{pretrained}: its config.json records no mask; "
                 "name one in --model_args, e.g. mask=causal"
             )
-        model, processor = load(pretrained, chosen, backend=backend, dtype=dtype)
+        model, processor = load(pretrained, attached_mask, backend=backend, dtype=dtype)
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self._rank = self.accelerator.process_index
         self._world_size = self.accelerator.num_processes

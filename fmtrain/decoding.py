@@ -150,8 +150,8 @@ class Decoder:
             logits = logits.double()
             scale = logits.abs().max().clamp(min=1.0)
             logits[0, self.ends] = logits[:, self.never] = -torch.inf
-            chosen = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
-            gaps.append(((logits.amax(1) - chosen) / scale).tolist())
+            taken = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
+            gaps.append(((logits.amax(1) - taken) / scale).tolist())
         return gaps
 
     def _ended(self, ids: list[int]) -> list[int]:

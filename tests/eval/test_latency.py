@@ -125,11 +125,11 @@ def test_peak_memory_is_what_a_step_needs_above_what_is_held():
 def test_latency_of_the_seven_variants(tmp_path, capsys):
     out = tmp_path / "made" / "latency.json"
     assert latency.main(["--model", "random", *SHORT, "--new_tokens", "3", "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    (model,) = found["models"]
+    results = json.loads(out.read_text())
+    (model,) = results["models"]
     assert (
-        found["paper"] == "arXiv 2505.18605, Table 6"
-        and found["machine"]["versions"]["torch"] == torch.__version__
+        results["paper"] == "arXiv 2505.18605, Table 6"
+        and results["machine"]["versions"]["torch"] == torch.__version__
     )
     assert (model["visual_tokens"], model["new_tokens"], model["rounds"], model["class"]) == (
         4,

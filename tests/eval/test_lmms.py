@@ -150,7 +150,7 @@ def answers(results: dict, task: str) -> list[str]:
 def expected(rows: list[dict], policy: str, before: str = "") -> list[str]:
     """Greedy answers of the model itself, one dialogue at a time, under `policy`."""
     model, processor = families.model("llava"), families.processor("llava")
-    found = []
+    texts = []
     with attach(model, policy, "sdpa"):
         for row in rows:
             images = [Image.open(path) for path in row["paths"]]
@@ -169,27 +169,27 @@ def expected(rows: list[dict], policy: str, before: str = "") -> list[str]:
                 min_new_tokens=1,
                 suppress_tokens=[model.config.image_token_id],
             )
-            found.append(
+            texts.append(
                 processor.tokenizer.decode(
                     out[0, prompt.layout.shape[1] :], skip_special_tokens=True
                 ).strip()
             )
-    return found
+    return texts
 
 
 @pytest.mark.parametrize("more", [{}, {"force_simple": True}, {"batch_size": 1}, {"batch_size": 5}])
 def test_the_harness_gets_the_models_answers(place, manager, rows, more):
     """In the order of the documents, whatever the batch size, as messages and as text."""
     results = harness(place, manager, "tiny_answer", **more)
-    found = answers(results, "tiny_answer")
-    assert found == expected(rows, "prefix_lm") != expected(rows, "causal")
-    exact = sum(answer == row["answer"] for answer, row in zip(found, rows)) / 5
+    texts = answers(results, "tiny_answer")
+    assert texts == expected(rows, "prefix_lm") != expected(rows, "causal")
+    exact = sum(answer == row["answer"] for answer, row in zip(texts, rows)) / 5
     assert results["results"]["tiny_answer"]["exact_match,none"] == exact
 
 
 def test_images_stay_where_the_task_puts_them(place, manager, rows):
-    found = answers(harness(place, manager, "tiny_placed"), "tiny_placed")
-    assert found == expected(rows, "prefix_lm", before="first: ")
+    texts = answers(harness(place, manager, "tiny_placed"), "tiny_placed")
+    assert texts == expected(rows, "prefix_lm", before="first: ")
 
 
 def test_another_mask(place, manager, rows):

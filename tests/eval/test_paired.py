@@ -76,11 +76,11 @@ def test_holm_by_hand():
 
 def test_interval_of_one_run_is_that_of_scipy():
     d = coins(1, 1, 150, p=0.6) - coins(2, 1, 150, p=0.5)
-    found = paired.interval(paired.replicates([task(150)], [{"t": d}])["t"][0])
+    interval = paired.interval(paired.replicates([task(150)], [{"t": d}])["t"][0])
     expected = stats.bootstrap(
         (d[0],), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    assert found == pytest.approx((expected.low, expected.high), abs=0.012)
+    assert interval == pytest.approx((expected.low, expected.high), abs=0.012)
 
 
 def test_interval_of_several_runs_against_a_slow_loop():
@@ -93,9 +93,8 @@ def test_interval_of_several_runs_against_a_slow_loop():
     rng, slow = np.random.default_rng(9), []
     for _ in range(4000):
         runs, chosen = rng.integers(0, 3, 3), rng.integers(0, units, units)
-        slow.append(
-            np.mean([d[run, 2 * unit + k] for run in runs for unit in chosen for k in (0, 1)])
-        )
+        draws = itertools.product(runs, chosen, (0, 1))
+        slow.append(np.mean([d[run, 2 * unit + k] for run, unit, k in draws]))
     assert drawn.mean() == pytest.approx(d.mean(), abs=0.005)
     assert drawn.std() == pytest.approx(np.std(slow), rel=0.06)
     assert paired.interval(drawn) == pytest.approx(
@@ -127,12 +126,12 @@ def test_overall_is_the_mean_of_the_tasks_however_many_questions_they_have():
     tasks = [task(40, name="few"), task(400, name="many")]
     scores = {"few": np.ones((2, 40)), "many": coins(1, 2, 400, p=0.25)}
     drawn = paired.replicates(tasks, [scores])
-    found = paired.estimates(tasks, scores, {name: one[0] for name, one in drawn.items()})
+    estimates = paired.estimates(tasks, scores, {name: one[0] for name, one in drawn.items()})
     assert (
-        found[OVERALL].score == pytest.approx((1 + scores["many"].mean()) / 2)
-        and found[OVERALL].n == 440
+        estimates[OVERALL].score == pytest.approx((1 + scores["many"].mean()) / 2)
+        and estimates[OVERALL].n == 440
     )
-    assert found[OVERALL].low < found[OVERALL].score < found[OVERALL].high
+    assert estimates[OVERALL].low < estimates[OVERALL].score < estimates[OVERALL].high
     assert drawn[OVERALL] == pytest.approx((drawn["few"] + drawn["many"]) / 2)
 
 
@@ -145,8 +144,8 @@ def test_one_run_has_the_wilson_interval_and_overall_that_of_the_parts():
         {"a": coins(1, 1, 50), "b": coins(2, 1, 50, p=0.9)},
     )
     drawn = {name: one[0] for name, one in paired.replicates(tasks, [scores]).items()}
-    found = paired.estimates(tasks, scores, drawn)
-    assert found["a"] == accuracy(scores["a"][0]) and found[OVERALL] == average(
+    estimates = paired.estimates(tasks, scores, drawn)
+    assert estimates["a"] == accuracy(scores["a"][0]) and estimates[OVERALL] == average(
         [accuracy(scores[name][0]) for name in "ab"]
     )
 
@@ -154,15 +153,15 @@ def test_one_run_has_the_wilson_interval_and_overall_that_of_the_parts():
 @pytest.mark.parametrize("value", [0.0, 1.0])
 def test_an_extreme_score_of_several_runs_has_an_interval_of_some_width(value):
     scores = {"t": np.full((3, 40), value)}
-    found = paired.estimates(
+    estimates = paired.estimates(
         [task(40)],
         scores,
         {name: one[0] for name, one in paired.replicates([task(40)], [scores]).items()},
     )
-    assert found["t"].high - found["t"].low == pytest.approx(
+    assert estimates["t"].high - estimates["t"].low == pytest.approx(
         accuracy([value] * 40).high - accuracy([value] * 40).low
     )
-    assert found[OVERALL].high > found[OVERALL].low
+    assert estimates[OVERALL].high > estimates[OVERALL].low
 
 
 # --- which comparisons ----------------------------------------------------------------------------
@@ -175,20 +174,20 @@ ROWS = [
 
 
 def test_every_comparison_once():
-    found = analysis.pairs(ROWS, ["causal", "v2v"])
+    pairs = analysis.pairs(ROWS, ["causal", "v2v"])
     cc, own = ("causal", "causal"), ("v2v", "v2v")
-    assert [(cell, other) for kind, cell, other in found if kind == "causal-causal"] == [
+    assert [(cell, other) for kind, cell, other in pairs if kind == "causal-causal"] == [
         (("base", "causal"), cc),
         (("base", "v2v"), cc),
         (("causal", "v2v"), cc),
         (("v2v", "causal"), cc),
         (own, cc),
     ]
-    assert [(cell, other) for kind, cell, other in found if kind == "diagonal"] == [
+    assert [(cell, other) for kind, cell, other in pairs if kind == "diagonal"] == [
         (("base", "v2v"), ("base", "causal")),
         (("v2v", "causal"), own),
     ]
-    assert [one for one in found if one[0] == "inference-only"] == [
+    assert [one for one in pairs if one[0] == "inference-only"] == [
         ("inference-only", own, ("causal", "v2v"))
     ]
     assert (
@@ -204,10 +203,9 @@ def test_results_of_a_small_matrix_by_hand():
     """
     items = [Question("t", f"row{k}", "?", "!") for k in range(40)]
     half = [1.0] * 20 + [0.0] * 20
-    scores = {(run, mask): half for run in ("base", "c0", "c1") for mask in ("causal", "v2v")}
-    scores |= {(run, "v2v"): [1.0] * 40 for run in ("v0", "v1")} | {
-        (run, "causal"): [0.0] * 40 for run in ("v0", "v1")
-    }
+    scores = dict.fromkeys(itertools.product(("base", "c0", "c1"), ("causal", "v2v")), half)
+    for run in ("v0", "v1"):
+        scores |= {(run, "v2v"): [1.0] * 40, (run, "causal"): [0.0] * 40}
     results = analysis.results(ROWS, ["causal", "v2v"], items, scores)
     cell = next(
         one
@@ -215,20 +213,20 @@ def test_results_of_a_small_matrix_by_hand():
         if one["row"] == "v2v" and one["mask"] == "v2v" and one["task"] == "t"
     )
     assert cell["score"] == 1.0 and cell["n"] == 40 and cell["runs"] == 2
-    found = {
+    comparisons = {
         (one["kind"], one["row"], one["mask"]): one
         for one in results["comparisons"]
         if one["task"] == "t"
     }
-    brought = found["inference-only", "v2v", "v2v"]
+    brought = comparisons["inference-only", "v2v", "v2v"]
     assert (brought["difference"], brought["better"], brought["worse"]) == (
         0.5,
         40,
         0,
     )  # 20 questions, two runs
     assert brought["p"] == pytest.approx(2 * 0.5**20) and brought["carried"]
-    assert found["diagonal", "v2v", "causal"]["difference"] == -1.0
-    same = found["causal-causal", "base", "v2v"]
+    assert comparisons["diagonal", "v2v", "causal"]["difference"] == -1.0
+    same = comparisons["causal-causal", "base", "v2v"]
     assert (same["difference"], same["low"], same["high"], same["p"], same["carried"]) == (
         0,
         0,

@@ -370,10 +370,10 @@ def test_scores_of_milebench_are_a_matrix(folder, capsys):
         scored(folder, model, "CLEVR-Change", fractions)
     assert matrix.main(options) == 0
     results = json.loads((folder / "results" / "results.json").read_text())
-    found = {
+    scores = {
         (one["row"], one["mask"]): one["score"] for one in results["cells"] if one["task"] == "TQA"
     }
-    assert found == {
+    assert scores == {
         ("one", "causal"): 0.5,
         ("one", "v2v"): 0.5,
         ("two", "causal"): 0.5,

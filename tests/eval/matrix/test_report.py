@@ -6,6 +6,7 @@ import json
 import re
 import time
 from html.parser import HTMLParser
+from itertools import chain, product
 
 import numpy as np
 import pytest
@@ -64,7 +65,8 @@ def results() -> dict:
     questions = data.questions
     assert [question.reference for question in questions[:4]] == ["0", "0", "1", "1"]
     rng = np.random.default_rng(0)
-    cells = [(run, mask) for row in ROWS for run in row.runs for mask in MASKS]
+    runs = list(chain.from_iterable(row.runs for row in ROWS))
+    cells = list(product(runs, MASKS))
     scores = {cell: rng.integers(0, 2, len(questions)).tolist() for cell in cells}
     answers = {
         cell: [
@@ -74,12 +76,12 @@ def results() -> dict:
         for cell in cells
     }
     shown = showcase.showcase(data, ROWS, MASKS, scores, answers, 2)
-    found = {
+    results = {
         "title": f"Masks {EVIL}",
         **analysis.results(ROWS, MASKS, questions, scores),
         "samples": shown,
     }
-    return found | {
+    return results | {
         "made": provenance.made_with(
             f"python -m eval.matrix {EVIL}",
             {"matrix": published.FOLDER / "mma_table1.csv", "training": None},
@@ -169,7 +171,8 @@ def test_samples_show_the_pictures_of_their_turn(results):
             sample["answers"]["base"]
         ) == set(MASKS)
     html = report.render(results)
-    assert all(image in html for sample in results["samples"] for image in sample["images"])
+    for sample in results["samples"]:
+        assert all(image in html for image in sample["images"])
 
 
 def test_sections_follow_what_there_is(results):
@@ -242,15 +245,16 @@ def test_latex_and_markdown_escape():
 
 
 def test_published_tables_are_complete():
-    found = {table.name: table for table in published.tables()}
-    assert {name: (len(t.rows), len(t.header) - t.keys) for name, t in found.items()} == {
+    tables = {table.name: table for table in published.tables()}
+    assert {name: (len(t.rows), len(t.header) - t.keys) for name, t in tables.items()} == {
         "futuremask_table4": (14, 13),
         "futuremask_table6_latency": (3, 2),
         "mma_table1": (9, 12),
     }
-    for table in found.values():
+    for table in tables.values():
         assert "arXiv" in table.source and all(len(row) == len(table.header) for row in table.rows)
-        assert all(float(text) > 0 for row in table.rows for text in row[table.keys :])
+        for row in table.rows:
+            assert all(float(text) > 0 for text in row[table.keys :])
 
 
 def test_numbers_of_the_user_stand_beside_published_ones(results, tmp_path):
@@ -326,7 +330,6 @@ def test_wandb_offline_without_a_key(results, tmp_path, monkeypatch):
     for task in ("overall", "TQA", "count"):
         assert Image.open(media / logged[f"heat_map/{task}"]).width > 300
     samples = json.loads((media / logged["samples"]).read_text())
-    assert len(samples["data"]) == 4 and EVIL in {
-        cell for row in samples["data"] for cell in row if isinstance(cell, str)
-    }
+    assert len(samples["data"]) == 4
+    assert any(EVIL in row for row in samples["data"])
     assert (media / logged["report"]).read_text() == (tmp_path / "out" / "report.html").read_text()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import families
@@ -29,6 +30,7 @@ from fmtrain.patch import attach
 REPOSITORY = Path(__file__).resolve().parents[3]
 SEVEN = ["causal", "future", "v2v", "mma_interleaved", "v2v+merge", "text_future", "prefix_lm"]
 SHORT = ["--max_new_tokens", "6"]
+TASKS = ("TQA", "IEdit")
 
 
 def picture(number: int) -> Image.Image:
@@ -112,14 +114,16 @@ def run(place: Path, out: Path, *more: str, model: str = "ckpt") -> dict[str, di
 
 
 def answers(out: Path) -> dict[str, dict[str, str]]:
-    found = {}
+    by_folder = {}
     for path in sorted(out.glob("*/*/pred.json")):
         records = json.loads(path.read_text())
-        found[str(path.parent.relative_to(out))] = {
+        by_folder[str(path.parent.relative_to(out))] = {
             record["sample_id"]: record["pred_response"] for record in records
         }
-        assert len(records) == len(found[str(path.parent.relative_to(out))]), "a sample is doubled"
-    return found
+        assert len(records) == len(by_folder[str(path.parent.relative_to(out))]), (
+            "a sample is doubled"
+        )
+    return by_folder
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +166,7 @@ def command(place: Path, out: Path, *more: str, launcher: tuple[str, ...] = ()) 
 
 def test_what_is_written_and_that_it_can_be_scored(place, plain, tmp_path):
     assert files(plain) == sorted(
-        f"ckpt/{task}/{file}" for task in ("TQA", "IEdit") for file in ("pred.json", "run.json")
+        f"ckpt/{task}/{file}" for task, file in product(TASKS, ("pred.json", "run.json"))
     )
     text = (plain / "ckpt" / "TQA" / "pred.json").read_text()
     records = json.loads(text)
@@ -283,8 +287,8 @@ def test_an_adapter_is_accepted(place, tmp_path):
     call = ["--data", str(place / "data"), "--out", str(tmp_path / "out"), *SHORT]
     for name in ("adapter", "folded"):
         assert generate.main([*call, "--model", str(tmp_path / name)]) == 0
-    found = answers(tmp_path / "out")
-    assert found["adapter/TQA"] == found["folded/TQA"]
+    by_folder = answers(tmp_path / "out")
+    assert by_folder["adapter/TQA"] == by_folder["folded/TQA"]
     settings = json.loads((tmp_path / "out" / "adapter" / "TQA" / "run.json").read_text())[
         "settings"
     ]
@@ -327,16 +331,12 @@ def test_seven_masks_cost_one_pass_of_the_tower(place, plain, tmp_path, monkeypa
 
     monkeypatch.setattr(generate, "load", counting)
     together = run(place, tmp_path / "together", "--masks", *SEVEN, model="bare")
-    with_images = [
-        batch
-        for name in ("TQA", "IEdit")
-        for batch in batches(read_task(place / "data", name).samples, 24)
-        if batch[0].images
-    ]
+    all_batches = []
+    for name in TASKS:
+        all_batches += batches(read_task(place / "data", name).samples, 24)
+    with_images = [batch for batch in all_batches if batch[0].images]
     assert len(passes) == len(with_images) == 6
-    assert sorted(together) == sorted(
-        f"bare+{name}/{task}" for name in SEVEN for task in ("TQA", "IEdit")
-    )
+    assert sorted(together) == sorted(f"bare+{name}/{task}" for name, task in product(SEVEN, TASKS))
     assert len({json.dumps(together[f"bare+{name}/TQA"]) for name in SEVEN}) >= 5, (
         "the policies make no difference"
     )

@@ -1,6 +1,7 @@
 """Prompts: `original` against MileBench's own (golden), the default against ones made by hand."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,7 @@ def test_golden_generation(golden, golden_tokenizers):
         groups = batches(task.samples, run["batch_image"])
         assert [[sample.number for sample in group] for group in groups] == script["batches"][name]
         records = []
-        for sample in (sample for group in groups for sample in group):
+        for sample in chain.from_iterable(groups):
             prompt = build_prompt(
                 task, sample, tokenizer, window, run["combine_image"], original=True
             )
