@@ -8,6 +8,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -82,10 +83,13 @@ def tasks_of(data: HeldOut) -> list[str]:
 
 def compare(options: Namespace) -> None:
     """Answer with both checkpoints and print the tables."""
-    where = options.data, options.tasks, options.count, options.image_root, options.seed
-    data = held_out.mixed(*where)
+    for checkpoint in (options.before, options.after):
+        if not Path(checkpoint).is_dir():
+            raise ValueError(f"{checkpoint}: no such checkpoint folder")
     before = recorded_mask(options.before) or Mask.parse("causal")
     after = recorded_mask(options.after) or Mask.parse("causal")
+    where = options.data, options.tasks, options.count, options.image_root, options.seed
+    data = held_out.mixed(*where)
     as_trained, switched_on = answers(options.before, [before, after], data)
     [trained_with] = answers(options.after, [after], data)
     columns = {

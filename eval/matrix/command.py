@@ -58,8 +58,8 @@ class Work:
     With more than one, evaluation is in processes of their own.
     """
 
-    def __init__(self, recipe: MatrixRecipe, masks: Sequence[Mask]):
-        self.recipe, self.masks = recipe, masks
+    def __init__(self, recipe: MatrixRecipe, masks: Sequence[Mask], data: HeldOut):
+        self.recipe, self.masks, self.data = recipe, masks, data
         self.started: list[subprocess.Popen] = []
         self.stopped = False
 
@@ -70,10 +70,11 @@ class Work:
         recipe, done = self.recipe, []
         if run.recipe is not None and runs.train(run, recipe, self.started):
             done.append("trained")
-        work = (recipe.folder, run.name, run.folder, self.masks, source(recipe))
-        work += (recipe.batch_size, recipe.max_new_tokens)
-        made = pool.submit(cells.evaluate, *work).result() if pool else cells.evaluate(*work)
-        if made:
+        keys = cells.cell_keys(run.folder, self.masks, self.data, recipe.max_new_tokens)
+        if cells.missing(recipe.folder, run.name, keys):
+            work = (recipe.folder, run.name, run.folder, self.masks, source(recipe))
+            work += (recipe.batch_size, recipe.max_new_tokens)
+            made = pool.submit(cells.evaluate, *work).result() if pool else cells.evaluate(*work)
             done.append(f"{made} cells evaluated")
         return ", ".join(done) or "finished before"
 
@@ -178,7 +179,7 @@ def make(arguments: Sequence[str]) -> None:
     masks, data = inference_masks(recipe, plan), None
     if recipe.scores is None:
         data = held_out.by_task(*source(recipe))
-        Work(recipe, masks).all(plan)
+        Work(recipe, masks, data).all(plan)
     results = collect(recipe, plan, masks, data)
     recipes = {
         "matrix": arguments[0] if Path(arguments[0]).is_file() else None,
