@@ -1,1 +1,4 @@
-"""Evaluation of checkpoints; run from the repository (`python -m eval.milebench.score`), not part of the wheel."""
+"""Evaluation, run from a checkout.
+
+The matrix, MileBench, lmms-eval, latency, throughput, the merge study, and what they share.
+"""

@@ -30,7 +30,10 @@ def accuracy(scores: Sequence[float]) -> Estimate:
 
 
 def mean(scores: Sequence[float]) -> Estimate:
-    """Mean of fractions with a percentile bootstrap interval from a fixed seed; of one score, the whole range 0..1."""
+    """Mean of fractions with a percentile bootstrap interval from a fixed seed.
+
+    Of one score the interval is the whole range 0..1.
+    """
     values = np.asarray(scores, dtype=np.float64)
     if len(values) == 1:
         return Estimate(float(values[0]), 1, 0.0, 1.0)
@@ -49,8 +52,9 @@ def mean(scores: Sequence[float]) -> Estimate:
 def average(estimates: Sequence[Estimate]) -> Estimate:
     """Unweighted mean of independent estimates; n is the sum of theirs.
 
-    The interval recovers the variances from the parts' intervals (MOVER; Zou, Huang and Zhang 2009, for Wilson
-    intervals): low = mean - sqrt(sum((score_i - low_i)^2)) / k, high likewise. Of one part, it is that part's interval.
+    The interval recovers the variances from the parts' intervals (MOVER; Zou, Huang and Zhang 2009,
+    for Wilson intervals): low = mean - sqrt(sum((score_i - low_i)^2)) / k, high likewise. Of one
+    part, it is that part's interval.
     """
     k = len(estimates)
     score = sum(part.score for part in estimates) / k

@@ -1,59 +1,45 @@
-"""What a policy costs when the model answers: ms per decoded token, and ms of the prefill.
+"""What a mask costs when the model answers: ms per decoded token, and ms of the prefill.
 
     python -m eval.latency                                   the embedded model, and a random LLaVA
     python -m eval.latency --model CHECKPOINT random --size 7b --out latency.json
+    python -m eval.latency --masks v2v v2v+merge
 
-The paper's seven variants against the same model with nothing attached (plain transformers, causal), interleaved in one
-run: round by round the prefills in an order shuffled anew, then, token by token, one decoding step of each. A prefill's
-image features are computed beforehand; what the vision tower takes is told apart. An answer looks ahead at nothing, so
-decoding is ordinary causal decoding on an ordinary cache under every variant: 1.0 is what is expected there.
+The paper's seven variants against the same model with nothing attached (plain transformers,
+causal), interleaved in one run: round by round the prefills in an order shuffled anew, then, token
+by token, one decoding step of each. A prefill's image features are computed beforehand; what the
+vision tower takes is told apart. An answer looks ahead at nothing, so decoding is ordinary causal
+decoding on an ordinary cache under every mask: 1.0 is what is expected there.
 """
 
 import argparse
-import contextlib
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 
 import torch
 from rich.console import Console
 from tqdm import tqdm
 
-from eval import subjects as bench_models
-from eval.timing import (
-    Stopwatch,
-    add_arguments,
-    caption,
-    choose_device,
-    machine,
-    markdown_table,
-    paired_ratio,
-    rich_table,
-    shuffled,
-    write,
-)
+from eval import subjects, timing
+from eval.subjects import Subject
+from eval.tables import Table
+from eval.timing import BASE, Setup, Stopwatch, paired_ratio, ratio_text, shuffled
 from fmtrain.attention import BACKENDS
-from fmtrain.audit import on
+from fmtrain.command_line import Parser, guarded
 from fmtrain.data.collator import encode_row
-from fmtrain.layout import Layout, Role
-from fmtrain.merge import Merge
-from fmtrain.patch import attach, unwrap
-from fmtrain.policies import Policy
+from fmtrain.decoding import Prefill
+from fmtrain.layout import Role
+from fmtrain.masks import parse_masks
+from fmtrain.patch import unwrap
 from fmtrain.tiny import model as tiny_model
-from fmtrain.training.recipe import MaskArguments
 
-BASE = "nothing attached"
-VARIANTS = ("causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge")
-# arXiv 2505.18605, Table 6: ms per token of its implementation, which pays for the future at every token.
-PAPER_MS = {
-    "future": 83.18,
-    "v2v": 64.13,
-    "v2t": 43.04,
-    "future+merge": 26.54,
-    "v2v+merge": 26.40,
-    "v2t+merge": 26.10,
-}
+MASKS = ("causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge")
+PAPER = "arXiv 2505.18605, Table 6"
+# ms per token of the paper's implementation, which pays for the future at every token: of a policy,
+# and of its light form.
+PAPER_MS = {"future": (83.18, 26.54), "v2v": (64.13, 26.40), "v2t": (43.04, 26.10)}
 HEADER = (
     "variant",
     "ms/token",
@@ -65,211 +51,178 @@ HEADER = (
 )
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A policy by its name on the command line, e.g. "v2v+merge"; None: nothing is attached."""
-
-    name: str
-    policy: Policy | None = None
-    merge: Merge | None = None
-    backend: str = "auto"
-
-    def on(self, model):
-        """The model under this variant for a while."""
-        if self.policy is None:
-            return contextlib.nullcontext()
-        return attach(model, self.policy, self.backend, self.merge)
-
-
-def variants(
-    names: Sequence[str], backend: str = "auto", merge_kernel_size: int = 3
-) -> list[Variant]:
-    """The base and the named ones. Raises `ValueError` for an unknown policy and one that has nothing to merge."""
-    named = {
-        name: MaskArguments(mask=name, merge_kernel_size=merge_kernel_size).policy()
-        for name in names
-    }
-    return [
-        Variant(BASE),
-        *(Variant(name, policy, merge, backend) for name, (policy, merge) in named.items()),
-    ]
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prefill: ids and padding mask [1, T], its layout, and its image features."""
-
-    inputs: dict[str, torch.Tensor]
-    layout: Layout
-    features: object
-    tower_ms: float
-
-    def model_inputs(self, variant: Variant) -> dict:
-        images = {"mm_encoder_outputs": {"image": self.features}}
-        return {**self.inputs, **images, **(self.layout.model_inputs() if variant.policy else {})}
-
-
 @dataclass
 class Times:
-    """Milliseconds of one variant: prefill [rounds], decode [rounds, new tokens]."""
+    """Milliseconds of one setup: prefill [rounds], decode [rounds, new tokens]."""
 
     prefill: list[float] = field(default_factory=list)
     decode: list[list[float]] = field(default_factory=list)
 
 
+def setups(names: Sequence[str], backends: Sequence[str], kernel_size: int = 3) -> list[Setup]:
+    """Nothing attached, then every named mask on each backend.
+
+    Raises `ValueError` for an unknown policy and for one that has nothing to merge.
+    """
+    masks, setups = parse_masks(names, kernel_size=kernel_size), [Setup()]
+    for backend in backends:
+        setups += [Setup(mask, backend) for mask in masks]
+    return setups
+
+
 @torch.no_grad()
 def make_prompt(
-    subject: bench_models.Subject, images: int, words: int, stopwatch: Stopwatch
-) -> Prompt:
-    inputs, layout = encode_row(
-        subject.processor, bench_models.row(images, words), add_generation_prompt=True
+    subject: Subject, images: int, words: int, stopwatch: Stopwatch
+) -> tuple[Prefill, float]:
+    """A prompt with its image features, and how many ms the vision tower takes."""
+    row = subjects.row(images, words)
+    inputs, layout = encode_row(subject.processor, row, add_generation_prompt=True).to(
+        subject.model
     )
-    inputs = on(subject.model.device, subject.model.dtype, inputs)
     text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
     tower = unwrap(subject.model).base_model.get_image_features
-    took = [stopwatch.ms(lambda: tower(**inputs, return_dict=True)) for _ in range(2)]
-    return Prompt(text, layout.to(subject.model.device), took[-1][1], took[-1][0])
+    for _ in range(2):  # the first one warms up
+        ms, features = stopwatch.ms(lambda: tower(**inputs, return_dict=True))
+    return Prefill(text, layout, features), ms
 
 
 @torch.no_grad()
-def prefill(model, prompt: Prompt, variant: Variant, stopwatch: Stopwatch) -> tuple[float, object]:
+def prefill(model, prompt: Prefill, setup: Setup, stopwatch: Stopwatch) -> tuple[float, object]:
     """Milliseconds of the prefill, and the cache that it leaves."""
-    with variant.on(model):
-        inputs = prompt.model_inputs(variant)
-        took, out = stopwatch.ms(lambda: model(**inputs, use_cache=True, logits_to_keep=1))
-    return took, out.past_key_values
+    kwargs = prompt.kwargs()
+    if setup.mask is None:  # plain transformers knows no layout
+        for name in prompt.layout.model_inputs():
+            del kwargs[name]
+    with setup.on(model):
+        ms, out = stopwatch.ms(lambda: model(**kwargs, use_cache=True, logits_to_keep=1))
+    return ms, out.past_key_values
 
 
 @torch.no_grad()
-def decode(model, variant: Variant, token: torch.Tensor, cache, stopwatch: Stopwatch) -> float:
+def decode(model, setup: Setup, token: torch.Tensor, cache, stopwatch: Stopwatch) -> float:
     """Milliseconds of one token [1, 1], which joins the cache."""
-    with variant.on(model):
-        return stopwatch.ms(lambda: model(input_ids=token, past_key_values=cache, use_cache=True))[
-            0
-        ]
+    with setup.on(model):
+        ms, _ = stopwatch.ms(lambda: model(input_ids=token, past_key_values=cache, use_cache=True))
+    return ms
 
 
 def measure(
     model,
-    prompt: Prompt,
-    chosen: Sequence[Variant],
+    prompt: Prefill,
+    setups: Sequence[Setup],
     rounds: int,
     new_tokens: int,
     stopwatch: Stopwatch,
-) -> dict[str, Times]:
-    """Times of each variant, by its name; a first, short round warms up and is thrown away."""
-    by_name, token = (
-        {variant.name: variant for variant in chosen},
-        prompt.inputs["input_ids"][:, -1:],
-    )
-    times: dict[str, Times] = {}
-    for warm, order in enumerate(
-        tqdm(shuffled(list(by_name), rounds + 1), total=rounds + 1, unit="round", leave=False)
-    ):
-        if warm <= 1:
-            times = {name: Times() for name in by_name}
+) -> dict[Setup, Times]:
+    """Times of each setup; a first, short round warms up and is thrown away."""
+    token = prompt.inputs["input_ids"][:, -1:]
+    times: dict[Setup, Times] = {}
+    orders = shuffled(setups, rounds + 1)
+    for round_, order in enumerate(tqdm(orders, total=rounds + 1, unit="round", leave=False)):
+        if round_ <= 1:
+            times = {setup: Times() for setup in setups}
         caches = {}
-        for name in order:
-            took, caches[name] = prefill(model, prompt, by_name[name], stopwatch)
-            times[name].prefill.append(took)
-            times[name].decode.append([])
-        for _ in range(new_tokens if warm else 2):
+        for setup in order:
+            ms, caches[setup] = prefill(model, prompt, setup, stopwatch)
+            times[setup].prefill.append(ms)
+            times[setup].decode.append([])
+        for _ in range(new_tokens if round_ else 2):
             order = order[1:] + order[:1]  # another one comes first at each token
-            for name in order:
-                times[name].decode[-1].append(
-                    decode(model, by_name[name], token, caches[name], stopwatch)
-                )
+            for setup in order:
+                ms = decode(model, setup, token, caches[setup], stopwatch)
+                times[setup].decode[-1].append(ms)
     return times
 
 
-def summarize(times: dict[str, Times]) -> list[dict]:
-    """What the report says of each variant."""
-    base, found = times[BASE], []
-    for name, each in times.items():
+def summarize(times: dict[Setup, Times]) -> list[dict]:
+    """What the report says of each setup."""
+    base, entries = times[Setup()], []
+    for setup, ms in times.items():
         entry = {
-            "variant": name,
-            "decode_ms": statistics.median(ms for steps in each.decode for ms in steps),
-            "decode_ratio": asdict(paired_ratio(each.decode, base.decode)),
-            "prefill_ms": statistics.median(each.prefill),
-            "prefill_ratio": asdict(paired_ratio(each.prefill, base.prefill)),
+            "variant": str(setup),
+            "decode_ms": statistics.median(chain.from_iterable(ms.decode)),
+            "decode_ratio": asdict(paired_ratio(ms.decode, base.decode)),
+            "prefill_ms": statistics.median(ms.prefill),
+            "prefill_ratio": asdict(paired_ratio(ms.prefill, base.prefill)),
         }
-        if name in PAPER_MS:
-            entry["paper_ms"] = PAPER_MS[name]
-            entry["paper_ratio_to_merge"] = (
-                PAPER_MS[name] / PAPER_MS[name.removesuffix("+merge") + "+merge"]
-            )
-        found.append(entry)
-    return found
+        if setup.mask is not None and setup.mask.policy.name in PAPER_MS:
+            full, light = PAPER_MS[setup.mask.policy.name]
+            entry["paper_ms"] = light if setup.mask.merge else full
+            entry["paper_ratio_to_merge"] = entry["paper_ms"] / light
+        entries.append(entry)
+    return entries
 
 
 def study(
-    subject: bench_models.Subject,
-    chosen: Sequence[Variant],
-    options: argparse.Namespace,
-    stopwatch: Stopwatch,
+    subject: Subject, setups: Sequence[Setup], options: argparse.Namespace, stopwatch: Stopwatch
 ) -> dict:
     """All times of one model. Raises `ValueError` for rows that it has no positions for."""
-    prompt = make_prompt(subject, options.images, options.words, stopwatch)
-    bench_models.check_length(subject, prompt.layout.shape[1] + options.new_tokens)
-    role = prompt.layout.role
+    prompt, tower_ms = make_prompt(subject, options.images, options.words, stopwatch)
+    subjects.check_length(subject, prompt.layout.shape[1] + options.new_tokens)
+    new_tokens, role = options.new_tokens, prompt.layout.role
+    times = measure(subject.model, prompt, setups, options.rounds, new_tokens, stopwatch)
     return {
         **subject.describe(),
         "backend": options.backend,
         "visual_tokens": int((role == Role.VISUAL).sum()),
         "text_tokens": int((role == Role.TEXT).sum()),
-        "new_tokens": options.new_tokens,
+        "new_tokens": new_tokens,
         "rounds": options.rounds,
-        "tower_ms": prompt.tower_ms,
-        "variants": summarize(
-            measure(subject.model, prompt, chosen, options.rounds, options.new_tokens, stopwatch)
-        ),
+        "tower_ms": tower_ms,
+        "variants": summarize(times),
     }
 
 
-def shown(found: dict) -> tuple[str, tuple[str, ...], list[list[str]]]:
-    """Title, header and cells of one model's table."""
+def table(study: dict) -> Table:
+    """One model's times."""
     title = (
-        f"{found['model']} ({found['parameters'] / 1e6:.0f}M parameters, {found['dtype']}, backend {found['backend']}): "
-        f"{found['visual_tokens']} visual + {found['text_tokens']} text tokens, {found['new_tokens']} decoded, "
-        f"{found['rounds']} rounds; vision tower {found['tower_ms']:.0f} ms, not in the prefill"
+        f"{study['model']} ({study['parameters'] / 1e6:.0f}M parameters, {study['dtype']}, "
+        f"backend {study['backend']}): {study['visual_tokens']} visual + {study['text_tokens']} "
+        f"text tokens, {study['new_tokens']} decoded, {study['rounds']} rounds; "
+        f"vision tower {study['tower_ms']:.0f} ms, not in the prefill"
     )
     rows = []
-    for each in found["variants"]:
-        ratios = [
-            "{median:.2f} [{low:.2f}, {high:.2f}]".format(**each[name])
-            for name in ("decode_ratio", "prefill_ratio")
-        ]
-        paper = (
-            [f"{each['paper_ms']:.2f}", f"{each['paper_ratio_to_merge']:.1f}"]
-            if "paper_ms" in each
-            else ["-", "-"]
-        )
-        rows.append(
-            [
-                each["variant"],
-                f"{each['decode_ms']:.2f}",
-                ratios[0],
-                f"{each['prefill_ms']:.1f}",
-                ratios[1],
-                *paper,
-            ]
-        )
-    return title, HEADER, rows
+    for entry in study["variants"]:
+        decode = [f"{entry['decode_ms']:.2f}", ratio_text(entry["decode_ratio"])]
+        prefill = [f"{entry['prefill_ms']:.1f}", ratio_text(entry["prefill_ratio"])]
+        paper = ["-", "-"]
+        if "paper_ms" in entry:
+            paper = [f"{entry['paper_ms']:.2f}", f"{entry['paper_ratio_to_merge']:.1f}"]
+        rows.append([entry["variant"], *decode, *prefill, *paper])
+    return Table(title, HEADER, rows)
 
 
-def report(found: dict) -> str:
-    """The results as Markdown."""
-    head = f"## Latency\n\n`{found['command']}`\n\n{caption(found['machine'])}\n\n"
-    tail = f"Ratios are against {BASE!r} (plain transformers) of the same round and token. The paper's figures: {found['paper']}.\n"
-    return head + "\n".join(markdown_table(*shown(each)) for each in found["models"]) + "\n" + tail
-
-
-def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.latency",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+def measure_models(options: argparse.Namespace, command: str) -> None:
+    """Measure every model, print the tables and write the results."""
+    if min(options.images, options.words, options.new_tokens, options.rounds) < 1:
+        raise ValueError("--images, --words, --new_tokens and --rounds are 1 or more")
+    device, dtype = timing.choose_device(options.device, options.dtype, options.threads)
+    stopwatch = Stopwatch(device, options.clock)
+    timed = setups(options.masks, [options.backend], options.merge_kernel_size)
+    embedded = [str(tiny_model.CHECKPOINT)] if tiny_model.CHECKPOINT.is_dir() else []
+    size = options.size
+    if size == "auto":
+        size = "7b" if device.type == "cuda" else "100m"
+    results = {
+        "command": command,
+        "machine": timing.machine(stopwatch),
+        "paper": PAPER,
+        "models": [],
+    }
+    for name in options.model or [*embedded, "random"]:
+        subject = subjects.subject(name, size, device, dtype)
+        results["models"].append(study(subject, timed, options, stopwatch))
+        Console(width=140).print(table(results["models"][-1]).as_rich())
+    print(timing.caption(results["machine"]))
+    tail = (
+        f"Ratios are against {BASE!r} (plain transformers) of the same round and token. "
+        f"The paper's figures: {PAPER}."
     )
+    timing.write(options.out, results, "Latency", [*map(table, results["models"])], tail)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m eval.latency", __doc__)
     add = parser.add_argument
     add(
         "--model",
@@ -280,52 +233,18 @@ def arguments_parser() -> argparse.ArgumentParser:
     add(
         "--size",
         default="auto",
-        choices=["auto", *bench_models.SIZES],
+        choices=["auto", *subjects.SIZES],
         help="of random; auto: 100m on a CPU, 7b on CUDA",
     )
-    add("--variants", nargs="+", default=list(VARIANTS), metavar="POLICY[+merge]")
-    add("--merge_kernel_size", type=int, default=3)
+    add("--masks", nargs="+", default=list(MASKS), metavar="POLICY[+merge]")
     add("--backend", default="auto", choices=["auto", *BACKENDS])
     add("--images", type=int, default=4)
     add("--words", type=int, default=48, help="of the question")
     add("--new_tokens", type=int, default=24)
-    add_arguments(add, rounds=7)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = arguments_parser().parse_args(arguments)
-    try:
-        if min(options.images, options.words, options.new_tokens, options.rounds) < 1:
-            raise ValueError("--images, --words, --new_tokens and --rounds are 1 or more")
-        device, dtype = choose_device(options.device, options.dtype, options.threads)
-        stopwatch = Stopwatch(device, options.clock)
-        chosen = variants(options.variants, options.backend, options.merge_kernel_size)
-        names = options.model or [
-            *([str(tiny_model.CHECKPOINT)] if tiny_model.CHECKPOINT.is_dir() else []),
-            "random",
-        ]
-        size = options.size if options.size != "auto" else "7b" if device.type == "cuda" else "100m"
-        command = " ".join(
-            ["python -m eval.latency", *(sys.argv[1:] if arguments is None else arguments)]
-        )
-        found = {
-            "command": command,
-            "machine": machine(stopwatch),
-            "paper": "arXiv 2505.18605, Table 6",
-            "models": [],
-        }
-        for name in names:
-            found["models"].append(
-                study(bench_models.subject(name, size, device, dtype), chosen, options, stopwatch)
-            )
-            Console(width=140).print(rich_table(*shown(found["models"][-1])))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(caption(found["machine"]))
-    write(options.out, found, report(found))
-    return 0
+    timing.add_arguments(parser, rounds=7)
+    options = parser.parse_args(arguments)
+    command = timing.command_line("eval.latency", arguments)
+    return guarded(lambda: measure_models(options, command))
 
 
 if __name__ == "__main__":

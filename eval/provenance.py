@@ -1,61 +1,49 @@
-"""What results were made with: command, versions, hardware, revision, recipes."""
+"""What results depend on and were made with, beside what `fmtrain.provenance` says."""
 
 import datetime
+import hashlib
 import os
 import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
-PACKAGES = (
-    "fmtrain",
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "accelerate",
-    "datasets",
-    "numpy",
-    "scipy",
-    "statsmodels",
-    "wandb",
-)
+from fmtrain.checkpoint import base_of, is_adapter
+from fmtrain.provenance import processor, revision, versions
+
+BLOCK = 1 << 20  # bytes
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def fingerprint(checkpoint: Path) -> str:
+    """Digest of a checkpoint's weights, of an adapter also of its base's.
 
-
-def processor() -> str:
-    """Name of the CPU."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def revision() -> str | None:
-    """Git revision of this checkout; "-dirty" where files were changed."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return git.stdout.strip() or None
+    It covers their names, their sizes, and 16 evenly spread blocks of each.
+    """
+    digest = hashlib.sha256()
+    for folder in [checkpoint, *([Path(base_of(checkpoint))] if is_adapter(checkpoint) else [])]:
+        paths: list[Path] = []
+        for pattern in ("*.safetensors", "*.bin", "adapter_config.json"):
+            paths += folder.glob(pattern)
+        for path in sorted(paths):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with path.open("rb") as file:
+                for start in sorted({max(size - BLOCK, 0) * k // 15 for k in range(16)}):
+                    file.seek(start)
+                    digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def made_with(command: str, files: dict[str, str | Path | None]) -> dict:
-    """The record that a report ends with; files: {what it is: path of a text file that goes in whole}."""
+    """The record that a report ends with.
+
+    files: {what it is: path of a text file that goes in whole}.
+    """
     accelerators = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    texts = {}
+    for name, path in files.items():
+        if path is not None:
+            texts[name] = {"path": str(path), "text": Path(path).read_text()}
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -63,9 +51,5 @@ def made_with(command: str, files: dict[str, str | Path | None]) -> dict:
         "hardware": ", ".join([f"{os.cpu_count()} x {processor()}", *accelerators]),
         "platform": platform.platform(),
         "versions": versions(),
-        "files": {
-            name: {"path": str(path), "text": Path(path).read_text()}
-            for name, path in files.items()
-            if path is not None
-        },
+        "files": texts,
     }

@@ -1,15 +1,13 @@
-"""What latency and throughput are measured on: a checkpoint, or a random LLaVA of a chosen size, and rows for it.
+"""What latency and throughput are measured on: a checkpoint or a random LLaVA, and rows for it.
 
-The random ones are transformers' own `LlavaForConditionalGeneration` (a CLIP tower, a Llama), built in memory; speed does
-not depend on what the weights are.
+The random ones are transformers' own `LlavaForConditionalGeneration` (a CLIP tower, a Llama) of a
+chosen size, built in memory; speed does not depend on what the weights are.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -19,8 +17,9 @@ from transformers import (
     LlavaProcessor,
 )
 
-from fmtrain.checkpoint import load
-from fmtrain.patch import attached, unwrap
+from fmtrain.checkpoint import load_plain
+from fmtrain.data import noise
+from fmtrain.patch import unwrap
 from fmtrain.tiny import model as tiny_model
 
 PATCH = 14  # pixels along a patch's edge, as in CLIP-L/14
@@ -30,7 +29,10 @@ WORD = "digit"  # one token for the embedded tokenizer, a few for others
 
 @dataclass(frozen=True)
 class Size:
-    """Of a random LLaVA: the language model, the tower, and the edge of an image in patches (its square is the tokens)."""
+    """Of a random LLaVA: the language model, the tower, and the edge of an image in patches.
+
+    An image has as many tokens as the square of its edge.
+    """
 
     hidden: int
     intermediate: int
@@ -75,19 +77,22 @@ class Subject:
 def random_llava(
     size: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Subject:
-    """A random LLaVA of `SIZES` with the embedded tokenizer. Raises `ValueError` for an unknown size."""
+    """A random LLaVA of `SIZES` with the embedded tokenizer.
+
+    Raises `ValueError` for an unknown size.
+    """
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; known are {', '.join(SIZES)}")
-    chosen, words = SIZES[size], tiny_model.tokenizer()
-    edge = chosen.patches * PATCH
+    shape, words = SIZES[size], tiny_model.tokenizer()
+    edge = shape.patches * PATCH
     config = LlavaConfig(
         text_config=LlamaConfig(
-            vocab_size=max(chosen.vocabulary, len(words)),
-            hidden_size=chosen.hidden,
-            intermediate_size=chosen.intermediate,
-            num_hidden_layers=chosen.layers,
-            num_attention_heads=chosen.heads,
-            num_key_value_heads=chosen.key_heads,
+            vocab_size=max(shape.vocabulary, len(words)),
+            hidden_size=shape.hidden,
+            intermediate_size=shape.intermediate,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.key_heads,
             max_position_embeddings=8192,
             tie_word_embeddings=False,
             bos_token_id=words.bos_token_id,
@@ -95,15 +100,15 @@ def random_llava(
             pad_token_id=words.pad_token_id,
         ),
         vision_config=CLIPVisionConfig(
-            hidden_size=chosen.tower_hidden,
-            intermediate_size=4 * chosen.tower_hidden,
-            num_hidden_layers=chosen.tower_layers,
-            num_attention_heads=max(1, chosen.tower_hidden // 64),
+            hidden_size=shape.tower_hidden,
+            intermediate_size=4 * shape.tower_hidden,
+            num_hidden_layers=shape.tower_layers,
+            num_attention_heads=max(1, shape.tower_hidden // 64),
             image_size=edge,
             patch_size=PATCH,
         ),
         image_token_id=words.convert_tokens_to_ids("<image>"),
-        image_seq_length=chosen.patches**2,
+        image_seq_length=shape.patches**2,
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -122,26 +127,19 @@ def random_llava(
 
 
 def subject(name: str, size: str, device: str | torch.device, dtype: torch.dtype) -> Subject:
-    """The model called `name`: "random" (of that size) or a checkpoint folder, with no policy attached."""
+    """The model called `name`: "random" (of that size) or a checkpoint folder."""
     if name == "random":
         return random_llava(size, device, dtype)
-    model, processor = load(name, policy="causal", dtype=dtype)
-    attached(model).detach()
+    if not Path(name).is_dir():
+        raise ValueError(f"{name}: no such checkpoint folder")
+    model, processor = load_plain(name, dtype)
     return Subject(Path(name).name, model.to(device), processor)
 
 
 def row(images: int, words: int, answer: int = 0, seed: int = 0) -> dict:
-    """A row of one turn: images of noise, a question of so many words and, if `answer`, an answer of so many."""
-    rng = np.random.default_rng(seed)
-    pictures = [
-        Image.fromarray(rng.integers(0, 256, (*PICTURE, 3), dtype=np.uint8)) for _ in range(images)
-    ]
-    question = [{"type": "image"}] * images + [{"type": "text", "text": " ".join([WORD] * words)}]
-    messages = [{"role": "user", "content": question}]
-    if answer:
-        messages.append(
-            {"role": "assistant", "content": [{"type": "text", "text": " ".join([WORD] * answer)}]}
-        )
+    """A row of one turn: images of noise, a question of so many words and perhaps an answer."""
+    pictures = [noise.picture(100 * seed + k, PICTURE) for k in range(images)]
+    messages = noise.turn(images, " ".join([WORD] * words), " ".join([WORD] * answer))
     return {"id": f"noise-{seed}", "messages": messages, "images": pictures}
 
 
@@ -150,5 +148,6 @@ def check_length(subject: Subject, tokens: int) -> None:
     longest = unwrap(subject.model).config.get_text_config().max_position_embeddings
     if tokens > longest:
         raise ValueError(
-            f"{subject.name} has {longest} positions, {tokens} tokens were asked for; take fewer images or words"
+            f"{subject.name} has {longest} positions, {tokens} tokens were asked for; "
+            "take fewer images or words"
         )

@@ -1,11 +1,12 @@
-"""What a policy costs when the model learns: training tokens per second and peak memory, per policy and backend.
+"""What a mask costs when the model learns: training tokens per second and peak memory.
 
     python -m eval.throughput                                  a random LLaVA, LoRA and full
-    python -m eval.throughput --model CHECKPOINT --train lora --policies causal v2v v2v+merge --backends sdpa
+    python -m eval.throughput --model CHECKPOINT --train lora --masks causal v2v --backends sdpa
 
-A step is forward, backward and AdamW on one batch, the same for all. Steps of every policy and backend, and of the model
-with nothing attached (plain transformers, causal), take turns in one run, in an order shuffled anew each round. Tokens
-are those of the batch without padding, visual ones included. A backend that cannot serve a policy is listed with its reason.
+A step is forward, backward and AdamW on one batch, the same for all. Steps of every mask and
+backend, and of the model with nothing attached (plain transformers, causal), take turns in one run,
+in an order shuffled anew each round. Tokens are those of the batch without padding, visual ones
+included. A backend that cannot serve a mask is listed with its reason.
 """
 
 import argparse
@@ -21,106 +22,91 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tqdm import tqdm
 
-from eval import subjects as bench_models
-from eval.latency import BASE, VARIANTS, Variant, variants
-from eval.timing import (
-    Stopwatch,
-    add_arguments,
-    caption,
-    choose_device,
-    machine,
-    markdown_table,
-    paired_ratio,
-    rich_table,
-    shuffled,
-    write,
-)
+from eval import subjects, timing
+from eval.latency import MASKS, setups
+from eval.subjects import Subject
+from eval.tables import Table
+from eval.timing import BASE, Setup, Stopwatch, paired_ratio, ratio_text, shuffled
 from fmtrain.attention import BACKENDS
-from fmtrain.audit import on
+from fmtrain.command_line import Parser, guarded, one_line
 from fmtrain.data.collator import Collator
-from fmtrain.layout import Layout, Role
-from fmtrain.training import trainable as parts
+from fmtrain.data.encode import Encoded
+from fmtrain.layout import Role
+from fmtrain.training import trainable
 
-HEADER = ("policy", "backend", "tokens/s", "of causal's [95 %]", "ms/step", "peak MiB")
+HEADER = ("mask", "backend", "tokens/s", "of causal's [95 %]", "ms/step", "peak MiB")
 RATE = 1e-5  # learning rate: what is learnt does not matter, as long as it stays finite
 RANK = 16  # of LoRA
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One training batch on the device, and its layout."""
-
-    inputs: dict[str, torch.Tensor]
-    layout: Layout
-
-    @property
-    def tokens(self) -> int:
-        return int((self.layout.role != Role.PAD).sum())
+MEMORY = "Peak MiB: during one step, above what the model and the optimizer hold before it"
 
 
 @dataclass
 class Steps:
-    """Milliseconds of one variant's steps, and the memory of one of them in MiB (None: not measured here)."""
+    """Milliseconds of one setup's steps, and MiB of one of them (None: not measured here).
+
+    refused: why the backend cannot serve the mask, where it cannot.
+    """
 
     ms: list[float] = field(default_factory=list)
     peak: float | None = None
+    refused: str = ""
 
 
-def make_batch(
-    subject: bench_models.Subject, size: int, images: int, words: int, answer: int
-) -> Batch:
-    """Rows of noise; every second question is half as long, so that there is padding as in a real batch."""
-    rows = [
-        bench_models.row(images, words if k % 2 == 0 else max(1, words // 2), answer, seed=k)
-        for k in range(size)
-    ]
-    inputs = on(subject.model.device, subject.model.dtype, Collator(subject.processor)(rows))
-    layout = Layout.from_model_inputs(inputs)
-    bench_models.check_length(subject, layout.shape[1])
-    return Batch(inputs, layout)
+def make_batch(subject: Subject, size: int, images: int, words: int, answer: int) -> Encoded:
+    """A training batch of noise on the device.
+
+    Every second question is half as long, so that there is padding as in a real batch.
+    """
+    lengths = [words if k % 2 == 0 else max(1, words // 2) for k in range(size)]
+    rows = [subjects.row(images, length, answer, k) for k, length in enumerate(lengths)]
+    batch = Encoded.from_batch(Collator(subject.processor)(rows)).to(subject.model)
+    subjects.check_length(subject, batch.layout.shape[1])
+    return batch
 
 
 def learner(
-    subject: bench_models.Subject, train: str, batch: Batch, checkpointing: bool
+    subject: Subject, train: str, batch: Encoded, checkpointing: bool
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The model with what learns chosen as the trainer does, and its optimizer."""
     config = LoraConfig(r=RANK, task_type="CAUSAL_LM") if train == "lora" else None
-    pixels = {
-        name: value
-        for name, value in batch.inputs.items()
-        if name not in ("input_ids", "attention_mask", "labels")
-    }
-    parts.choose(subject.model, config, None, pixels)
+    pixels = dict(batch.inputs)
+    for name in ("input_ids", "attention_mask", "labels"):
+        del pixels[name]
+    trainable.choose(subject.model, config, None, pixels)
     model = subject.model if config is None else get_peft_model(subject.model, config)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    parts.without_graph(model)
-    return model.train(), torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=RATE
-    )
+    trainable.without_graph(model)
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return model.train(), torch.optim.AdamW(learnt, lr=RATE)
 
 
 def step(
-    model, optimizer: torch.optim.Optimizer, batch: Batch, variant: Variant, stopwatch: Stopwatch
+    model,
+    optimizer: torch.optim.Optimizer,
+    batch: Encoded,
+    setup: Setup,
+    stopwatch: Stopwatch,
 ) -> float:
     """Milliseconds of one training step."""
-    inputs = {**batch.inputs, **(batch.layout.model_inputs() if variant.policy else {})}
+    kwargs = batch.inputs if setup.mask is None else batch.kwargs()
 
     def run() -> None:
-        model(**inputs, use_cache=False).loss.backward()
+        model(**kwargs, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    with variant.on(model):
+    with setup.on(model):
         return stopwatch.ms(run)[0]
 
 
 def peak(run: Callable, device: torch.device) -> float | None:
-    """MiB that `run` needs at its peak above what is held before it; None where that cannot be told.
+    """MiB that `run` needs at its peak above what is held before it; None if that cannot be told.
 
-    On CUDA from the allocator. On Linux from the process's resident set: freed memory is handed back to the system
-    first, and the kernel's high-water mark is reset (proc_pid_clear_refs(5)); good to a tenth or so.
+    On CUDA from the allocator. On Linux from the process's resident set: freed memory is handed
+    back to the system first, and the kernel's high-water mark is reset (proc_pid_clear_refs(5));
+    good to a tenth or so.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -146,56 +132,47 @@ def _resident(name: str) -> int:
 
 
 def measure(
-    model, optimizer, batch: Batch, chosen: Sequence[Variant], rounds: int, stopwatch: Stopwatch
-) -> dict[Variant, Steps | str]:
-    """Steps of each variant, or why its backend cannot serve it. Two steps of each warm up; the second tells the memory."""
-    found: dict[Variant, Steps | str] = {}
-    for variant in chosen:
+    model, optimizer, batch: Encoded, setups: Sequence[Setup], rounds: int, stopwatch: Stopwatch
+) -> dict[Setup, Steps]:
+    """Steps of each setup. Two steps of each warm up; the second one tells the memory."""
+    steps = {setup: Steps() for setup in setups}
+    for setup in setups:
         try:
-            step(model, optimizer, batch, variant, stopwatch)
+            step(model, optimizer, batch, setup, stopwatch)
         except ValueError as error:
             optimizer.zero_grad()
-            found[variant] = " ".join(str(error).split())
+            steps[setup].refused = one_line(error)
             continue
-        found[variant] = Steps()
-        found[variant].peak = peak(
-            lambda variant=variant: step(model, optimizer, batch, variant, stopwatch),
-            stopwatch.device,
+        steps[setup].peak = peak(
+            lambda setup=setup: step(model, optimizer, batch, setup, stopwatch), stopwatch.device
         )
-    served = {
-        number: variant
-        for number, variant in enumerate(chosen)
-        if isinstance(found[variant], Steps)
-    }
-    for order in tqdm(shuffled(list(served), rounds), total=rounds, unit="round", leave=False):
-        for number in order:
-            found[served[number]].ms.append(
-                step(model, optimizer, batch, served[number], stopwatch)
-            )
-    return found
+    served = [setup for setup in setups if not steps[setup].refused]
+    for order in tqdm(shuffled(served, rounds), total=rounds, unit="round", leave=False):
+        for setup in order:
+            steps[setup].ms.append(step(model, optimizer, batch, setup, stopwatch))
+    return steps
 
 
-def summarize(found: dict[Variant, Steps | str], tokens: int) -> list[dict]:
-    """What the report says of each variant."""
-    base, entries = next(steps for variant, steps in found.items() if variant.name == BASE), []
-    for variant, steps in found.items():
-        entry = {
-            "policy": variant.name,
-            "backend": "transformers" if variant.policy is None else variant.backend,
-        }
-        if isinstance(steps, str):
-            entries.append({**entry, "refused": steps})
-            continue
-        took = statistics.median(steps.ms)
-        speed = {"tokens_per_s": 1e3 * tokens / took, "step_ms": took, "peak_mib": steps.peak}
-        entries.append({**entry, **speed, "speed_ratio": asdict(paired_ratio(base.ms, steps.ms))})
+def summarize(measured: dict[Setup, Steps], tokens: int) -> list[dict]:
+    """What the report says of each setup."""
+    base, entries = measured[Setup()], []
+    for setup, steps in measured.items():
+        backend = "transformers" if setup.mask is None else setup.backend
+        entry = {"mask": str(setup), "backend": backend}
+        if steps.refused:
+            entry["refused"] = steps.refused
+        else:
+            ms = statistics.median(steps.ms)
+            entry |= {"tokens_per_s": 1e3 * tokens / ms, "step_ms": ms, "peak_mib": steps.peak}
+            entry["speed_ratio"] = asdict(paired_ratio(base.ms, steps.ms))
+        entries.append(entry)
     return entries
 
 
 def study(
-    subject: bench_models.Subject,
+    subject: Subject,
     train: str,
-    chosen: Sequence[Variant],
+    setups: Sequence[Setup],
     options: argparse.Namespace,
     stopwatch: Stopwatch,
 ) -> dict:
@@ -203,121 +180,94 @@ def study(
     description = subject.describe()
     batch = make_batch(subject, options.batch, options.images, options.words, options.answer)
     model, optimizer = learner(subject, train, batch, options.gradient_checkpointing)
+    learnt = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    tokens = int((batch.layout.role != Role.PAD).sum())
+    steps = measure(model, optimizer, batch, setups, options.rounds, stopwatch)
     return {
         **description,
         "train": train,
-        "trainable": sum(
-            parameter.numel() for parameter in model.parameters() if parameter.requires_grad
-        ),
+        "trainable": sum(learnt),
         "gradient_checkpointing": options.gradient_checkpointing,
         "batch": list(batch.layout.shape),
-        "tokens": batch.tokens,
+        "tokens": tokens,
         "visual_tokens": int((batch.layout.role == Role.VISUAL).sum()),
         "rounds": options.rounds,
-        "variants": summarize(
-            measure(model, optimizer, batch, chosen, options.rounds, stopwatch), batch.tokens
-        ),
+        "variants": summarize(steps, tokens),
     }
 
 
-def shown(found: dict) -> tuple[str, tuple[str, ...], list[list[str]]]:
-    """Title, header and cells of one table."""
+def table(study: dict) -> Table:
+    """One model's steps."""
+    rows, (size, length) = [], study["batch"]
+    checkpointing = ", gradient checkpointing" if study["gradient_checkpointing"] else ""
     title = (
-        f"{found['model']}, {found['train']} ({found['trainable'] / 1e6:.1f}M of {found['parameters'] / 1e6:.0f}M parameters learn, "
-        f"{found['dtype']}{', gradient checkpointing' if found['gradient_checkpointing'] else ''}): batch of {found['batch'][0]} x "
-        f"{found['batch'][1]}, {found['tokens']} tokens, {found['visual_tokens']} of them visual; {found['rounds']} rounds"
+        f"{study['model']}, {study['train']} ({study['trainable'] / 1e6:.1f}M of "
+        f"{study['parameters'] / 1e6:.0f}M parameters learn, {study['dtype']}{checkpointing}): "
+        f"batch of {size} x {length}, {study['tokens']} tokens, {study['visual_tokens']} of them "
+        f"visual; {study['rounds']} rounds"
     )
-    rows = []
-    for each in found["variants"]:
-        if "refused" in each:
-            rows.append([each["policy"], each["backend"], "refused", each["refused"], "-", "-"])
-            continue
-        ratio = "{median:.2f} [{low:.2f}, {high:.2f}]".format(**each["speed_ratio"])
-        memory = "-" if each["peak_mib"] is None else f"{each['peak_mib']:.0f}"
-        rows.append(
-            [
-                each["policy"],
-                each["backend"],
-                f"{each['tokens_per_s']:.0f}",
-                ratio,
-                f"{each['step_ms']:.0f}",
-                memory,
-            ]
-        )
-    return title, HEADER, rows
+    for entry in study["variants"]:
+        figures = ["refused", entry.get("refused", ""), "-", "-"]
+        if "refused" not in entry:
+            peak = "-" if entry["peak_mib"] is None else f"{entry['peak_mib']:.0f}"
+            speed = [f"{entry['tokens_per_s']:.0f}", ratio_text(entry["speed_ratio"])]
+            figures = [*speed, f"{entry['step_ms']:.0f}", peak]
+        rows.append([entry["mask"], entry["backend"], *figures])
+    return Table(title, HEADER, rows)
 
 
-def report(found: dict) -> str:
-    """The results as Markdown."""
-    head = f"## Training throughput\n\n`{found['command']}`\n\n{caption(found['machine'])}\n\n"
-    tail = f"Ratios are of tokens/s against {BASE!r} (plain transformers, causal) of the same round. {found['memory']}.\n"
-    return head + "\n".join(markdown_table(*shown(each)) for each in found["studies"]) + "\n" + tail
-
-
-def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.throughput",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
+def measure_training(options: argparse.Namespace, command: str) -> None:
+    """Measure LoRA and full training, print the tables and write the results."""
+    if min(options.batch, options.images, options.words, options.answer, options.rounds) < 1:
+        raise ValueError("--batch, --images, --words, --answer and --rounds are 1 or more")
+    device, dtype = timing.choose_device(options.device, options.dtype, options.threads)
+    stopwatch = Stopwatch(device, options.clock)
+    timed = setups(options.masks, options.backends, options.merge_kernel_size)
+    size = options.size
+    if size == "auto":
+        size = "1b" if device.type == "cuda" else "25m"
+    results = {
+        "command": command,
+        "machine": timing.machine(stopwatch),
+        "memory": MEMORY,
+        "studies": [],
+    }
+    for train in options.train:
+        subject = subjects.subject(options.model, size, device, dtype)
+        results["studies"].append(study(subject, train, timed, options, stopwatch))
+        Console(width=140).print(table(results["studies"][-1]).as_rich())
+    print(timing.caption(results["machine"]))
+    tail = (
+        f"Ratios are of tokens/s against {BASE!r} (plain transformers, causal) of the same round. "
+        f"{MEMORY}."
     )
+    tables = [*map(table, results["studies"])]
+    timing.write(options.out, results, "Training throughput", tables, tail)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser("python -m eval.throughput", __doc__)
     add = parser.add_argument
     add("--model", default="random", metavar="CHECKPOINT|random")
     add(
         "--size",
         default="auto",
-        choices=["auto", *bench_models.SIZES],
+        choices=["auto", *subjects.SIZES],
         help="of random; auto: 25m on a CPU, 1b on CUDA",
     )
     add("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
-    add("--policies", nargs="+", default=list(VARIANTS), metavar="POLICY[+merge]")
-    add(
-        "--backends",
-        nargs="+",
-        default=[name for name in BACKENDS if name != "reference"],
-        choices=BACKENDS,
-    )
-    add("--merge_kernel_size", type=int, default=3)
+    add("--masks", nargs="+", default=list(MASKS), metavar="POLICY[+merge]")
+    served = [name for name in BACKENDS if name != "reference"]
+    add("--backends", nargs="+", default=served, choices=BACKENDS)
     add("--batch", type=int, default=2, metavar="ROWS")
     add("--images", type=int, default=2, help="of a row")
     add("--words", type=int, default=48, help="of the question")
     add("--answer", type=int, default=32, help="words of the answer")
     add("--gradient_checkpointing", action="store_true")
-    add_arguments(add, rounds=5)
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = arguments_parser().parse_args(arguments)
-    try:
-        if min(options.batch, options.images, options.words, options.answer, options.rounds) < 1:
-            raise ValueError("--batch, --images, --words, --answer and --rounds are 1 or more")
-        device, dtype = choose_device(options.device, options.dtype, options.threads)
-        stopwatch = Stopwatch(device, options.clock)
-        base, *_ = named = variants(options.policies, merge_kernel_size=options.merge_kernel_size)
-        chosen = [
-            base,
-            *(
-                Variant(v.name, v.policy, v.merge, backend)
-                for backend in options.backends
-                for v in named[1:]
-            ),
-        ]
-        size = options.size if options.size != "auto" else "1b" if device.type == "cuda" else "25m"
-        command = " ".join(
-            ["python -m eval.throughput", *(sys.argv[1:] if arguments is None else arguments)]
-        )
-        memory = "Peak MiB: during one step, above what the model and the optimizer hold before it"
-        found = {"command": command, "machine": machine(stopwatch), "memory": memory, "studies": []}
-        for train in options.train:
-            subject = bench_models.subject(options.model, size, device, dtype)
-            found["studies"].append(study(subject, train, chosen, options, stopwatch))
-            Console(width=140).print(rich_table(*shown(found["studies"][-1])))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(caption(found["machine"]))
-    write(options.out, found, report(found))
-    return 0
+    timing.add_arguments(parser, rounds=5)
+    options = parser.parse_args(arguments)
+    command = timing.command_line("eval.throughput", arguments)
+    return guarded(lambda: measure_training(options, command))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,54 @@
-"""Timing several variants of one computation against each other, fairly on a machine that does other things as well.
+"""Timing several setups for one computation against each other, fairly on a busy machine.
 
-Every round times every variant once, in an order shuffled anew; a variant is compared with the base of the same round
-(or of the same step in it), so that what slows the machine for a while slows both. Ratios are medians with a 95 %
-bootstrap interval over rounds.
+Every round times every setup once, in an order shuffled anew; each is compared with the base of
+the same round (or of the same step in it), so that what slows the machine for a while slows both.
+Ratios are medians with a 95 % bootstrap interval over rounds.
 """
 
+import contextlib
 import json
 import os
 import platform
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
+
+from eval.tables import Table
+from fmtrain import provenance
+from fmtrain.command_line import Parser, write_whole
+from fmtrain.masks import Mask
+from fmtrain.patch import attach
 
 RESAMPLES = 2000
 SEED = 0
+BASE = "nothing attached"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is timed: the model under a mask, computed by a backend.
+
+    No mask: nothing is attached.
+    """
+
+    mask: Mask | None = None
+    backend: str = "auto"
+
+    def __str__(self) -> str:
+        return BASE if self.mask is None else str(self.mask)
+
+    def on(self, model) -> contextlib.AbstractContextManager:
+        """The model under this mask for a while."""
+        if self.mask is None:
+            return contextlib.nullcontext()
+        return attach(model, self.mask, self.backend)
 
 
 @dataclass(frozen=True)
@@ -32,14 +59,12 @@ class Ratio:
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
-
 
 def paired_ratio(of: Sequence, base: Sequence) -> Ratio:
-    """The median of of/base, element by element. of, base: milliseconds [rounds] or [rounds, steps].
+    """The median of of/base, element by element.
 
-    The interval resamples whole rounds, as steps of one round share what else the machine did.
+    of, base: milliseconds [rounds] or [rounds, steps]. The interval resamples whole rounds, as
+    steps of one round share what else the machine did.
     """
     ratios = np.asarray(of, dtype=np.float64) / np.asarray(base, dtype=np.float64)
     ratios = ratios.reshape(len(ratios), -1)
@@ -49,7 +74,7 @@ def paired_ratio(of: Sequence, base: Sequence) -> Ratio:
 
 
 def shuffled(names: Sequence[str], rounds: int, seed: int = SEED) -> Iterator[list[str]]:
-    """An order of the variants for each round."""
+    """An order of the setups for each round."""
     rng = random.Random(seed)
     for _ in range(rounds):
         yield rng.sample(list(names), len(names))
@@ -57,8 +82,11 @@ def shuffled(names: Sequence[str], rounds: int, seed: int = SEED) -> Iterator[li
 
 @dataclass(frozen=True)
 class Stopwatch:
-    """Times calls on a device. clock: "wall", or "cpu", the processor time of this process: the one to read where other
-    programs take turns on the same cores."""
+    """Times calls on a device.
+
+    clock: "wall", or "cpu", the processor time of this process: the one to read where other
+    programs take turns on the same cores.
+    """
 
     device: torch.device
     clock: str = "wall"
@@ -66,7 +94,8 @@ class Stopwatch:
     def __post_init__(self):
         if self.clock == "cpu" and (self.device.type != "cpu" or torch.get_num_threads() != 1):
             raise ValueError(
-                "the clock 'cpu' counts the work of one thread on a CPU: use --device cpu --threads 1"
+                "the clock 'cpu' counts the work of one thread on a CPU: "
+                "use --device cpu --threads 1"
             )
 
     def ms(self, run: Callable) -> tuple[float, Any]:
@@ -83,8 +112,10 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
 
-def add_arguments(add: Callable, rounds: int) -> None:
-    """The command line options of every benchmark; `add` is the parser's `add_argument`."""
+def add_arguments(parser: Parser, rounds: int) -> None:
+    """The options of every benchmark."""
+    add = parser.add_argument
+    add("--merge_kernel_size", type=int, default=3)
     add("--rounds", type=int, default=rounds)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add(
@@ -111,82 +142,64 @@ def add_arguments(add: Callable, rounds: int) -> None:
 def choose_device(
     name: str, dtype: str, threads: int | None = None
 ) -> tuple[torch.device, torch.dtype]:
-    """What "auto" means: CUDA where there is one; bfloat16 there, float32 on a CPU. Sets the number of threads."""
+    """What "auto" means: CUDA where there is one; bfloat16 there, float32 on a CPU.
+
+    Sets the number of threads.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no CUDA device")
     if threads is not None and threads < 1:
         raise ValueError(f"--threads {threads}: it is 1 or more")
     if threads is not None:
         torch.set_num_threads(threads)
-    device = torch.device(
-        "cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu"
-    )
-    return device, getattr(
-        torch, dtype
-    ) if dtype != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if name == "cuda" else "float32"
+    return torch.device(name), getattr(torch, dtype)
+
+
+def command_line(module: str, arguments: Sequence[str] | None) -> str:
+    """The command that was given."""
+    return " ".join([f"python -m {module}", *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def machine(stopwatch: Stopwatch) -> dict:
     """Hardware, clock and versions that a time is worth nothing without."""
-    device = stopwatch.device
-    versions = {"python": platform.python_version()}
-    for package in ("fmtrain", "torch", "transformers", "peft", "flash-attn"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    found = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+    device, on_cuda = stopwatch.device, stopwatch.device.type == "cuda"
+    record = {
+        "device": torch.cuda.get_device_name(device) if on_cuda else provenance.processor(),
         "clock": stopwatch.clock,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": provenance.versions(),
     }
-    if device.type == "cuda":
-        found["cuda"] = torch.version.cuda
-    return found
+    if on_cuda:
+        record["cuda"] = torch.version.cuda
+    return record
 
 
-def _processor() -> str:
-    """Name of the CPU."""
-    table = Path("/proc/cpuinfo")
-    lines = table.read_text().splitlines() if table.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def caption(found: dict) -> str:
+def caption(record: dict) -> str:
     """`machine` in one line."""
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    state = f"{found['cores']} cores, torch threads: {found['threads']}, load {found['load_average_1min']}, {found['clock']} clock"
-    return f"{found['device']}, {state}; {versions}"
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return (
+        f"{record['device']}, {record['cores']} cores, torch threads: {record['threads']}, "
+        f"load {record['load_average_1min']}, {record['clock']} clock; {versions}"
+    )
 
 
-def rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for k, column in enumerate(header):
-        table.add_column(column, justify="right" if k else "left", no_wrap=not k)
-    for row in rows:
-        table.add_row(*row)
-    return table
+def ratio_text(ratio: dict) -> str:
+    """A `Ratio` as a dict, e.g. from a file of results, in a table."""
+    return "{median:.2f} [{low:.2f}, {high:.2f}]".format(**ratio)
 
 
-def markdown_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [
-        f"### {title}",
-        "",
-        "| " + " | ".join(header) + " |",
-        "|---" + "|---:" * (len(header) - 1) + "|",
-    ]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
-
-
-def write(out: Path | None, found: dict, markdown: str) -> None:
+def write(out: Path | None, results: dict, head: str, tables: Sequence[Table], tail: str) -> None:
     """The results as FILE.json and FILE.md, if a file is asked for."""
     if out is None:
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(found, indent=2) + "\n")
-    out.with_suffix(".md").write_text(markdown)
+    write_whole(out, json.dumps(results, indent=2) + "\n")
+    head = f"## {head}\n\n`{results['command']}`\n\n{caption(results['machine'])}\n\n"
+    markdown = "\n".join(table.as_markdown() for table in tables)
+    write_whole(out.with_suffix(".md"), f"{head}{markdown}\n{tail}\n")

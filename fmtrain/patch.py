@@ -158,9 +158,9 @@ class Handle:
         check_host(mask, self._before or "")
         if not self.host:
             inner.set_attn_implementation({"text_config": ATTENTION})
-        self._hooks = [
-            inner.base_model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        ]
+        # Out of a compiled graph: it asks tensors for numbers, and decides by them.
+        plan = torch.compiler.disable(self._before_forward)
+        self._hooks = [inner.base_model.register_forward_pre_hook(plan, with_kwargs=True)]
         if not self.host:
             self._hooks.append(inner.register_forward_pre_hook(self._before_loss, with_kwargs=True))
         self._had_generate = vars(inner).get("generate")
@@ -208,7 +208,6 @@ class Handle:
     def __exit__(self, *exception) -> None:
         self.detach()
 
-    @torch.compiler.disable  # it asks tensors for numbers, and decides by them
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Take the layout out of the keywords and put the plan in."""
         if args:  # llava-next passes ids by position

@@ -1,30 +1,34 @@
-"""From scores to results: every cell with its interval, every comparison with its corrected p, as one plain dict.
+"""From scores to results: every cell with its interval, every comparison with its corrected p.
 
 The comparisons, each on the same questions:
 
     causal-causal    a cell against causal in training and inference
-    diagonal         a cell against the one of its row where inference has the mask of training: what a mismatch costs
-    inference-only   a cell of the diagonal against causal training with the same mask in inference: what training brings
+    diagonal         a cell against the one of its row where inference has the mask of training:
+                     what a mismatch costs
+    inference-only   a cell of the diagonal against causal training with the same mask in inference:
+                     what training brings
 
-Two families are corrected on their own (Holm): all comparisons of the overall score, and all comparisons of single tasks.
+Two families are corrected on their own (Holm): all comparisons of the overall score, and all
+comparisons of single tasks.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 
 import numpy as np
 
 from eval import paired
+from eval.held_out import Question
 from eval.intervals import CONFIDENCE, RESAMPLES
-from eval.matrix.cells import Item
-from eval.paired import OVERALL, Task
+from eval.paired import OVERALL, QuestionsOfTask
 
 CAUSAL = "causal"
 
 
 @dataclass(frozen=True)
-class Row:
-    """A row of the matrix: the mask in training and the runs that were trained so (names of their cells' folders)."""
+class MatrixRow:
+    """A row of the matrix: the mask in training, and the runs that were trained so."""
 
     name: str
     mask: str
@@ -34,68 +38,66 @@ class Row:
 Pair = tuple[str, str]  # row, mask in inference
 
 
-def tasks_of(items: Sequence[Item]) -> list[Task]:
+def tasks_of(questions: Sequence[Question]) -> list[QuestionsOfTask]:
     """The tasks in the order of their first question."""
-    found = []
-    for name in dict.fromkeys(item.task for item in items):
-        units: dict[str, int] = {}
-        found.append(
-            Task(
-                name,
-                np.array(
-                    [units.setdefault(item.unit, len(units)) for item in items if item.task == name]
-                ),
-            )
-        )
-    return found
+    units: dict[str, dict[str, int]] = {}
+    indices: dict[str, list[int]] = {}
+    for question in questions:
+        known = units.setdefault(question.task, {})
+        index = known.setdefault(question.unit, len(known))
+        indices.setdefault(question.task, []).append(index)
+    return [QuestionsOfTask(name, np.array(unit)) for name, unit in indices.items()]
 
 
-def by_task(items: Sequence[Item], runs: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
+def by_task(
+    questions: Sequence[Question], runs: Sequence[Sequence[float]]
+) -> dict[str, np.ndarray]:
     """Scores of several runs [S, all questions] as {task: [S, questions]}."""
     scores = np.asarray(runs, dtype=np.float64)
-    names = np.array([item.task for item in items])
+    names = np.array([question.task for question in questions])
     return {name: scores[:, names == name] for name in dict.fromkeys(names.tolist())}
 
 
-def reference(rows: Sequence[Row], masks: Sequence[str]) -> Pair | None:
+def reference(rows: Sequence[MatrixRow], masks: Sequence[str]) -> Pair | None:
     """The causal-causal cell: of a row trained causally, not the base if another one is there."""
     causal = [row.name for row in rows if row.mask == CAUSAL]
     causal = [name for name in causal if name != "base"] or causal
     return (causal[0], CAUSAL) if causal and CAUSAL in masks else None
 
 
-def pairs(rows: Sequence[Row], masks: Sequence[str]) -> list[tuple[str, Pair, Pair]]:
+def pairs(rows: Sequence[MatrixRow], masks: Sequence[str]) -> list[tuple[str, Pair, Pair]]:
     """(kind, cell, the cell that it is compared with), none of them twice."""
-    base, found = reference(rows, masks), []
+    base, pairs = reference(rows, masks), []
     for row in rows:
+        own = (row.name, row.mask)
         for mask in masks:
-            cell, own = (row.name, mask), (row.name, row.mask)
+            cell = (row.name, mask)
             if base and cell != base:
-                found.append(("causal-causal", cell, base))
+                pairs.append(("causal-causal", cell, base))
             if row.mask in masks and cell != own and own != base:
-                found.append(("diagonal", cell, own))
+                pairs.append(("diagonal", cell, own))
         if base and row.mask in masks and row.mask != CAUSAL:
-            found.append(("inference-only", (row.name, row.mask), (base[0], row.mask)))
-    return sorted(found, key=lambda one: one[0])  # stable: kind by kind
+            pairs.append(("inference-only", own, (base[0], row.mask)))
+    return sorted(pairs, key=lambda pair: pair[0])  # stable: kind by kind
 
 
 def results(
-    rows: Sequence[Row],
+    rows: Sequence[MatrixRow],
     masks: Sequence[str],
-    items: Sequence[Item],
+    questions: Sequence[Question],
     scores: Mapping[tuple[str, str], Sequence[float]],
 ) -> dict:
-    """All numbers of the report. scores: {(run, mask): score of each item}."""
-    tasks = tasks_of(items)
-    cells = {
-        (row.name, mask): by_task(items, [scores[run, mask] for run in row.runs])
-        for row in rows
-        for mask in masks
-    }
+    """All numbers of the report. scores: {(run, mask): score of each question}."""
+    tasks, cells = tasks_of(questions), {}
+    for row in rows:
+        for mask in masks:
+            runs = [scores[run, mask] for run in row.runs]
+            cells[row.name, mask] = by_task(questions, runs)
     compared = pairs(rows, masks)
     differences = [paired.difference(cells[a], cells[b]) for _, a, b in compared]
-    drawn = paired.replicates(tasks, [*cells.values(), *differences])
-    names = [OVERALL, *(task.name for task in tasks)]
+    replicates = paired.replicates(tasks, [*cells.values(), *differences])
+    of_cells = {name: values[: len(cells)] for name, values in replicates.items()}
+    of_differences = {name: values[len(cells) :] for name, values in replicates.items()}
     return {
         "tasks": {task.name: len(task.unit) for task in tasks},
         "rows": [asdict(row) | {"runs": list(row.runs)} for row in rows],
@@ -103,37 +105,35 @@ def results(
         "reference": reference(rows, masks),
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
-        "cells": _cells(rows, tasks, cells, drawn, names),
-        "comparisons": _comparisons(tasks, compared, differences, drawn, len(cells), names),
+        "cells": _cells(rows, tasks, cells, of_cells),
+        "comparisons": _comparisons(tasks, compared, differences, of_differences),
     }
 
 
-def _cells(rows, tasks, cells, drawn, names) -> list[dict]:
-    runs = {row.name: len(row.runs) for row in rows}
-    found = {}
+def _names(tasks: Sequence[QuestionsOfTask]) -> list[str]:
+    return [OVERALL, *(task.name for task in tasks)]
+
+
+def _cells(rows, tasks, cells: dict[Pair, dict], replicates: dict[str, np.ndarray]) -> list[dict]:
+    runs, estimates = {row.name: len(row.runs) for row in rows}, {}
     for k, (pair, scores) in enumerate(cells.items()):
-        found[pair] = paired.estimates(tasks, scores, {name: drawn[name][k] for name in names})
-    return [
-        {
-            "task": name,
-            "row": row,
-            "mask": mask,
-            "runs": runs[row],
-            **asdict(found[row, mask][name]),
-        }
-        for name in names
-        for row, mask in cells
-    ]
+        own = {name: values[k] for name, values in replicates.items()}
+        estimates[pair] = paired.estimates(tasks, scores, own)
+    entries = []
+    for name in _names(tasks):
+        for (row, mask), by_name in estimates.items():
+            entry = {"task": name, "row": row, "mask": mask, "runs": runs[row]}
+            entries.append(entry | asdict(by_name[name]))
+    return entries
 
 
-def _comparisons(tasks, compared, differences, drawn, offset: int, names) -> list[dict]:
-    found = []
+def _comparisons(tasks, compared, differences, replicates: dict[str, np.ndarray]) -> list[dict]:
+    by_name: dict[str, list[dict]] = {name: [] for name in _names(tasks)}
     for k, (kind, cell, other) in enumerate(compared):
-        by_name = paired.compare(
-            tasks, differences[k], {name: drawn[name][offset + k] for name in names}
-        )
-        for name in names:
-            at = {
+        own = {name: values[k] for name, values in replicates.items()}
+        comparisons = paired.compare(tasks, differences[k], own)
+        for name, entries in by_name.items():
+            entry = {
                 "task": name,
                 "kind": kind,
                 "row": cell[0],
@@ -141,13 +141,13 @@ def _comparisons(tasks, compared, differences, drawn, offset: int, names) -> lis
                 "against_row": other[0],
                 "against_mask": other[1],
             }
-            found.append(at | asdict(by_name[name]))
-    found.sort(key=lambda one: names.index(one["task"]))  # stable: overall first
-    for family in (
-        [one for one in found if one["task"] == OVERALL],
-        [one for one in found if one["task"] != OVERALL],
-    ):
-        for one, p in zip(family, paired.holm([one["p"] for one in family])):
-            one["p_holm"] = p
-            one["carried"] = bool(p < 1 - CONFIDENCE and (one["low"] > 0 or one["high"] < 0))
-    return found
+            entries.append(entry | asdict(comparisons[name]))
+    overall = by_name.pop(OVERALL)
+    single = list(chain.from_iterable(by_name.values()))
+    for family in (overall, single):
+        p_values = paired.holm([entry["p"] for entry in family])
+        for entry, p in zip(family, p_values):
+            entry["p_holm"] = p
+            excludes_0 = entry["low"] > 0 or entry["high"] < 0
+            entry["carried"] = bool(p < 1 - CONFIDENCE and excludes_0)
+    return [*overall, *single]

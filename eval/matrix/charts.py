@@ -1,10 +1,13 @@
-"""Pictures of a report: the colours of heat maps, bars with intervals and masks, as inline SVG that takes the page's style."""
+"""Pictures of a report: the colours of heat maps, bars with intervals, and masks.
+
+They are inline SVG that takes the page's style.
+"""
 
 from collections.abc import Sequence
 from html import escape
 
 from fmtrain.layout import Layout
-from fmtrain.policies import EXAMPLE, allowed
+from fmtrain.masks import EXAMPLE, Allowed, Mask
 
 Colour = tuple[int, int, int]
 # lightness alone carries the order, so that no colour vision is needed; (light theme, dark theme)
@@ -26,13 +29,15 @@ def luminance(colour: Colour) -> float:
 
 
 def style(light: Colour, dark: Colour) -> str:
-    """CSS variables of a cell: background and text in both themes; black or white text, whichever contrasts more."""
-    found = []
+    """CSS variables of a cell: background and text in both themes.
+
+    The text is black or white, whichever contrasts more.
+    """
+    variables = []
     for suffix, colour in (("", light), ("d", dark)):
-        found.append(
-            f"--b{suffix}:#{bytes(colour).hex()};--t{suffix}:{'#000' if luminance(colour) > 0.179 else '#fff'}"
-        )
-    return ";".join(found)
+        ink = "#000" if luminance(colour) > 0.179 else "#fff"
+        variables.append(f"--b{suffix}:#{bytes(colour).hex()};--t{suffix}:{ink}")
+    return ";".join(variables)
 
 
 def heat(part: float) -> str:
@@ -46,32 +51,48 @@ def change(part: float) -> str:
 
 
 def svg(width: float, height: float, title: str, parts: Sequence[str], css: str = "") -> str:
-    return (
-        f'<svg class="{css}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img">'
-        f"<title>{escape(title)}</title>{''.join(parts)}</svg>"
-    )
+    size = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
+    content = f"<title>{escape(title)}</title>{''.join(parts)}"
+    return f'<svg class="{css}" {size} role="img">{content}</svg>'
 
 
-def policy_picture(mask: str, picture: str = EXAMPLE) -> str:
-    """A mask on a row of two turns: rows are queries, columns keys."""
-    layout = Layout.parse(picture)
-    may = allowed(mask.partition("+")[0], layout)[0].tolist()
-    names, cell, edge = [c for c in picture if c.isalpha()], 13, 15
-    parts = []
-    for k, name in enumerate(names):
-        kind = "answer" if name == "A" else "text" if name == "T" else "visual"
-        at = edge + (k + 0.5) * cell
-        parts.append(f'<text class="token {kind}" x="{at:g}" y="11">{name}</text>')
-        parts.append(f'<text class="token {kind}" x="7" y="{at + 4:g}">{name}</text>')
-    for q, row in enumerate(may):
-        for k, open_ in enumerate(row):
-            css = "closed" if not open_ else "revealed" if k > q else "past"
+TOKENS = {"T": "text", "A": "answer"}  # every other letter is a token of an image
+
+
+def mask_picture(name: str, picture: str = EXAMPLE) -> str:
+    """A mask on a row of two turns: rows are queries, columns keys.
+
+    A light form attends causally; what it pools has a mark of its own.
+    """
+    mask, layout, cell, edge = Mask.parse(name), Layout.parse(picture), 13, 15
+    pairs, parts = Allowed.of(mask.policy, layout), []
+    letters = [letter for letter in picture if letter.isalpha()]
+    for k, letter in enumerate(letters):
+        css, at = f"token {TOKENS.get(letter, 'visual')}", edge + (k + 0.5) * cell
+        parts.append(f'<text class="{css}" x="{at:g}" y="11">{letter}</text>')
+        parts.append(f'<text class="{css}" x="7" y="{at + 4:g}">{letter}</text>')
+    past, attended = pairs.past_B1QK[0, 0].tolist(), pairs.both_B1QK[0, 0].tolist()
+    for q in range(len(letters)):
+        for k in range(len(letters)):
             x, y = edge + k * cell, edge + q * cell
-            parts.append(
-                f'<rect class="{css}" x="{x + 0.75:g}" y="{y + 0.75:g}" width="{cell - 1.5:g}" height="{cell - 1.5:g}" rx="2"/>'
-            )
-    size = edge + cell * len(names) + 1
-    return svg(size, size, f"the mask {mask} on {picture}", parts, "policy")
+            ahead = attended[q][k] and not past[q][k]
+            css = "past" if past[q][k] else "closed"
+            if ahead and not mask.merge:
+                css = "revealed"
+            parts.append(_square(css, x, y, cell))
+            if ahead and mask.merge:
+                middle = cell / 2
+                parts.append(
+                    f'<circle class="pooled" cx="{x + middle:g}" cy="{y + middle:g}" r="3"/>'
+                )
+    size = edge + cell * len(letters) + 1
+    return svg(size, size, f"the mask {name} on {picture}", parts, "policy")
+
+
+def _square(css: str, x: float, y: float, cell: float) -> str:
+    place = f'x="{x + 0.75:g}" y="{y + 0.75:g}"'
+    side = f"{cell - 1.5:g}"
+    return f'<rect class="{css}" {place} width="{side}" height="{side}" rx="2"/>'
 
 
 SERIES = {
@@ -81,34 +102,54 @@ SERIES = {
 }
 
 
+LEFT, WIDTH, BAR, GAP, TOP = 118.0, 236.0, 9.0, 9.0, 6.0  # pixels of a chart of bars
+LETTER = 7.0  # pixels of a letter of a mask's name, at most
+
+
 def bars(groups: Sequence[tuple[str, dict[str, dict]]], line: float | None, title: str) -> str:
-    """Horizontal bars with intervals: groups of {series: {score, low, high}}; `line` marks a score to compare with."""
-    left, width, bar, gap, top = 118.0, 236.0, 9.0, 9.0, 6.0
-    highest = max((one["high"] for _, series in groups for one in series.values()), default=1.0)
+    """Horizontal bars with intervals.
+
+    groups: {series: {score, low, high}} of each mask; `line` marks a score to compare with.
+    """
+    highs = []
+    for _, series in groups:
+        highs += [entry["high"] for entry in series.values()]
+    highest = max(highs, default=1.0)
     full = next(limit for limit in (0.1, 0.25, 0.5, 0.75, 1.0) if highest <= limit + 1e-9)
-    parts, y = [], top
+    left = max([LEFT, *(LETTER * len(name) + 8 for name, _ in groups)])
+    parts, y = [], TOP
     for name, series in groups:
-        tall = bar * len(series)
+        middle = y + BAR * len(series) / 2
         parts.append(
-            f'<text class="name" x="{left - 8:g}" y="{y + tall / 2 + 4:g}">{escape(name)}</text>'
+            f'<text class="name" x="{left - 8:g}" y="{middle + 4:g}">{escape(name)}</text>'
         )
-        for kind, one in series.items():
-            score, low, high = (left + width * one[key] / full for key in ("score", "low", "high"))
-            middle = y + bar / 2
-            tip = f"{name}, {SERIES[kind]}: {one['score']:.4f} [{one['low']:.4f}, {one['high']:.4f}], n {one['n']}"
-            whisker = f"M{low:.1f} {middle:g}H{high:.1f}M{low:.1f} {middle - 2:g}v4M{high:.1f} {middle - 2:g}v4"
-            parts.append(
-                f'<g><title>{escape(tip)}</title><rect class="bar {kind}" x="{left:g}" y="{y + 1:g}" width="{score - left:.1f}" '
-                f'height="{bar - 2:g}"/><path class="whisker" d="{whisker}"/></g>'
-            )
-            y += bar
-        y += gap
-    bottom = y - gap + 4
+        for kind, entry in series.items():
+            parts.append(_bar(name, kind, entry, left, y, full))
+            y += BAR
+        y += GAP
+    bottom = y - GAP + 4
     for k in range(5):
-        x, value = left + width * k / 4, f"{full * k / 4:.3f}".rstrip("0").rstrip(".")
-        parts.insert(0, f'<path class="grid" d="M{x:g} {top - 4:g}V{bottom:g}"/>')
+        x, value = left + WIDTH * k / 4, f"{full * k / 4:.3f}".rstrip("0").rstrip(".")
+        parts.insert(0, f'<path class="grid" d="M{x:g} {TOP - 4:g}V{bottom:g}"/>')
         parts.append(f'<text class="tick" x="{x:g}" y="{bottom + 14:g}">{value}</text>')
     if line is not None:
-        x = left + width * line / full
-        parts.append(f'<path class="reference" d="M{x:.1f} {top - 4:g}V{bottom:g}"/>')
-    return svg(left + width + 18, bottom + 20, title, parts, "bars")
+        x = left + WIDTH * line / full
+        parts.append(f'<path class="reference" d="M{x:.1f} {TOP - 4:g}V{bottom:g}"/>')
+    return svg(left + WIDTH + 18, bottom + 20, title, parts, "bars")
+
+
+def _bar(name: str, kind: str, entry: dict, left: float, y: float, full: float) -> str:
+    """One bar with its whisker; full: the score at the right end."""
+    score, low, high = (left + WIDTH * entry[key] / full for key in ("score", "low", "high"))
+    middle = y + BAR / 2
+    tip = (
+        f"{name}, {SERIES[kind]}: {entry['score']:.4f} "
+        f"[{entry['low']:.4f}, {entry['high']:.4f}], n {entry['n']}"
+    )
+    place = f'x="{left:g}" y="{y + 1:g}" width="{score - left:.1f}" height="{BAR - 2:g}"'
+    ends = f"M{low:.1f} {middle - 2:g}v4M{high:.1f} {middle - 2:g}v4"
+    whisker = f"M{low:.1f} {middle:g}H{high:.1f}{ends}"
+    return (
+        f'<g><title>{escape(tip)}</title><rect class="bar {kind}" {place}/>'
+        f'<path class="whisker" d="{whisker}"/></g>'
+    )

@@ -1,15 +1,14 @@
-"""The (mask in training) x (mask in inference) matrix: train what is missing, evaluate, compare, report.
+"""The (mask in training) x (mask in inference) matrix: train, evaluate, compare, report.
 
     python -m eval.matrix recipes/matrices/tiny.yaml [--KEY VALUE ..] [--wandb]
     python -m eval.matrix CHECKPOINT CHECKPOINT .. --out DIR [--KEY VALUE ..]
 
-Every checkpoint is evaluated under every inference mask, cell by cell; a matrix that is killed goes on where it stopped
-when the same command is given again. The keys are those of `eval.matrix.recipe.MatrixRecipe`, VALUE is YAML. Written to
-`out`: report.html, cells.csv, comparisons.csv, results.md, results.tex, and results.json, from which
+What is missing is trained, and every checkpoint is evaluated under every inference mask; a matrix
+that is killed goes on where it stopped when the same command is given again. Written to `out`:
+report.html, cells.csv, comparisons.csv, results.md, results.tex, and results.json, from which
 `python -m eval.matrix.report` makes the others again.
 """
 
-import json
 import multiprocessing
 import shlex
 import subprocess
@@ -25,82 +24,65 @@ import torch
 import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from eval import provenance
-from eval.matrix import analysis as tabulate
-from eval.matrix import cells, milebench_scores, report, runs, tracking
-from eval.matrix import recipe as matrix_recipe
-from eval.matrix.analysis import CAUSAL, Row
-from eval.matrix.cells import HeldOut
-from eval.matrix.recipe import MatrixRecipe
-from eval.matrix.runs import Run
+from eval import held_out
+from eval.held_out import HeldOut
+from eval.matrix import analysis, cells, milebench_scores, numbers, report, runs, tracking
+from eval.matrix.analysis import CAUSAL, MatrixRow
+from eval.matrix.recipe import USAGE, MatrixRecipe, parse
+from eval.matrix.runs import MatrixRun
 from eval.matrix.showcase import showcase
-from eval.milebench.decoder import Variant
 from eval.paired import OVERALL
+from eval.provenance import made_with
+from eval.tables import Table
+from fmtrain.command_line import guarded
+from fmtrain.masks import Mask
 
 console = Console(stderr=True, highlight=False)
 
 
-def eval_variants(recipe: MatrixRecipe, plan: Sequence[Run]) -> list[Variant]:
-    """The inference masks: those named, or causal and every mask of training."""
-    names = recipe.eval_masks or list(dict.fromkeys([CAUSAL, *(run.mask for run in plan)]))
-    return [recipe.variant(name) for name in names]
+def inference_masks(recipe: MatrixRecipe, plan: Sequence[MatrixRun]) -> list[Mask]:
+    """Those named, or causal and every mask of training."""
+    trained_with = dict.fromkeys([CAUSAL, *(run.mask for run in plan)])
+    return recipe.masks(recipe.eval_masks or list(trained_with))
 
 
 def source(recipe: MatrixRecipe) -> tuple:
-    """Arguments of `cells.held_out`."""
+    """Arguments of `held_out.by_task`."""
     return recipe.data, tuple(recipe.tasks), recipe.rows_per_task, recipe.image_root
 
 
 class Work:
-    """Trains and evaluates the runs of a plan, `jobs` of them at a time; with more than one, in processes of their own."""
+    """Trains and evaluates the runs of a plan, `jobs` of them at a time.
 
-    def __init__(self, recipe: MatrixRecipe, variants: Sequence[Variant], there: HeldOut):
-        self.recipe, self.variants, self.there = recipe, variants, there
+    With more than one, evaluation is in processes of their own.
+    """
+
+    def __init__(self, recipe: MatrixRecipe, masks: Sequence[Mask], data: HeldOut):
+        self.recipe, self.masks, self.data = recipe, masks, data
         self.started: list[subprocess.Popen] = []
         self.stopped = False
 
-    def todo(self, run: Run) -> list[Variant]:
-        if not runs.finished(run):
-            return list(self.variants)
-        return cells.missing(
-            self.recipe.folder,
-            run.name,
-            run.folder,
-            self.variants,
-            self.there,
-            self.recipe.max_new_tokens,
-        )
-
-    def one(self, run: Run, pool: ProcessPoolExecutor | None) -> str:
+    def one(self, run: MatrixRun, pool: ProcessPoolExecutor | None) -> str:
         """Make one run and its cells; returns what was done."""
         if self.stopped:
             return "not started"
-        trained = run.recipe is not None and runs.train(run, self.recipe, self.started)
-        made = 0
-        if self.todo(run):
-            place = self.recipe.folder, run.name, run.folder
-            how = (
-                self.variants,
-                source(self.recipe),
-                self.recipe.batch_size,
-                self.recipe.max_new_tokens,
-            )
-            made = (
-                pool.submit(cells.evaluate, *place, *how).result()
-                if pool
-                else cells.evaluate(*place, *how)
-            )
-        return (
-            ", ".join(
-                [*(["trained"] if trained else []), *([f"{made} cells evaluated"] if made else [])]
-            )
-            or "finished before"
-        )
+        recipe, done = self.recipe, []
+        if run.recipe is not None and runs.train(run, recipe, self.started):
+            done.append("trained")
+        keys = cells.cell_keys(run.folder, self.masks, self.data, recipe.max_new_tokens)
+        if cells.missing(recipe.folder, run.name, keys):
+            work = (recipe.folder, run.name, run.folder, self.masks, source(recipe))
+            work += (recipe.batch_size, recipe.max_new_tokens)
+            made = pool.submit(cells.evaluate, *work).result() if pool else cells.evaluate(*work)
+            done.append(f"{made} cells evaluated")
+        return ", ".join(done) or "finished before"
 
-    def all(self, plan: Sequence[Run]) -> None:
-        """Make everything that is missing. Raises `ValueError` for the first run that fails, when those under way ended."""
+    def all(self, plan: Sequence[MatrixRun]) -> None:
+        """Make everything that is missing.
+
+        Raises `ValueError` for the first run that fails, when those under way ended.
+        """
         pool, jobs = None, self.recipe.jobs
         if jobs > 1:
             spawn = multiprocessing.get_context("spawn")
@@ -121,18 +103,16 @@ class Work:
             if pool:
                 pool.shutdown()
 
-    def _watch(self, futures: dict[Future, Run], plan: Sequence[Run]) -> None:
+    def _watch(self, futures: dict[Future, MatrixRun], plan: Sequence[MatrixRun]) -> None:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        paths = [
-            cells.cell_path(self.recipe.folder, run.name, variant.name)
-            for run in plan
-            for variant in self.variants
-        ]
+        paths = []
+        for run in plan:
+            paths += [cells.cell_path(self.recipe.folder, run.name, mask) for mask in self.masks]
         with Progress(*columns, console=console) as progress:
             trained = progress.add_task("runs", total=len(plan))
             evaluated = progress.add_task("cells", total=len(paths))
@@ -145,115 +125,85 @@ class Work:
                 progress.update(evaluated, completed=sum(path.is_file() for path in paths))
 
 
+def rows_of(plan: Sequence[MatrixRun]) -> list[MatrixRow]:
+    """The rows of the matrix, each with its runs."""
+    by_row: dict[str, list[MatrixRun]] = {}
+    for run in plan:
+        by_row.setdefault(run.row, []).append(run)
+    return [
+        MatrixRow(name, of_row[0].mask, tuple(run.name for run in of_row))
+        for name, of_row in by_row.items()
+    ]
+
+
 def collect(
-    recipe: MatrixRecipe, plan: Sequence[Run], variants: Sequence[Variant], there: HeldOut | None
+    recipe: MatrixRecipe, plan: Sequence[MatrixRun], masks: Sequence[Mask], data: HeldOut | None
 ) -> dict:
-    """The results of a matrix whose cells are all there."""
-    names = [variant.name for variant in variants]
-    rows = [Row(row, next(run.mask for run in plan if run.row == row), tuple(run.name for run in plan if run.row == row))
-            for row in dict.fromkeys(run.row for run in plan)]  # fmt: skip
-    if there is None:
-        items, scores = milebench_scores.read(Path(recipe.scores), plan, names, recipe.tasks)
-        shown = []
+    """The results of a matrix whose cells are all there. data: None where it is from scores."""
+    names, rows, samples = [str(mask) for mask in masks], rows_of(plan), []
+    if data is None:
+        questions, scores = milebench_scores.read(Path(recipe.scores), plan, names, recipe.tasks)
     else:
-        found = {
-            (run.name, name): cells.read_cell(cells.cell_path(recipe.folder, run.name, name))
-            for run in plan
-            for name in names
-        }
-        items, scores = there.items, {cell: content["scores"] for cell, content in found.items()}
-        answers = {cell: content["answers"] for cell, content in found.items()}
-        shown = showcase(there, rows, names, scores, answers, recipe.samples)
-    return {"title": recipe.title, **tabulate.results(rows, names, items, scores), "samples": shown}
+        questions, scores, answers = data.questions, {}, {}
+        for run in plan:
+            for name in names:
+                cell = cells.read_cell(cells.cell_path(recipe.folder, run.name, name))
+                scores[run.name, name] = cell["scores"]
+                answers[run.name, name] = cell["answers"]
+        samples = showcase(data, rows, names, scores, answers, recipe.samples)
+    results = analysis.results(rows, names, questions, scores)
+    return {"title": recipe.title, **results, "samples": samples}
 
 
-def print_overall(results: dict) -> None:
-    table = Table(
-        title="right answers in percent, mean of the tasks, and 95 % interval; * the mask of training",
-        title_justify="left",
-    )
-    table.add_column("mask in training", no_wrap=True)
-    for mask in results["masks"]:
-        table.add_column(mask, justify="right", no_wrap=True)
+def overall(results: dict) -> Table:
+    """The overall scores, for the terminal."""
+    of_cell, rows = numbers.cells_of(results, OVERALL), []
     for row in results["rows"]:
-        found = [
-            cell
-            for cell in results["cells"]
-            if cell["row"] == row["name"] and cell["task"] == OVERALL
-        ]
-        marks = ["* " if row["mask"] == cell["mask"] else "" for cell in found]
-        texts = [
-            f"{100 * one['score']:.1f}\n{100 * one['low']:.0f}..{100 * one['high']:.0f}"
-            for one in found
-        ]
-        table.add_row(row["name"], *(mark + text for mark, text in zip(marks, texts)))
-    Console(width=140).print(table)
+        texts = [row["name"]]
+        for mask in results["masks"]:
+            cell = of_cell[row["name"], mask]
+            mark = "* " if row["mask"] == mask else ""
+            interval = f"{100 * cell['low']:.0f}..{100 * cell['high']:.0f}"
+            texts.append(f"{mark}{100 * cell['score']:.1f}\n{interval}")
+        rows.append(texts)
+    title = "right answers in percent, mean of the tasks, and 95 % interval; * the mask of training"
+    return Table(title, ["mask in training", *results["masks"]], rows)
 
 
-def parse(arguments: Sequence[str]) -> tuple[MatrixRecipe, bool]:
-    """The recipe and whether to log to W&B. Raises `ValueError`."""
-    if not arguments or arguments[0].startswith("-"):
-        raise ValueError(
-            "usage: python -m eval.matrix RECIPE.yaml | CHECKPOINT .. [--KEY VALUE ..] [--wandb]"
-        )
-    first = next(
-        (k for k, argument in enumerate(arguments) if argument.startswith("--")), len(arguments)
-    )
-    given, rest = (
-        list(arguments[:first]),
-        [argument for argument in arguments[first:] if argument != "--wandb"],
-    )
-    overrides: dict[str, str] = {}
-    while rest:
-        option = rest.pop(0)
-        name, equals, value = option.removeprefix("--").partition("=")
-        if not option.startswith("--") or not (equals or rest):
-            raise ValueError(f"{option!r}: expected --KEY VALUE")
-        overrides[name.replace("-", "_")] = value if equals else rest.pop(0)
-    if len(given) == 1 and not Path(given[0]).is_dir():
-        return matrix_recipe.read(given[0], overrides), "--wandb" in arguments
-    missing = [path for path in given if not Path(path).is_dir()]
-    if missing:
-        raise ValueError(
-            f"{missing[0]}: no such checkpoint folder (give one recipe, or checkpoint folders)"
-        )
-    return matrix_recipe.read(
-        None, {"checkpoints": json.dumps(given)} | overrides
-    ), "--wandb" in arguments
+def make(arguments: Sequence[str]) -> None:
+    """Make a matrix and its report."""
+    if not arguments:
+        raise ValueError(USAGE)
+    recipe, wandb = parse(arguments, __doc__)
+    plan = runs.plan(recipe)
+    masks, data = inference_masks(recipe, plan), None
+    if recipe.scores is None:
+        data = held_out.by_task(*source(recipe))
+        Work(recipe, masks, data).all(plan)
+    results = collect(recipe, plan, masks, data)
+    recipes = {
+        "matrix": arguments[0] if Path(arguments[0]).is_file() else None,
+        "training": recipe.recipe,
+    }
+    command = shlex.join(["python", "-m", "eval.matrix", *arguments])
+    results["made"] = made_with(command, recipes)
+    report.write(Path(recipe.out), results, recipe.published)
+    if wandb:
+        tracking.log(results, Path(recipe.out))
+    Console(width=140).print(overall(results).as_rich())
+    print(f"wrote {recipe.out}/report.html")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments in (["-h"], ["--help"]):
-        print(__doc__)
-        return 0
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="transformers"
-    )  # of names that TRL still sets
+    # TRL still sets names that are deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
-    try:
-        recipe, wandb = parse(arguments)
-        plan = runs.plan(recipe)
-        variants = eval_variants(recipe, plan)
-        there = None
-        if recipe.scores is None:
-            there = cells.held_out(*source(recipe))
-            Work(recipe, variants, there).all(plan)
-        results = collect(recipe, plan, variants, there)
-        written = {
-            "matrix": arguments[0] if Path(arguments[0]).is_file() else None,
-            "training": recipe.recipe,
-        }
-        results["made"] = provenance.made_with(
-            shlex.join(["python", "-m", "eval.matrix", *arguments]), written
-        )
-        report.write(Path(recipe.out), results, recipe.published)
-        if wandb:
-            tracking.log(results, Path(recipe.out))
-    except (ValueError, OSError, BrokenProcessPool) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print_overall(results)
-    print(f"wrote {recipe.out}/report.html")
-    return 0
+
+    def command() -> None:
+        try:
+            make(list(sys.argv[1:] if arguments is None else arguments))
+        except BrokenProcessPool as error:
+            raise ValueError(f"a worker process ended: {error}") from error
+
+    return guarded(command)

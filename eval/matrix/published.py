@@ -1,4 +1,4 @@
-"""Published results that a matrix stands beside, as data: `eval/published/*.csv`, with their sources."""
+"""Published results that a matrix stands beside: `eval/published/*.csv`, with their sources."""
 
 import csv
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,10 @@ FOLDER = Path(__file__).parent.parent / "published"
 
 @dataclass(frozen=True)
 class Published:
-    """A published table: its first `keys` columns say what a row is, the others are numbers as printed."""
+    """A published table.
+
+    Its first `keys` columns say what a row is, the others are numbers as printed.
+    """
 
     name: str
     title: str
@@ -25,8 +28,8 @@ ABOUT = {
     "futuremask_table4": (
         "Future-aware masks, Table 4: accuracy on MileBench",
         "arXiv 2505.18605 (ICLR 2026), Table 4",
-        "Masks switched on at inference only. CLEVR-Change and Spot-the-Diff are Rouge-L; +merge rows have prefix size 1. "
-        "200 samples a task: one sample is 0.005.",
+        "Masks switched on at inference only. CLEVR-Change and Spot-the-Diff are Rouge-L; "
+        "+merge rows have prefix size 1. 200 samples a task: one sample is 0.005.",
         2,
     ),
     "futuremask_table6_latency": (
@@ -38,7 +41,8 @@ ABOUT = {
     "mma_table1": (
         "Modality-mutual attention, Table 1: benchmarks of one backbone",
         "arXiv 2503.02597 (ICML 2026), Table 1, and the AKI-4B row of Table 2",
-        "I&T: image then text; T&I: text then image; DOT: dual-order training. AKI-4B was trained on more data.",
+        "I&T: image then text; T&I: text then image; DOT: dual-order training. "
+        "AKI-4B was trained on more data.",
         1,
     ),
 }
@@ -46,11 +50,11 @@ ABOUT = {
 
 def tables() -> list[Published]:
     """All published tables."""
-    found = []
+    tables = []
     for name, (title, source, note, keys) in ABOUT.items():
         header, *rows = _read(FOLDER / f"{name}.csv")
-        found.append(Published(name, title, source, note, keys, header, rows))
-    return found
+        tables.append(Published(name, title, source, note, keys, header, rows))
+    return tables
 
 
 def beside(
@@ -58,31 +62,26 @@ def beside(
 ) -> list[list[str]]:
     """Rows of a user's numbers in the columns of a published table, "" where there is none.
 
-    own: {row's name: {column: number}}, of which rows without any column of the table are left out. file: a CSV with (some
-    of) the table's columns, taken as it is. Raises `ValueError` for a file without one of them.
+    own: {row's name: {column: number}}, of which rows without any column of the table are left out.
+    file: a CSV with (some of) the table's columns, taken as it is. Raises `ValueError` for a file
+    without one of them.
     """
-    numbers = table.header[table.keys :]
-    found = []
+    columns, beside = table.header[table.keys :], []
     for name, values in own.items():
-        if any(column in values for column in numbers):
+        if any(column in values for column in columns):
             label = ["yours", name] if table.keys == 2 else [f"yours: {name}"]
-            found.append(
-                [
-                    *label,
-                    *(f"{values[column]:.3f}" if column in values else "" for column in numbers),
-                ]
-            )
+            texts = [f"{values[column]:.3f}" if column in values else "" for column in columns]
+            beside.append([*label, *texts])
     if file is None:
-        return found
+        return beside
     header, *rows = _read(Path(file))
-    if not set(header) & set(numbers):
-        raise ValueError(f"{file}: has none of the columns {', '.join(numbers)} of {table.name}")
+    if not set(header) & set(columns):
+        raise ValueError(f"{file}: has none of the columns {', '.join(columns)} of {table.name}")
     for row in rows:
         values = dict(zip(header, row))
-        labels = [values.get(column, "") for column in table.header[: table.keys]]
-        labels[0] = f"yours: {labels[0]}" if labels[0] else "yours"
-        found.append([*labels, *(values.get(column, "") for column in numbers)])
-    return found
+        label, *texts = [values.get(column, "") for column in table.header]
+        beside.append([f"yours: {label}" if label else "yours", *texts])
+    return beside
 
 
 def _read(path: Path) -> Sequence[list[str]]:

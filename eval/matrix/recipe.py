@@ -1,182 +1,261 @@
-"""What a matrix is made of: a flat YAML file, or checkpoints on the command line, with `--key value` overrides."""
+"""What a matrix is made of: a flat YAML file, or checkpoints, with `--key value` overrides."""
 
-import dataclasses
-import difflib
-import typing
-from collections.abc import Mapping, Sequence
+import argparse
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
+from transformers import HfArgumentParser
 
-from eval.milebench.decoder import Variant
-from fmtrain.training.recipe import MaskArguments
+from fmtrain.command_line import one_line
+from fmtrain.masks import Mask, parse_masks
+from fmtrain.training.recipe import load_values, nearest
+
+USAGE = "usage: python -m eval.matrix RECIPE.yaml | CHECKPOINT .. [--KEY VALUE ..] [--wandb]"
+
+
+class YamlMapping(dict):
+    """A mapping; on the command line it is YAML: --overrides '{max_steps: 3}'."""
+
+    def __init__(self, text: str = "{}"):
+        values = _yaml(text)
+        if not isinstance(values, dict):
+            raise argparse.ArgumentTypeError(f"{text!r} is no mapping of keys to values")
+        super().__init__(values)
+
+
+class Checkpoints(dict):
+    """Rows of checkpoints: {name: its runs}.
+
+    Given is a list of folders (each a row), or {name: folder, or a list of them for several seeds}.
+    """
+
+    def __init__(self, text: str = "{}"):
+        values = _yaml(text)
+        if isinstance(values, list):
+            names = [Path(str(folder)).name for folder in values]
+            for name in names:
+                if names.count(name) > 1:
+                    raise argparse.ArgumentTypeError(
+                        f"several checkpoints are called {name!r}: give them names, "
+                        "`checkpoints: {name: folder}`"
+                    )
+            values = dict(zip(names, map(str, values)))
+        if not isinstance(values, dict):
+            raise argparse.ArgumentTypeError(f"{text!r} names no checkpoint folders")
+        for name, folders in values.items():
+            self[str(name)] = folders if isinstance(folders, list) else [str(folders)]
+
+
+def _yaml(text: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no YAML: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
 class MatrixRecipe:
-    """The keys of a matrix recipe. Which rows there are: `base`, then `train_masks` x `seeds`, then `checkpoints`."""
+    """The keys of a matrix recipe.
 
-    out: str = ""  # folder of the report and the tables
-    work: str = ""  # folder of runs and cells; by default `out`
-    title: str = "Mask in training, mask in inference"
-    base: str | None = None  # checkpoint to train from, and the row "base, not fine-tuned"
-    recipe: str | None = None  # training recipe
-    overrides: dict[str, Any] = field(default_factory=dict)  # of that recipe's keys
-    train_masks: list[str] = field(default_factory=list)
-    eval_masks: list[str] = field(default_factory=list)  # by default those of training, and causal
-    seeds: list[int] = field(default_factory=lambda: [0])
-    checkpoints: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # name of a row: its runs, trained elsewhere
-    data: str = "digits"  # held-out digits, or rows as a training recipe names them
-    tasks: list[str] = field(default_factory=list)  # by default all; of rows, their `source`
-    rows_per_task: int = 200
-    image_root: str | None = None
-    scores: str | None = None  # instead of data: the --out folder of eval.milebench.score
-    max_new_tokens: int = 32
-    batch_size: int = 100
-    merge_prefix: str = "1"  # of POLICY+merge, in training and in inference
-    merge_kernel_size: int = 3
-    merge_normalize: bool = True
-    launch: str = ""  # what starts a training run if not python, e.g. accelerate launch --config_file recipes/accelerate/ddp.yaml
-    jobs: int = 1  # runs that are trained, or evaluated, at the same time
-    threads: int = 0  # of torch in each of them; 0: torch's own choice
-    samples: int = 2  # questions a task that the report shows
-    published: dict[str, str] = field(
-        default_factory=dict
-    )  # published table: CSV file of the same columns to put beside
+    The rows are `base`, then `train_masks` x `seeds`, then `checkpoints`; the columns are
+    `eval_masks`. The two are different sets of masks, so they have a key each.
+    """
+
+    out: str = field(default="", metadata={"help": "folder of the report and the tables"})
+    work: str = field(default="", metadata={"help": "folder of runs and cells; by default `out`"})
+    title: str = field(
+        default="Mask in training, mask in inference", metadata={"help": "of the report"}
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "checkpoint to train from, and the row `base`"}
+    )
+    recipe: str | None = field(default=None, metadata={"help": "training recipe"})
+    overrides: YamlMapping = field(
+        default_factory=YamlMapping, metadata={"help": "of that recipe's keys, as YAML"}
+    )
+    train_masks: list[str] = field(default_factory=list, metadata={"help": "masks to train with"})
+    eval_masks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "masks in inference; by default those of training, and causal"},
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0], metadata={"help": "of training, a run each"}
+    )
+    checkpoints: Checkpoints = field(
+        default_factory=Checkpoints,
+        metadata={"help": "rows trained elsewhere, as YAML: {name: folder, or several}"},
+    )
+    data: str = field(
+        default="digits", metadata={"help": "`digits`, or rows as a training recipe names them"}
+    )
+    tasks: list[str] = field(
+        default_factory=list, metadata={"help": "by default all; of rows, their `task` or `source`"}
+    )
+    rows_per_task: int = field(default=200, metadata={"help": "held-out rows of each task"})
+    image_root: str | None = field(
+        default=None, metadata={"help": "folder of the images of `data`"}
+    )
+    scores: str | None = field(
+        default=None, metadata={"help": "instead of data: the --out folder of eval.milebench.score"}
+    )
+    max_new_tokens: int = field(default=32, metadata={"help": "of an answer"})
+    batch_size: int = field(default=100, metadata={"help": "questions that are answered together"})
+    merge_prefix: str = field(
+        default="1", metadata={"help": "of POLICY+merge, in training and in inference"}
+    )
+    merge_kernel_size: int = field(default=3, metadata={"help": "of POLICY+merge"})
+    merge_normalize: bool = field(default=True, metadata={"help": "of POLICY+merge"})
+    launch: str = field(
+        default="",
+        metadata={"help": "what starts a training run, e.g. `accelerate launch`; default: python"},
+    )
+    jobs: int = field(
+        default=1, metadata={"help": "runs that are trained, or evaluated, at the same time"}
+    )
+    threads: int = field(
+        default=0, metadata={"help": "of torch in each of them; 0: torch's own choice"}
+    )
+    samples: int = field(default=2, metadata={"help": "questions a task that the report shows"})
+    published: YamlMapping = field(
+        default_factory=YamlMapping,
+        metadata={"help": "published table: CSV file of the same columns to put beside it"},
+    )
 
     @property
     def folder(self) -> Path:
         return Path(self.work or self.out)
 
-    def mask(self, name: str) -> MaskArguments:
-        return MaskArguments(
-            mask=name,
-            merge_prefix=self.merge_prefix,
-            merge_kernel_size=self.merge_kernel_size,
-            merge_normalize=self.merge_normalize,
-        )
+    def masks(self, names: Sequence[str]) -> list[Mask]:
+        """The masks of these names with this recipe's merge options.
 
-    def variant(self, name: str) -> Variant:
-        """The mask of that name with this recipe's merge options. Raises `ValueError` for an unknown one."""
-        return Variant(name, *self.mask(name).policy())
+        Raises `ValueError` for an unknown one.
+        """
+        return parse_masks(
+            names,
+            prefix=self.merge_prefix,
+            kernel_size=self.merge_kernel_size,
+            normalize=self.merge_normalize,
+        )
 
     def row_sizes(self) -> dict[str, int]:
         """{row: how many runs it has}, in the order of the report."""
         rows = {"base": 1} if self.base else {}
         rows |= dict.fromkeys(self.train_masks, len(self.seeds))
-        return rows | {name: len(paths) for name, paths in self.checkpoints.items()}
+        return rows | {name: len(folders) for name, folders in self.checkpoints.items()}
 
 
-def read(path: str | None, overrides: Mapping[str, str] | None = None) -> MatrixRecipe:
-    """The recipe of a YAML file (None: of nothing but overrides, whose values are YAML as well). Raises `ValueError`."""
-    values: dict[str, Any] = {} if path is None else _load(Path(path))
-    for key, text in (overrides or {}).items():
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"--{key} {text!r}: {' '.join(str(error).split())}") from error
-    where = path or "command line"
-    fields = {each.name: each.type for each in dataclasses.fields(MatrixRecipe)}
-    for key in values:
-        if key not in fields:
+class RecipeParser(HfArgumentParser):
+    """The keys as options, and what a matrix is made of. Errors are `ValueError`."""
+
+    def __init__(self, doc: str | None):
+        super().__init__(
+            MatrixRecipe,
+            prog="python -m eval.matrix",
+            usage=USAGE.removeprefix("usage: "),
+            description=doc,
+            formatter_class=argparse.RawTextHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.known = {action.dest: action for action in self._actions if action.dest != "help"}
+        self.add_argument("subjects", nargs="*", help="a recipe, or checkpoint folders")
+        self.add_argument("--wandb", action="store_true", help="log to Weights & Biases as well")
+
+    def error(self, message: str):
+        raise ValueError(message)
+
+    def recipe(self, arguments: Sequence[str]) -> tuple[MatrixRecipe, argparse.Namespace]:
+        """The recipe, and the options that are no keys."""
+        recipe, options, unknown = self.parse_args_into_dataclasses(
+            list(arguments), return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            key = unknown[0].removeprefix("--").partition("=")[0].replace("-", "_")
+            near = nearest(key, self.known)
             raise ValueError(
-                f"{where}: unknown key {key!r}; the nearest known one is {_nearest(key, fields)!r}"
+                f"unknown argument {unknown[0]!r}; the nearest known one is '--{near}'"
             )
-    values["checkpoints"] = _checkpoints(values.get("checkpoints"))
-    values = {
-        key: _fit(where, key, value, fields[key])
-        for key, value in values.items()
-        if value is not None
-    }
-    return _check(where, MatrixRecipe(**values))
+        return recipe, options
+
+    def use_file(self, path: str) -> None:
+        """Let the values of a YAML file be the defaults; they are checked as options are."""
+        arguments = []
+        for key, value in load_values(path).items():
+            if key not in self.known:
+                near = nearest(key, self.known)
+                raise ValueError(f"unknown key {key!r}; the nearest known one is {near!r}")
+            many = self.known[key].nargs == "+"
+            if value is None or (many and value == []):
+                continue  # the default
+            if many:
+                values = value if isinstance(value, list) else [value]
+                arguments += [f"--{key}", *map(str, values)]
+            else:
+                text = value if isinstance(value, str) else json.dumps(value)
+                arguments.append(f"--{key}={text}")
+        recipe, _ = self.recipe(arguments)
+        self.set_defaults(**vars(recipe))
 
 
-def _load(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such recipe, nor a checkpoint folder")
+def parse(arguments: Sequence[str], doc: str | None = None) -> tuple[MatrixRecipe, bool]:
+    """The recipe of a command line, and whether to log to W&B.
+
+    Raises `ValueError`, in one line that opens with the recipe's file.
+    """
+    parser, where = RecipeParser(doc), "command line"
+    _, options = parser.recipe(arguments)
+    folders = [subject for subject in options.subjects if Path(subject).is_dir()]
+    if len(options.subjects) == 1 and not folders:
+        where = options.subjects[0]
+    elif len(folders) < len(options.subjects):
+        [other, *_] = [subject for subject in options.subjects if subject not in folders]
+        raise ValueError(
+            f"{other}: no such checkpoint folder (give one recipe, or checkpoint folders)"
+        )
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{path}: a recipe is a mapping of keys to values")
-    return values
+        if folders:
+            arguments = [f"--checkpoints={json.dumps(folders)}", *arguments]
+        elif options.subjects:
+            parser.use_file(where)
+        recipe, options = parser.recipe(arguments)
+        check(recipe)
+    except ValueError as error:
+        message = one_line(error)
+        raise ValueError(message if message.startswith(where) else f"{where}: {message}") from error
+    return recipe, options.wandb
 
 
-def _checkpoints(given) -> dict[str, list[str]]:
-    """Rows of checkpoints: a list of folders (each a row), or {name: folder, or a list of them for several seeds}."""
-    if isinstance(given, list):
-        names = [Path(str(path)).name for path in given]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"several checkpoints are called {twice[0]!r}: give them names, `checkpoints: {{name: folder}}`"
-            )
-        return {name: [str(path)] for name, path in zip(names, given)}
-    if isinstance(given, dict):
-        return {
-            str(name): [paths] if isinstance(paths, str) else paths for name, paths in given.items()
-        }
-    return {} if given is None else given
-
-
-def _fit(where: str, key: str, value, kind):
-    """The value if it is of the field's type (a number is also taken as text)."""
-    options = typing.get_args(kind) if isinstance(kind, typing.types.UnionType) else (kind,)
-    origin, inside = typing.get_origin(options[0]) or options[0], typing.get_args(options[0])
-    if origin is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = str(value)
-    if origin is list and not isinstance(value, list):
-        value = [value]
-    fine = isinstance(value, origin) and not (origin is int and isinstance(value, bool))
-    if fine and origin in (list, dict) and Any not in inside:
-        content = value if origin is list else value.values()
-        plain = [typing.get_origin(inside[-1]) or inside[-1]] * len(content)
-        fine = all(
-            isinstance(item, one) and not isinstance(item, bool)
-            for item, one in zip(content, plain)
-        )
-    if not fine:
-        raise ValueError(
-            f"{where}: {key} is {value!r}, not {kind if typing.get_origin(kind) else kind.__name__}"
-        )
-    return value
-
-
-def _check(where: str, recipe: MatrixRecipe) -> MatrixRecipe:
-    if not recipe.out:
-        raise ValueError(f"{where}: names no folder for the results; add e.g. `out: results`")
-    if not recipe.row_sizes():
-        raise ValueError(f"{where}: nothing to evaluate; name a base, train_masks or checkpoints")
-    if recipe.train_masks and not recipe.scores and not (recipe.base and recipe.recipe):
-        raise ValueError(
-            f"{where}: train_masks need `base`, the checkpoint to train from, and `recipe`, how to train"
-        )
-    for name in ("rows_per_task", "max_new_tokens", "batch_size", "jobs", "merge_kernel_size"):
-        if getattr(recipe, name) < 1:
-            raise ValueError(f"{where}: {name} is {getattr(recipe, name)}; it is 1 or more")
-    for name in ("train_masks", "eval_masks", "seeds", "tasks"):
-        values = getattr(recipe, name)
-        if len(set(values)) < len(values):
-            raise ValueError(
-                f"{where}: {name} names something twice: {', '.join(map(str, values))}"
-            )
-    names = [*(["base"] if recipe.base else []), *recipe.train_masks, *recipe.checkpoints]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{where}: two rows have the same name: {', '.join(names)}")
-    counts = set(recipe.row_sizes().values()) - {1}
-    if len(counts) > 1:
-        raise ValueError(
-            f"{where}: rows have {' and '.join(map(str, sorted(counts)))} runs; give each the same number, or one"
-        )
-    for name in [*recipe.train_masks, *recipe.eval_masks]:
-        recipe.variant(name)
+def read(path: str | None, overrides: Sequence[str] = ()) -> MatrixRecipe:
+    """The recipe of a YAML file (None: of nothing but overrides). Raises `ValueError`."""
+    recipe, _ = parse([*([path] if path else []), *overrides])
     return recipe
 
 
-def _nearest(key: str, known: Sequence[str] | Mapping) -> str:
-    return difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+def check(recipe: MatrixRecipe) -> None:
+    """Raises `ValueError` for keys that do not go together."""
+    if not recipe.out:
+        raise ValueError("names no folder for the results; add e.g. `out: results`")
+    if not recipe.row_sizes():
+        raise ValueError("nothing to evaluate; name a base, train_masks or checkpoints")
+    if recipe.train_masks and not recipe.scores and not (recipe.base and recipe.recipe):
+        raise ValueError(
+            "train_masks need `base`, the checkpoint to train from, and `recipe`, how to train"
+        )
+    for name in ("rows_per_task", "max_new_tokens", "batch_size", "jobs", "merge_kernel_size"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name} is {getattr(recipe, name)}; it is 1 or more")
+    for name in ("train_masks", "eval_masks", "seeds", "tasks"):
+        values = getattr(recipe, name)
+        if len(set(values)) < len(values):
+            raise ValueError(f"{name} names something twice: {', '.join(map(str, values))}")
+    names = [*(["base"] if recipe.base else []), *recipe.train_masks, *recipe.checkpoints]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two rows have the same name: {', '.join(names)}")
+    counts = sorted(set(recipe.row_sizes().values()) - {1})
+    if len(counts) > 1:
+        raise ValueError(
+            f"rows have {' and '.join(map(str, counts))} runs; give each the same number, or one"
+        )
+    recipe.masks([*recipe.train_masks, *recipe.eval_masks])

@@ -1,4 +1,4 @@
-"""The questions that a report shows: their pictures as data URIs, and what every row answers under every mask."""
+"""The questions that a report shows, with their pictures and what every row answers."""
 
 import base64
 import io
@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from eval.matrix.analysis import Row
-from eval.matrix.cells import HeldOut, right
+from eval.held_out import HeldOut, right
+from eval.matrix.analysis import MatrixRow
 from fmtrain.data.images import open_image
 
 LARGEST = 320  # pixels along the longer edge of a picture in the report
+
+Cell = tuple[str, str]  # run, mask in inference
 
 
 def data_uri(image: Image.Image) -> str:
@@ -22,70 +24,59 @@ def data_uri(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def choose(
-    there: HeldOut,
-    scores: Mapping[tuple[str, str], Sequence[float]],
-    own: Sequence[tuple[str, str]],
-    count: int,
+def most_disputed(
+    data: HeldOut, scores: Mapping[Cell, Sequence[float]], cells: Sequence[Cell], count: int
 ) -> list[int]:
-    """For each task the `count` first questions on which cells `own` differ the most in being right: not a fair sample."""
-    chosen = []
-    for task in dict.fromkeys(item.task for item in there.items):
-        numbers = [k for k, item in enumerate(there.items) if item.task == task]
-        spread = {
-            k: min(shares := [scores[cell][k] for cell in own].count(1), len(own) - shares)
-            for k in numbers
-        }
-        chosen += sorted(sorted(numbers, key=lambda k: -spread[k])[:count])
-    return chosen
+    """For each task the `count` first questions on which the cells differ the most in being right.
+
+    This is not a fair sample.
+    """
+
+    def dispute(k: int) -> int:
+        right_cells = [scores[cell][k] for cell in cells].count(1)
+        return min(right_cells, len(cells) - right_cells)
+
+    by_task: dict[str, list[int]] = {}
+    for k, question in enumerate(data.questions):
+        by_task.setdefault(question.task, []).append(k)
+    disputed = []
+    for indices in by_task.values():
+        indices.sort(key=dispute, reverse=True)  # stable: of equal ones the first
+        disputed += sorted(indices[:count])
+    return disputed
 
 
 def showcase(
-    there: HeldOut,
-    rows: Sequence[Row],
+    data: HeldOut,
+    rows: Sequence[MatrixRow],
     masks: Sequence[str],
-    scores: Mapping[tuple[str, str], Sequence[float]],
-    answers: Mapping[tuple[str, str], Sequence[str]],
+    scores: Mapping[Cell, Sequence[float]],
+    answers: Mapping[Cell, Sequence[str]],
     count: int,
 ) -> list[dict]:
-    """The questions to show, each with its pictures and the answers of every row's first run under every mask."""
+    """The questions to show, each with the answers of every row's first run under every mask."""
     own = [(row.runs[0], row.mask if row.mask in masks else masks[0]) for row in rows]
-    by_id = {str(row["id"]): row for row in there.rows}
-    found = []
-    for k in choose(there, scores, own, count):
-        item = there.items[k]
-        row = by_id[item.unit]
-        turn = [n for n, other in enumerate(there.items) if other.unit == item.unit].index(k)
-        asked = [n for n, message in enumerate(row["messages"]) if message["role"] == "assistant"][
-            turn
-        ]
-        parts = [
-            part
-            for message in row["messages"][:asked]
-            if not isinstance(message["content"], str)
-            for part in message["content"]
-        ]
-        shown = sum(part["type"] == "image" for part in parts)
-        found.append(
+    turns = [turn for _, turn in data.turns()]
+    samples = []
+    for k in most_disputed(data, scores, own, count):
+        question, turn = data.questions[k], turns[k]
+        images = [data_uri(open_image(image, data.image_root)) for image in turn.images]
+        answers_of: dict[str, dict[str, dict]] = {}
+        for row in rows:
+            answers_of[row.name] = {}
+            for mask in masks:
+                text = answers[row.runs[0], mask][k]
+                is_right = bool(right(text, question.reference))
+                answers_of[row.name][mask] = {"text": text, "right": is_right}
+        samples.append(
             {
-                "task": item.task,
-                "id": item.unit,
-                "turn": turn,
-                "question": item.text,
-                "reference": item.reference,
-                "images": [
-                    data_uri(open_image(image, there.image_root)) for image in row["images"][:shown]
-                ],
-                "answers": {
-                    each.name: {
-                        mask: {
-                            "text": answers[each.runs[0], mask][k],
-                            "right": bool(right(answers[each.runs[0], mask][k], item.reference)),
-                        }
-                        for mask in masks
-                    }
-                    for each in rows
-                },
+                "task": question.task,
+                "id": question.unit,
+                "turn": turn.index,
+                "question": question.text,
+                "reference": question.reference,
+                "images": images,
+                "answers": answers_of,
             }
         )
-    return found
+    return samples

@@ -2,7 +2,7 @@
 
 import sys
 
-from eval.merge_study.study import main
+from eval.merge_study.command import main
 
-if __name__ == "__main__":  # a worker process imports this module again
+if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 SHARES = {
-    "future": "attention on the future under {policy}\n(sum of a query's weights on its revealed keys)",
+    "future": "attention on the future under {policy}\n"
+    "(sum of a query's weights on its revealed keys)",
     "pooled": "what the merge pools of it\n(C$_i$, kernel size {kernel_size})",
 }
 DISTANCES = {
@@ -32,15 +33,8 @@ def _heat_map(axes: Axes, values: np.ndarray, title: str, top: float, colours: s
         for (layer, head), value in np.ndenumerate(values):
             red, green, blue, _ = image.cmap(image.norm(value))
             bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
-            axes.text(
-                head,
-                layer,
-                f"{value:.2f}",
-                ha="center",
-                va="center",
-                fontsize=9,
-                color="black" if bright else "white",
-            )
+            style = {"ha": "center", "va": "center", "color": "black" if bright else "white"}
+            axes.text(head, layer, f"{value:.2f}", fontsize=9, **style)
     return image
 
 
@@ -54,69 +48,42 @@ def _row(
     axes[0].figure.colorbar(image, ax=axes, label=label, pad=0.01, fraction=0.05)
 
 
-def _losses(axes: Axes, found: dict) -> None:
+def _losses(axes: Axes, result: dict) -> None:
     """Differences of loss to direct access, with their 95 % intervals."""
-    forms = [form for form in found["loss"] if form != "direct"]
+    forms = [form for form in result["loss"] if form != "direct"]
     for place, form in enumerate(forms):
-        part = found["loss"][form]["minus_direct"]
-        spread = [[part["mean"] - part["low"]], [part["high"] - part["mean"]]]
-        axes.errorbar(
-            [part["mean"]],
-            [place],
-            xerr=spread,
-            fmt="o",
-            color=COLOURS[form],
-            capsize=4,
-            markersize=7,
-        )
-        axes.annotate(
-            f"{part['mean']:+.3f}",
-            (part["mean"], place),
-            xytext=(0, 9),
-            textcoords="offset points",
-            ha="center",
-            fontsize=9,
-        )
+        part = result["loss"][form]["minus_direct"]
+        mean, style = part["mean"], {"fmt": "o", "capsize": 4, "markersize": 7}
+        spread = [[mean - part["low"]], [part["high"] - mean]]
+        axes.errorbar([mean], [place], xerr=spread, color=COLOURS[form], **style)
+        above = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{mean:+.3f}", (mean, place), fontsize=9, **above)
     axes.axvline(0, color=COLOURS["direct"], linewidth=1, linestyle="--")
     axes.set_yticks(range(len(forms)), forms)
     axes.set_ylim(len(forms) - 0.5, -0.7)
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("nats per answer token, 95 % interval")
-    axes.set_title(
-        f"loss above direct access\n(direct: {found['loss']['direct']['mean']:.3f})", fontsize=10
-    )
+    direct = result["loss"]["direct"]["mean"]
+    axes.set_title(f"loss above direct access\n(direct: {direct:.3f})", fontsize=10)
 
 
-def draw(found: dict, path: str | Path) -> None:
-    """Write the PNG. found: what `eval.merge_study.study.summarize` gives, with `mask`, `merge`, `checkpoint`, `dataset`, `rows`."""
-    maps = {name: np.asarray(values) for name, values in found["per_head"].items()}
+def draw(result: dict, path: str | Path) -> None:
+    """Write the PNG. result: the content of merge_study.json."""
+    maps = {name: np.asarray(values) for name, values in result["per_head"].items()}
     height = np.clip(1.4 + 0.42 * len(maps["future"]), 3.2, 5.5)  # inches of a row
     figure = Figure(figsize=(14, 2 * height + 0.8), dpi=130, layout="constrained")
     figure.suptitle(
-        f"{found['mask']} against direct access: {found['checkpoint']} on {found['rows']} rows of {Path(found['dataset']).name}, "
-        f"{found['queries']} queries that reveal something",
+        f"{result['mask']} against direct access: {result['checkpoint']} on {result['rows']} rows "
+        f"of {Path(result['dataset']).name}, {result['queries']} queries that reveal something",
         fontsize=12,
     )
     upper, lower = (part.subplots(1, 3) for part in figure.subfigures(2, 1))
-    names = {
-        "policy": found["mask"].removesuffix("+merge"),
-        "kernel_size": found["merge"]["kernel_size"],
-    }
+    names = {"policy": result["policy"], "kernel_size": result["merge"]["kernel_size"]}
     titles = {name: title.format(**names) for name, title in SHARES.items()}
-    _row(
-        list(upper[:2]),
-        {name: maps[name] for name in SHARES},
-        titles,
-        "viridis",
-        "attention, mean of queries",
-    )
-    _losses(upper[2], found)
-    _row(
-        list(lower),
-        {name: maps[name] for name in DISTANCES},
-        DISTANCES,
-        "magma",
-        r"$\|o - o_{direct}\| \;/\; \|o_{direct}\|$",
-    )
-    figure.savefig(path)
+    shares = {name: maps[name] for name in SHARES}
+    _row(list(upper[:2]), shares, titles, "viridis", "attention, mean of queries")
+    _losses(upper[2], result)
+    distances = {name: maps[name] for name in DISTANCES}
+    _row(list(lower), distances, DISTANCES, "magma", r"$\|o - o_{direct}\| \;/\; \|o_{direct}\|$")
+    figure.savefig(path, format="png")

@@ -1,1 +1,4 @@
-"""MileBench-compatible evaluation, after the behaviour of MileBench/MileBench at commit 9583e1f (see README.md)."""
+"""MileBench-compatible evaluation, after the behaviour of MileBench/MileBench.
+
+As of commit 9583e1f; see README.md.
+"""

@@ -1,11 +1,13 @@
-"""Answer MileBench's questions with a checkpoint, under its own policy or under several in one pass.
+"""Answer MileBench's questions with a checkpoint, under its own mask or under several in one pass.
 
-    python -m eval.milebench.generate --data DIR --model CHECKPOINT --out DIR [--tasks TQA ..] [--policy causal v2v+merge ..]
+    python -m eval.milebench.generate --data DIR --model CHECKPOINT --out DIR [--tasks TQA ..]
+        [--masks causal v2v+merge ..]
     accelerate launch --num_processes 8 -m eval.milebench.generate ...
 
-Written: <out>/<model>/<Dataset>/pred.json in MileBench's format, for `python -m eval.milebench.score`; with --policy a
-folder <model>+<policy> for each. The vision tower runs once for all policies. A run that is killed goes on where it
-stopped when the same command is given again. Decoding is greedy.
+Written: <out>/<model>/<Dataset>/pred.json in MileBench's format, for `python -m
+eval.milebench.score`; with --masks a folder <model>+<mask> for each. The vision tower runs once for
+all masks. A run that is killed goes on where it stopped when the same command is given again.
+Decoding is greedy.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -25,24 +27,23 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from eval.milebench.decoder import Decoder, Variant, variant
 from eval.milebench.fitting import Fitted, Fitter
 from eval.milebench.predictions import prediction_record
 from eval.milebench.progress import PREDICTIONS, RUN, TaskRun
 from eval.milebench.prompt import require_inputs
 from eval.milebench.tasks import Sample, Task, batches, read_task
+from eval.provenance import fingerprint
 from fmtrain.attention import BACKENDS
-from fmtrain.audit import TOLERANCE
-from fmtrain.checkpoint import base_of, is_adapter, load, recorded_policy
-from fmtrain.patch import VERSION
-from fmtrain.policies import get_policy
-
-BLOCK = 1 << 20  # bytes
+from fmtrain.checkpoint import base_of, is_adapter, load, recorded_mask
+from fmtrain.command_line import Parser, one_line
+from fmtrain.consistency import TOLERANCE
+from fmtrain.decoding import Decoder
+from fmtrain.masks import VERSION, Mask, parse_masks
 
 
 @dataclass(frozen=True)
 class Job:
-    """One task: its batches, and its run under each policy (by the policy's name)."""
+    """One task: its batches, and its run under each mask (by the suffix of the model's folder)."""
 
     task: Task
     batches: list[list[Sample]]
@@ -50,75 +51,70 @@ class Job:
 
 
 def read_tasks(data: Path, names: Sequence[str] | None, combined: int | None) -> list[Task]:
-    """The tasks of a data folder, checked down to their image files. Raises `ValueError` for the first thing amiss."""
+    """The tasks of a data folder, checked down to their image files.
+
+    Raises `ValueError` for the first thing amiss.
+    """
     if not data.is_dir():
         raise ValueError(f"{data}: no such data folder")
-    there = sorted(path.name for path in data.iterdir() if (path / f"{path.name}.json").is_file())
-    if not there:
+    known = sorted(path.name for path in data.iterdir() if (path / f"{path.name}.json").is_file())
+    if not known:
         raise ValueError(f"{data}: holds no <task>/<task>.json")
     for name in names or ():
-        if name not in there:
-            near = difflib.get_close_matches(name, there, n=1, cutoff=0)[0]
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
             raise ValueError(
-                f"unknown task {name!r}; the nearest in {data} is {near!r}, there are {', '.join(there)}"
+                f"unknown task {name!r}; the nearest in {data} is {near!r}, "
+                f"there are {', '.join(known)}"
             )
-    tasks = [read_task(data, name, combined) for name in dict.fromkeys(names or there)]
+    tasks = [read_task(data, name, combined) for name in dict.fromkeys(names or known)]
     for task in tasks:
         require_inputs(task, combined)
     return tasks
 
 
-def choose_variants(
+def masks_by_suffix(
     checkpoint: Path, names: Sequence[str] | None, merge_prefix: str, merge_kernel_size: int
-) -> dict[str, Variant]:
-    """{suffix of the model's folder: what to answer under}; without `names` what the checkpoint records, no suffix."""
-    if names:
-        return {f"+{name}": variant(name, merge_prefix, merge_kernel_size) for name in names}
-    known = recorded_policy(checkpoint)
-    if known is None:
-        raise ValueError(
-            f"{checkpoint}: its config.json records no policy; name one, e.g. --policy causal"
-        )
-    policy, merge = known
-    return {"": Variant(f"{policy}+merge" if merge else policy, get_policy(policy), merge)}
+) -> dict[str, Mask]:
+    """{suffix of the model's folder: mask}.
 
-
-def fingerprint(checkpoint: Path) -> str:
-    """Digest of a checkpoint's weights (of an adapter: and its base's): names, sizes, and 16 evenly spread blocks of each."""
-    digest = hashlib.sha256()
-    for folder in [checkpoint, *([Path(base_of(checkpoint))] if is_adapter(checkpoint) else [])]:
-        for path in sorted(
-            [
-                *folder.glob("*.safetensors"),
-                *folder.glob("*.bin"),
-                *folder.glob("adapter_config.json"),
-            ]
-        ):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode())
-            with path.open("rb") as file:
-                for start in sorted({max(size - BLOCK, 0) * k // 15 for k in range(16)}):
-                    file.seek(start)
-                    digest.update(file.read(BLOCK))
-    return digest.hexdigest()
-
-
-def plan(options: argparse.Namespace) -> tuple[list[Job], dict[str, Variant], int]:
-    """What there is to do, which policies, and the window. Reads only, so that every process can do it.
-
-    Raises `ValueError` for what is wrong with the data, the checkpoint, the policies and the output folder.
+    Without `names` what the checkpoint records, without a suffix.
     """
+    if names:
+        masks = parse_masks(names, prefix=merge_prefix, kernel_size=merge_kernel_size)
+        return {f"+{mask}": mask for mask in masks}
+    recorded = recorded_mask(checkpoint)
+    if recorded is None:
+        raise ValueError(
+            f"{checkpoint}: its config.json records no mask; name one, e.g. --masks causal"
+        )
+    return {"": recorded}
+
+
+def window_of(options: argparse.Namespace) -> int:
+    """Tokens for prompt and answer. Raises `ValueError` for more than the model has positions."""
+    source = base_of(options.model) if is_adapter(options.model) else options.model
+    longest = AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings
+    if options.window and options.window > longest:
+        raise ValueError(f"--window {options.window}: the model has {longest} positions")
+    return options.window or longest
+
+
+def plan(options: argparse.Namespace) -> tuple[list[Job], dict[str, Mask], int]:
+    """What there is to do, which masks, and the window. Reads only, so that every process can.
+
+    Raises `ValueError` for what is wrong with data, checkpoint, masks and output folder.
+    """
+    counts = options.max_new_tokens, options.batch_images, options.window, options.combine
+    if any(count is not None and count < 1 for count in counts):
+        raise ValueError("--max_new_tokens, --batch_images, --window and --combine are 1 or more")
     tasks = read_tasks(options.data, options.tasks, options.combine)
     if not options.model.is_dir():
         raise ValueError(f"{options.model}: no such checkpoint folder")
-    variants = choose_variants(
-        options.model, options.policy, options.merge_prefix, options.merge_kernel_size
+    masks = masks_by_suffix(
+        options.model, options.masks, options.merge_prefix, options.merge_kernel_size
     )
-    source = base_of(options.model) if is_adapter(options.model) else options.model
-    longest = AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings
-    window = options.window or longest
-    if window > longest:
-        raise ValueError(f"--window {window}: the model has {longest} positions")
+    window = window_of(options)
     settings = {
         "checkpoint": fingerprint(options.model),
         "mask_version": VERSION,
@@ -130,116 +126,143 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], dict[str, Variant], in
         "combine": options.combine,
     }
     packages = {name: version(name) for name in ("fmtrain", "torch", "transformers")}
-    name = options.name or options.model.resolve().name
-    jobs = []
+    about = {"model": str(options.model.resolve()), "versions": packages}
+    name, jobs = options.name or options.model.resolve().name, []
     for task in tasks:
-        runs = {}
-        for suffix, chosen in variants.items():
-            own = {
-                "policy": chosen.policy.name,
-                "merge": None if chosen.merge is None else asdict(chosen.merge),
-            }
-            own["data"] = hashlib.sha256(task.path.read_bytes()).hexdigest()
+        runs, digest = {}, hashlib.sha256(task.path.read_bytes()).hexdigest()
+        for suffix, mask in masks.items():
+            own = {"policy": mask.policy.name, "merge": mask.record()["merge"], "data": digest}
             folder = options.out / f"{name}{suffix}" / task.name
-            runs[suffix] = TaskRun(
-                folder,
-                {**settings, **own},
-                {"model": str(options.model.resolve()), "versions": packages},
-            )
+            run = TaskRun(folder, {**settings, **own}, about)
+            if options.overwrite or not run.check():
+                runs[suffix] = run
         jobs.append(Job(task, batches(task.samples, options.batch_images), runs))
-    return jobs, variants, window
+    return jobs, masks, window
 
 
 def answer_batch(
     decoder: Decoder,
     fitted: Sequence[Fitted],
-    variants: Sequence[Variant],
+    masks: Sequence[Mask],
     gen_kwargs: dict,
     verify: bool = False,
 ) -> list[list[str]]:
-    """The answers of one batch under each variant; the vision tower runs once.
+    """The answers of one batch under each mask; the vision tower runs once.
 
-    With `verify`, raises `ValueError` where teacher forcing does not re-derive an answer (by more than rounding).
+    With `verify`, raises `ValueError` where teacher forcing does not re-derive an answer (by more
+    than rounding).
     """
-    prompts = decoder.batch([(one.inputs, one.layout) for one in fitted])
-    found = []
-    for chosen in variants:
-        with decoder.under(chosen):
+    prompts, texts = decoder.prefill([sample.encoded for sample in fitted]), []
+    for mask in masks:
+        with decoder.under(mask):
             answers = decoder.answers(prompts, **gen_kwargs)
-            found.append([decoder.text(answer) for answer in answers])
+            texts.append([decoder.text(answer) for answer in answers])
             if not verify:
                 continue
-            for one, gaps in zip(fitted, decoder.shortfalls(prompts, answers)):
-                if max(gaps) > TOLERANCE[decoder.model.dtype]:
+            for sample, gaps in zip(fitted, decoder.shortfalls(prompts, answers)):
+                worst = max(gaps)
+                if worst > TOLERANCE[decoder.model.dtype]:
                     raise ValueError(
-                        f"sample {one.prompt.sample_id} under {chosen.name}: teacher forcing does not give token {gaps.index(max(gaps))} "
-                        f"of the answer (its logit is {max(gaps):.1e} of the largest too low)"
+                        f"sample {sample.prompt.sample_id} under {mask}: teacher forcing does not "
+                        f"give token {gaps.index(worst)} of the answer (its logit is {worst:.1e} "
+                        "of the largest too low)"
                     )
-    return found
+    return texts
+
+
+def pending(jobs: Sequence[Job], state: PartialState) -> list[tuple[Job, int, list[str]]]:
+    """This process's share of the batches that are not done: job, batch, suffixes of the masks."""
+    pending = []
+    for job in jobs:
+        done = {suffix: run.done() for suffix, run in job.runs.items()}
+        for k in range(len(job.batches)):
+            missing = [suffix for suffix in job.runs if k not in done[suffix]]
+            if missing:
+                pending.append((job, k, missing))
+    state.wait_for_everyone()  # all have read what is done before anyone writes
+    return pending[state.process_index :: state.num_processes]
 
 
 def generate(
     decoder: Decoder,
     fitter: Fitter,
     jobs: Sequence[Job],
-    variants: dict[str, Variant],
+    masks: dict[str, Mask],
     state: PartialState,
     combined: int | None = None,
     verify: bool = False,
 ) -> None:
-    """Answer this process's share of the batches that are not done, and write each down at once."""
+    """Answer this process's share of the batches, and write each down at once."""
     gen_kwargs = {
         "max_new_tokens": fitter.max_new_tokens,
         "min_new_tokens": 1,
         "do_sample": False,
         "num_beams": 1,
     }
-    done = [{suffix: run.done() for suffix, run in job.runs.items()} for job in jobs]
-    state.wait_for_everyone()  # all have read what is done before anyone writes
-    pending = [
-        (job, k, missing)
-        for job, known in zip(jobs, done)
-        for k in range(len(job.batches))
-        if (missing := [suffix for suffix in job.runs if k not in known[suffix]])
-    ]
-    share = pending[state.process_index :: state.num_processes]
+    share = pending(jobs, state)
     total = sum(len(job.batches[k]) for job, k, _ in share)
     with tqdm(total=total, unit="sample", disable=not state.is_main_process) as bar:
-        for job, k, missing in share:
+        for job, k, suffixes in share:
             bar.set_description(job.task.name)
             fitted = [fitter.fit(job.task, sample, combined) for sample in job.batches[k]]
-            notes = {
-                str(one.prompt.sample_id): one.prompt.notes for one in fitted if one.prompt.notes
-            }
-            texts = answer_batch(
-                decoder, fitted, [variants[suffix] for suffix in missing], gen_kwargs, verify
-            )
-            for suffix, answers in zip(missing, texts):
-                run = job.runs[suffix]
-                model_id = run.folder.parent.name
-                records = [
-                    prediction_record(one.prompt, answer, model_id, gen_kwargs)
-                    for one, answer in zip(fitted, answers)
-                ]
+            prompts = [sample.prompt for sample in fitted]
+            notes = {str(prompt.sample_id): prompt.notes for prompt in prompts if prompt.notes}
+            wanted = [masks[suffix] for suffix in suffixes]
+            texts = answer_batch(decoder, fitted, wanted, gen_kwargs, verify)
+            for suffix, answers in zip(suffixes, texts):
+                run, records = job.runs[suffix], []
+                for prompt, answer in zip(prompts, answers):
+                    model_id = run.folder.parent.name
+                    records.append(prediction_record(prompt, answer, model_id, gen_kwargs))
                 run.append(state.process_index, k, records, notes)
             bar.update(len(fitted))
 
 
 @contextmanager
 def one_line_errors(state: PartialState, everywhere: bool) -> Iterator[None]:
-    """Turn errors into one line and exit code 2; those that meet every process alike are told by one."""
+    """Turn errors into one line and exit code 2.
+
+    Those that meet every process alike are told by one.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
         if state.is_main_process or not everywhere:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
-def arguments_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.milebench.generate", description=__doc__.split("\n")[0]
-    )
+def run(
+    options: argparse.Namespace,
+    jobs: Sequence[Job],
+    masks: dict[str, Mask],
+    window: int,
+    state: PartialState,
+) -> None:
+    """Load the model, answer what is missing and put the predictions together."""
+    if state.is_main_process:
+        for job in jobs:
+            for task_run in job.runs.values():
+                task_run.start(clear=options.overwrite)
+    state.wait_for_everyone()
+    # Attached is a mask that needs our attention, if there is one.
+    first = max(masks.values(), key=lambda mask: mask.looks_ahead)
+    model, processor = load(str(options.model), first, backend=options.backend, dtype=options.dtype)
+    decoder = Decoder(model.to(state.device), processor)
+    fitter = Fitter(processor, window, options.max_new_tokens)
+    generate(decoder, fitter, jobs, masks, state, options.combine, options.verify)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    for job in jobs:
+        for task_run in job.runs.values():
+            noted = task_run.finish(job.batches)
+            remark = f", {noted} with notes in {RUN}" if noted else ""
+            print(f"{task_run.folder / PREDICTIONS}: {len(job.task.samples)} samples{remark}")
+
+
+def arguments_parser() -> Parser:
+    parser = Parser("python -m eval.milebench.generate", __doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json")
     add(
@@ -251,16 +274,14 @@ def arguments_parser() -> argparse.ArgumentParser:
     )
     add("--out", type=Path, required=True, metavar="DIR")
     add("--tasks", nargs="+", metavar="TASK", help="default: every task in --data")
-    add(
-        "--policy", nargs="+", metavar="POLICY[+merge]", help="default: what the checkpoint records"
-    )
+    add("--masks", nargs="+", metavar="POLICY[+merge]", help="default: what the checkpoint records")
     add(
         "--merge_prefix",
         default="1",
         metavar="N",
-        help="of +merge in --policy: a count (4) or a fraction of the prefill (0.1)",
+        help="of +merge in --masks: a count (4) or a fraction of the prefill (0.1)",
     )
-    add("--merge_kernel_size", type=int, default=3, metavar="K", help="of +merge in --policy")
+    add("--merge_kernel_size", type=int, default=3, metavar="K", help="of +merge in --masks")
     add("--max_new_tokens", type=int, default=512, metavar="N")
     add(
         "--batch_images",
@@ -269,97 +290,32 @@ def arguments_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="images in a batch; MileBench takes 1 for MMCoQA and GPR1200",
     )
-    add(
-        "--window",
-        type=int,
-        metavar="N",
-        help="tokens for prompt and answer; default: the model's positions",
-    )
-    add(
-        "--combine",
-        type=int,
-        metavar="N",
-        help="show at most N combined images (see eval.milebench.combine)",
-    )
+    add("--window", type=int, metavar="N", help="tokens for prompt and answer; default: all")
+    add("--combine", type=int, metavar="N", help="show at most N combined images")
     add("--name", help="of the model in --out; default: the checkpoint's folder name")
     add("--backend", choices=BACKENDS, default="sdpa")
-    add(
-        "--dtype",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="auto: the checkpoint's",
-    )
-    add(
-        "--verify", action="store_true", help="stop if teacher forcing does not re-derive an answer"
-    )
-    add(
-        "--overwrite",
-        action="store_true",
-        help="discard predictions that are in --out for these tasks",
-    )
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    add("--dtype", choices=dtypes, default="auto", help="auto: the checkpoint's")
+    add("--verify", action="store_true", help="stop if teacher forcing gives another answer")
+    add("--overwrite", action="store_true", help="discard predictions of these tasks in --out")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     options = arguments_parser().parse_args(arguments)
-    on_cpu = (
-        os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-        or not torch.accelerator.is_available()
-    )
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    on_cpu = wants_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # processes wait for the slowest
     with one_line_errors(state, everywhere=True):
-        if (
-            min(
-                options.max_new_tokens,
-                options.batch_images,
-                options.window or 1,
-                options.combine or 1,
-            )
-            < 1
-        ):
-            raise ValueError(
-                "--max_new_tokens, --batch_images, --window and --combine are 1 or more"
-            )
-        jobs, variants, window = plan(options)
-        jobs = [
-            replace(
-                job,
-                runs={
-                    s: run for s, run in job.runs.items() if options.overwrite or not run.check()
-                },
-            )
-            for job in jobs
-        ]
-        runs = [run for job in jobs for run in job.runs.values()]
-    if not runs:
+        jobs, masks, window = plan(options)
+    if not any(job.runs for job in jobs):
         if state.is_main_process:
             print(f"nothing to do: all predictions are in {options.out}")
         return 0
     state.wait_for_everyone()  # all have checked the folders before they change
     with one_line_errors(state, everywhere=False):
-        if state.is_main_process:
-            for run in runs:
-                run.start(clear=options.overwrite)
-        state.wait_for_everyone()
-        first = max(
-            variants.values(), key=lambda one: bool(one.policy.reveals)
-        )  # one that needs our attention
-        model, processor = load(
-            str(options.model), options.backend, first.policy, first.merge, options.dtype
-        )
-        decoder, fitter = (
-            Decoder(model.to(state.device), processor),
-            Fitter(processor, window, options.max_new_tokens),
-        )
-        generate(decoder, fitter, jobs, variants, state, options.combine, options.verify)
-        state.wait_for_everyone()
-        if state.is_main_process:
-            for job in jobs:
-                for run in job.runs.values():
-                    noted = run.finish(job.batches)
-                    remark = f", {noted} with notes in {RUN}" if noted else ""
-                    print(f"{run.folder / PREDICTIONS}: {len(job.task.samples)} samples{remark}")
+        run(options, jobs, masks, window, state)
     state.destroy_process_group()
     return 0
 

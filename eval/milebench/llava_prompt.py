@@ -1,6 +1,9 @@
-"""The prompt as MileBench's LLaVA worker feeds it to the model: a Llama-2 chat template, even for Vicuna models (Q21).
+"""The prompt as MileBench's LLaVA worker feeds it to the model.
 
-Only for reproducing MileBench's own LLaVA numbers: all else goes through `fmtrain.data.encode` and the model's template.
+It is a Llama-2 chat template, even for Vicuna models (Q21).
+
+Only for reproducing MileBench's own LLaVA numbers: all else goes through `fmtrain.data.encode` and
+the model's template.
 """
 
 from collections.abc import Sequence
@@ -10,15 +13,17 @@ from eval.milebench.prompt import PLACE, Tokenizer
 IMAGE_INDEX = -200  # LLaVA's mark for an image among the ids
 
 _SYSTEM = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
 )
 
 
 def llava_prompt(text: str, start_end: bool = False) -> str:
-    """Text with `<ImageHere>` -> the whole prompt with `<image>`; start_end: the model's `mm_use_im_start_end`.
+    """Text with `<ImageHere>` -> the whole prompt with `<image>`.
 
-    Each pair of adjacent places gets a newline after both; a third in a row gets none before the next pair.
+    start_end: the model's `mm_use_im_start_end`. Each pair of adjacent places gets a newline after
+    both; a third in a row gets none before the next pair.
     """
     image = "<im_start><image><im_end>" if start_end else "<image>"
     text = text.replace(PLACE * 2, f"{PLACE}\n{PLACE}\n").replace(PLACE, image)
@@ -26,7 +31,10 @@ def llava_prompt(text: str, start_end: bool = False) -> str:
 
 
 def llava_input_ids(prompt: str, tokenizer: Tokenizer, bos_id: int) -> list[int]:
-    """Ids of a prompt: BOS, then every text around `<image>` encoded by itself, with `IMAGE_INDEX` in between."""
+    """Ids of a prompt: BOS, then every text around `<image>` encoded by itself.
+
+    `IMAGE_INDEX` is in between.
+    """
     pieces: Sequence[str] = prompt.split("<image>")
     ids = [bos_id]
     for i, piece in enumerate(pieces):

@@ -1,7 +1,8 @@
-"""The score of each prediction, by the four scorers of MileBench, as MileBench computes it or repaired.
+"""The score of each prediction, by the four scorers of MileBench, repaired or as it has them.
 
-multi-choice: 1 if the option read from the answer is the right one. rouge-l: F. needle-token: 1 if the gold answer is a
-token of the prediction. needle-substring (MMCoQA): 1 if it is a substring. README.md lists what the repair changes.
+multi-choice: 1 if the option read from the answer is the right one. rouge-l: F. needle-token: 1 if
+the gold answer is a token of the prediction. needle-substring (MMCoQA): 1 if it is a substring.
+README.md lists what the repair changes.
 """
 
 import re
@@ -22,8 +23,8 @@ LEVELS = ("Few", "Medium", "Many")
 class Scored:
     """One prediction's score, a fraction (an integer for accuracies), and its record.
 
-    `extracted` is the label read from a multiple-choice answer ("" for none); `detail` the record of
-    pred_with_extracted.json. Both are None for other scorers.
+    `extracted` is the label read from a multiple-choice answer ("" for none); `detail` the record
+    of pred_with_extracted.json. Both are None for other scorers.
     """
 
     sample: Sample
@@ -34,7 +35,7 @@ class Scored:
 
     @property
     def level(self) -> str:
-        """Image-quantity bin, by the number of the annotation's images (the field of that name is not used, Q12)."""
+        """Image-quantity bin, by the number of the annotation's images (not its field, Q12)."""
         return image_level(len(self.sample.images))
 
 
@@ -60,7 +61,10 @@ def image_level(n_images: int) -> str:
 def score_task(
     task: Task, records: Sequence[Record], path: Path, original: bool = False
 ) -> ScoredTask:
-    """Score the predictions `records` of `path`. Raises ValueError naming file and sample, as where MileBench fails."""
+    """Score the predictions `records` of `path`.
+
+    Raises ValueError naming file and sample, as where MileBench fails.
+    """
     scorer = task.scorer
     score = {MULTI_CHOICE: _score_choice, ROUGE_L: _score_rouge}.get(scorer, _score_needle)
     scored = []
@@ -77,7 +81,10 @@ def score_task(
 
 
 def needle_original(gold: str, answer: str, whole_token: bool) -> int:
-    """MileBench's rule on normalised texts: gold is a blank-separated token, or any substring (Q13)."""
+    """MileBench's rule on normalised texts (Q13).
+
+    Gold is a blank-separated token, or any substring.
+    """
     return int(gold in (answer.split() if whole_token else answer))
 
 
@@ -153,5 +160,8 @@ def _score_choice(task: Task, sample: Sample, record: Record, original: bool) ->
 def _same_option(
     raw: Sequence[str], choices: Sequence[str], picked: int, raw_gold: str, gold: str
 ) -> bool:
-    """Is the picked option the right one? Options that normalise alike are one option, unless to nothing (Q7)."""
+    """Is the picked option the right one?
+
+    Options that normalise alike are one option, unless to nothing (Q7).
+    """
     return raw[picked] == raw_gold if not gold else choices[picked] == gold

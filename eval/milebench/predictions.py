@@ -1,7 +1,7 @@
-"""pred.json in MileBench's format: writing it, reading it, and matching its records with the samples of a task.
+"""pred.json in MileBench's format: writing it, reading it, and matching it with a task's samples.
 
-    [{"sample_id", "image": [paths shown], "question": prompt, "gt_response", "gen_model_id", "pred_response",
-      "gen_kwargs"}]
+    [{"sample_id", "image": [paths shown], "question": prompt, "gt_response", "gen_model_id",
+      "pred_response", "gen_kwargs"}]
 
 Scoring needs `sample_id`, `gt_response` and `pred_response` only.
 """
@@ -38,7 +38,10 @@ def predictions_json(records: Sequence[Record]) -> str:
 
 
 def read_predictions(path: Path) -> list[Record]:
-    """Records of a pred.json. Raises ValueError naming file and record for anything that scoring cannot use."""
+    """Records of a pred.json.
+
+    Raises ValueError naming file and record for anything that scoring cannot use.
+    """
     records = read_json(path)
     if not isinstance(records, list) or not records:
         raise ValueError(f"{path}: not a list of predictions")
@@ -54,8 +57,9 @@ def match_predictions(
 ) -> list[tuple[Sample, Record]]:
     """Each record with its sample, in the order of the records.
 
-    As in MileBench a record's id must be an integer with `original`; otherwise "12" is 12 too (Q20), and the record
-    must carry the annotation's answer. Raises ValueError for a doubled, unknown or missing sample id.
+    As in MileBench a record's id must be an integer with `original`; otherwise "12" is 12 too
+    (Q20), and the record must carry the annotation's answer. Raises ValueError for a doubled,
+    unknown or missing sample id.
     """
     samples = {sample.number: sample for sample in task.samples}
     rows: dict[int, int] = {}
@@ -67,7 +71,8 @@ def match_predictions(
             )
         if number not in samples:
             raise ValueError(
-                f"{path}: sample {number} (record {row}) is not in {task.path} ({len(samples)} samples)"
+                f"{path}: sample {number} (record {row}) is not in {task.path} "
+                f"({len(samples)} samples)"
             )
         rows[number] = row
     missing = [number for number in samples if number not in rows]
@@ -80,8 +85,8 @@ def match_predictions(
     for sample, record in pairs:
         if not original and record["gt_response"] != str(sample.response):
             raise ValueError(
-                f"{path}: sample {sample.number}: gt_response {record['gt_response']!r} is not the answer of "
-                f"{task.path}, {str(sample.response)!r}"
+                f"{path}: sample {sample.number}: gt_response {record['gt_response']!r} is not the "
+                f"answer of {task.path}, {str(sample.response)!r}"
             )
     return pairs
 

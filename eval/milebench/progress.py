@@ -1,11 +1,12 @@
-"""The folder of one task's predictions while they are made: nothing is lost to a killed run, and nothing is doubled.
+"""The folder of one task's predictions while they are made.
 
-    <out>/<model>/<Dataset>/run.json               what the predictions depend on, versions, and notes on prompts
-    <out>/<model>/<Dataset>/progress.<rank>.jsonl  one line for each finished batch, appended by one process
-    <out>/<model>/<Dataset>/pred.json              all predictions, moved into place when the last batch is done
+    <out>/<model>/<Dataset>/run.json               what the predictions depend on, and notes
+    <out>/<model>/<Dataset>/progress.<rank>.jsonl  a line for each finished batch of one process
+    <out>/<model>/<Dataset>/pred.json              all predictions, when the last batch is done
 
-A batch is the unit: it is always made of the same samples, so that neither a restart nor the number of processes
-changes what is padded with what. A line that a kill has torn is not JSON, and its batch is made again.
+Nothing is lost to a killed run, and nothing is doubled. A batch is the unit: it is always made of
+the same samples, so that neither a restart nor the number of processes changes what is padded with
+what. A line that a kill has torn is not JSON, and its batch is made again.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 from eval.milebench.predictions import Record, predictions_json
 from eval.milebench.tasks import Sample, read_json
+from fmtrain.command_line import write_whole
 
 PREDICTIONS, RUN = "pred.json", "run.json"
 
@@ -25,59 +27,62 @@ Done = dict[int, dict[str, Any]]  # {index of a batch: its line}
 
 @dataclass(frozen=True)
 class TaskRun:
-    """One task under one policy. settings: all that the predictions depend on; about: what else is worth recording."""
+    """One task under one mask.
+
+    settings: all that the predictions depend on; about: what else is worth recording.
+    """
 
     folder: Path
     settings: Mapping[str, Any]
     about: Mapping[str, Any]
 
     def check(self) -> bool:
-        """Whether the task is finished. Raises `ValueError` for a folder that holds predictions made in another way."""
-        found = self.folder / RUN
-        if not found.is_file():
+        """Whether the task is finished.
+
+        Raises `ValueError` for a folder that holds predictions made in another way.
+        """
+        path = self.folder / RUN
+        if not path.is_file():
             if (self.folder / PREDICTIONS).exists():
                 raise ValueError(
-                    f"{self.folder / PREDICTIONS}: is not from here (there is no {RUN}); use --overwrite or another --out"
+                    f"{self.folder / PREDICTIONS}: is not from here (there is no {RUN}); "
+                    "use --overwrite or another --out"
                 )
             return False
-        before = read_json(found).get("settings", {})
-        differing = [
-            key for key in {**before, **self.settings} if before.get(key) != self.settings.get(key)
-        ]
-        if differing:
-            key = differing[0]
-            raise ValueError(
-                f"{self.folder}: was made with {key} {before.get(key)!r}, not {self.settings.get(key)!r}; use --overwrite or another "
-                f"--out or --name"
-            )
+        before = read_json(path).get("settings", {})
+        for key in {**before, **self.settings}:
+            if before.get(key) != self.settings.get(key):
+                raise ValueError(
+                    f"{self.folder}: was made with {key} {before.get(key)!r}, not "
+                    f"{self.settings.get(key)!r}; use --overwrite or another --out or --name"
+                )
         return (self.folder / PREDICTIONS).is_file()
 
     def start(self, clear: bool = False) -> None:
-        """Make the folder, and say in it what the predictions will depend on. clear: remove what an earlier run left."""
+        """Make the folder, and say in it what the predictions will depend on.
+
+        clear: remove what an earlier run left.
+        """
         try:
             if clear:
-                for path in [
-                    self.folder / PREDICTIONS,
-                    *self.folder.glob("progress.*.jsonl"),
-                    self.folder / RUN,
-                ]:
-                    path.unlink(missing_ok=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write(RUN, json.dumps({"settings": self.settings, **self.about}, indent=1))
+                (self.folder / PREDICTIONS).unlink(missing_ok=True)
+                (self.folder / RUN).unlink(missing_ok=True)
+                self._drop_progress()
+            self._write_run()
         except OSError as error:
             raise ValueError(f"{self.folder}: cannot be written ({error.strerror})") from error
 
     def done(self) -> Done:
         """The finished batches."""
-        found: Done = {}
+        done: Done = {}
         for path in sorted(self.folder.glob("progress.*.jsonl")):
             for line in path.read_bytes().split(b"\n"):
                 try:
                     entry = json.loads(line)
                 except ValueError:  # torn, or empty
                     continue
-                found[entry["batch"]] = entry
-        return found
+                done[entry["batch"]] = entry
+        return done
 
     def append(
         self, rank: int, batch: int, records: Sequence[Record], notes: Mapping[str, Sequence[str]]
@@ -85,35 +90,31 @@ class TaskRun:
         """Write a finished batch down, on disk before this returns."""
         line = json.dumps({"batch": batch, "records": records, "notes": notes})
         with (self.folder / f"progress.{rank}.jsonl").open("ab") as file:
-            file.write(f"\n{line}\n".encode())  # the first newline ends a line that a kill has torn
+            # The first newline ends a line that a kill has torn.
+            file.write(f"\n{line}\n".encode())
             file.flush()
             os.fsync(file.fileno())
 
     def finish(self, batches: Sequence[Sequence[Sample]]) -> int:
-        """Put pred.json together, in MileBench's order, and drop the progress; returns the number of samples with notes."""
-        done = self.done()
-        records, notes = [], {}
+        """Put pred.json together, in MileBench's order, and drop the progress.
+
+        Returns the number of samples with notes.
+        """
+        done, records, notes = self.done(), [], {}
         for k, samples in enumerate(batches):
-            assert k in done and [record["sample_id"] for record in done[k]["records"]] == [
-                sample.sample_id for sample in samples
-            ]
+            ids = [record["sample_id"] for record in done[k]["records"]]
+            assert ids == [sample.sample_id for sample in samples]
             records += done[k]["records"]
             notes |= done[k]["notes"]
-        self._write(
-            RUN,
-            json.dumps(
-                {"settings": self.settings, **self.about, "notes": notes},
-                indent=1,
-                ensure_ascii=False,
-            ),
-        )
-        self._write(PREDICTIONS, predictions_json(records))
-        for path in self.folder.glob("progress.*.jsonl"):
-            path.unlink()
+        self._write_run(notes=notes)
+        write_whole(self.folder / PREDICTIONS, predictions_json(records))
+        self._drop_progress()
         return len(notes)
 
-    def _write(self, name: str, text: str) -> None:
-        """Write a file in full beside its place, then move it there."""
-        staged = self.folder / f".{name}.tmp"
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, self.folder / name)
+    def _write_run(self, **more) -> None:
+        record = {"settings": self.settings, **self.about, **more}
+        write_whole(self.folder / RUN, json.dumps(record, indent=1, ensure_ascii=False))
+
+    def _drop_progress(self) -> None:
+        for path in self.folder.glob("progress.*.jsonl"):
+            path.unlink()

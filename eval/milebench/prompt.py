@@ -1,11 +1,11 @@
 """The prompt of one MileBench sample: its text, its images, and what of them fits into the window.
 
-Two ways to build it. `original=True` gives what MileBench at commit 9583e1f gives, oddities included. The default
-repairs them (Q14-Q17 and Q19 in README.md): images belong to places by index, a mismatch is reported, and everything
-that takes room in the window is subtracted.
+Two ways to build it. `original=True` gives what MileBench at commit 9583e1f gives, oddities
+included. The default repairs them (Q14-Q17 and Q19 in README.md): images belong to places by index,
+a mismatch is reported, and everything that takes room in the window is subtracted.
 
-Both cut from the left, so that instruction and question survive: pieces are kept from the last to the first while they
-fit; only the last piece of text is ever cut inside.
+Both cut from the left, so that instruction and question survive: pieces are kept from the last to
+the first while they fit; only the last piece of text is ever cut inside.
 """
 
 import os
@@ -17,9 +17,7 @@ from typing import Any, Protocol
 from eval.milebench.choices import label
 from eval.milebench.tasks import Sample, Task
 
-PLACE = (
-    "<ImageHere>"  # stands for an image in MileBench's prompts, and in the `question` of pred.json
-)
+PLACE = "<ImageHere>"  # an image in MileBench's prompts, and in the `question` of pred.json
 
 _REFERENCE = re.compile(r"\{(?:image|table)#([0-9]+)\}")
 
@@ -36,11 +34,12 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """Room for a prompt, in tokens: `length` in all, `per_image` for an image (or for each of the sample's images),
-    `overhead` for everything else.
+    """Room for a prompt, in tokens.
 
-    The overhead is what the caller puts around the prompt: chat template, system text, BOS, and room for the answer.
-    MileBench has no such term (Q17), and one cost for all images, so `original=True` takes neither.
+    `length` in all, `per_image` for an image (or for each of the sample's images), `overhead` for
+    everything else. The overhead is what the caller puts around the prompt: chat template, system
+    text, BOS, and room for the answer. MileBench has no such term (Q17), and one cost for all
+    images, so `original=True` takes neither.
     """
 
     length: int
@@ -50,7 +49,11 @@ class Window:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `pieces`: text, or None where the next of `images` (paths) stands. `notes`: what was found amiss."""
+    """One prompt.
+
+    `pieces`: text, or None where the next of `images` (paths) stands. `notes`: what was found
+    amiss.
+    """
 
     sample_id: int | str
     pieces: tuple[str | None, ...]
@@ -66,18 +69,20 @@ class Prompt:
     def messages(self) -> list[dict[str, Any]]:
         """The prompt as a dialogue of one user turn with typed content parts, to go with `images`.
 
-        Raises ValueError when places and images differ in number, which only `original=True` lets happen (Q16).
+        Raises ValueError when places and images differ in number, which only `original=True` lets
+        happen (Q16).
         """
         places = self.pieces.count(None)
         if places != len(self.images):
             raise ValueError(
                 f"sample {self.sample_id}: {places} places for {len(self.images)} images"
             )
-        parts = [
-            {"type": "image"} if piece is None else {"type": "text", "text": piece}
-            for piece in self.pieces
-            if piece != ""
-        ]
+        parts = []
+        for piece in self.pieces:
+            if piece is None:
+                parts.append({"type": "image"})
+            elif piece:
+                parts.append({"type": "text", "text": piece})
         return [{"role": "user", "content": parts}]
 
 
@@ -89,10 +94,13 @@ def build_prompt(
     combined: int | None = None,
     original: bool = False,
 ) -> Prompt:
-    """Prompt of a sample. `combined` N: its images come as (at most N) combined images in front of the text.
+    """Prompt of a sample.
 
-    Raises ValueError naming file, sample and numbers for an instruction id out of range, for combined images that are
-    missing, and for an overhead or several costs of images in original mode.
+    `combined` N: its images come as (at most N) combined images in front of the text.
+
+    Raises ValueError naming file, sample and numbers for an instruction id out of range, for
+    combined images that are missing, and for an overhead or several costs of images in original
+    mode.
     """
     instruction = task.instruction(sample, original)
     if original and window.overhead:
@@ -108,7 +116,10 @@ def build_prompt(
 
 
 def image_paths(task: Task, sample: Sample, combined: int | None = None) -> list[str]:
-    """Paths of all image files of a sample, or of its combined images, which lie beside the image folder."""
+    """Paths of all image files of a sample, or of its combined images.
+
+    Those lie beside the image folder.
+    """
     if combined is None:
         return [os.path.join(task.image_dir, name) for name in sample.images]
     folder = os.path.join(
@@ -118,7 +129,7 @@ def image_paths(task: Task, sample: Sample, combined: int | None = None) -> list
 
 
 def require_inputs(task: Task, combined: int | None = None) -> None:
-    """Check, before a model is loaded, that every sample has its instruction and every image file is there.
+    """Check, before a model is loaded, that every instruction and every image file is there.
 
     Raises ValueError naming the first that is missing.
     """
@@ -140,12 +151,16 @@ def _combined_names(task: Task, sample: Sample, combined: int) -> tuple[str, ...
 
 
 def _choice_block(task: Task, sample: Sample, original: bool) -> str:
-    """The options, labelled (except for GPR1200), and the cue for the answer; nothing without a choice_list."""
+    """The options, labelled (except for GPR1200), and the cue for the answer.
+
+    Nothing without a choice_list.
+    """
     if sample.choices is None:
         return ""
     lines = [str(choice) for choice in sample.choices]
     if task.name != "GPR1200":
-        lines = [f"{chr(65 + i) if original else label(i)}. {line}" for i, line in enumerate(lines)]
+        labels = [chr(65 + i) if original else label(i) for i in range(len(lines))]
+        lines = [f"{name}. {line}" for name, line in zip(labels, lines)]
     return "\nChoice list: \n" + "\n".join(lines) + "\nYour answer is: "
 
 
@@ -153,7 +168,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-# --- repaired -------------------------------------------------------------------------------------------------------
+# --- repaired -------------------------------------------------------------------------------------
 
 _Piece = str | int  # text, or the index of an image
 
@@ -166,54 +181,66 @@ def _build_fixed(
     window: Window,
     combined: int | None,
 ) -> Prompt:
-    """Images by index. Text that is not cut stays as written; a window without room for more holds the instruction."""
+    """Images by index.
+
+    Text that is not cut stays as written; a window without room for more holds the instruction.
+    """
     context = sample.context + _choice_block(task, sample, original=False)
     paths = image_paths(task, sample, combined)
-    head: list[_Piece]
+    head: list[_Piece] = [f"{instruction}\n"]
     if combined is None:
-        head, (pieces, notes) = [f"{instruction}\n"], _pieces_by_index(context, len(paths))
+        pieces, notes = _pieces_by_index(context, len(paths))
     else:
-        head, pieces, notes = (
-            [*range(len(paths)), f"\n{instruction}\n"],
-            [_by_number(context, len(sample.images))],
-            [],
-        )
+        head = [*range(len(paths)), f"\n{instruction}\n"]
+        pieces, notes = [_by_number(context, len(sample.images))], []
     if PLACE in context or PLACE in instruction:
         notes.append(f"the text itself holds {PLACE}")
     room = window.length - window.overhead - sum(_cost(piece, tokenizer, window) for piece in head)
     kept = _fit(pieces, tokenizer, window, room)
     if kept != pieces:
-        images = [sum(isinstance(piece, int) for piece in some) for some in (kept, pieces)]
         notes.append(
-            f"cut to the {room} tokens left of {window.length}: {images[0]} of {images[1]} images kept"
+            f"cut to the {room} tokens left of {window.length}: "
+            f"{len(_images(kept))} of {len(_images(pieces))} images kept"
         )
-    shown = [*head, *kept]
+    whole = [*head, *kept]
     return Prompt(
         sample_id=sample.sample_id,
-        pieces=tuple(None if isinstance(piece, int) else piece for piece in shown),
-        images=tuple(paths[piece] for piece in shown if isinstance(piece, int)),
+        pieces=tuple(None if isinstance(piece, int) else piece for piece in whole),
+        images=tuple(paths[index] for index in _images(whole)),
         response=str(sample.response),
         notes=tuple(notes),
     )
 
 
+def _images(pieces: Sequence[_Piece]) -> list[int]:
+    """The images among the pieces."""
+    return [piece for piece in pieces if isinstance(piece, int)]
+
+
 def _image_index(match: re.Match[str], n_images: int) -> int | None:
-    """Index (from 0) of the image that a reference like {image#3} or {table#3} names; None when there is none."""
+    """Index (from 0) of the image that a reference like {image#3} or {table#3} names.
+
+    None when there is none.
+    """
     number = int(match[1])
     return number - 1 if 1 <= number <= n_images and match[1] == str(number) else None
 
 
 def _by_number(context: str, n_images: int) -> str:
-    """The context of combined images: a reference becomes the caption that the combined image carries."""
-    return _REFERENCE.sub(
-        lambda m: m[0] if _image_index(m, n_images) is None else f"<Image {m[1]}> ", context
-    )
+    """The context of combined images: a reference becomes the caption that the image carries."""
+
+    def caption(match: re.Match[str]) -> str:
+        known = _image_index(match, n_images) is not None
+        return f"<Image {match[1]}> " if known else match[0]
+
+    return _REFERENCE.sub(caption, context)
 
 
 def _pieces_by_index(context: str, n_images: int) -> tuple[list[_Piece], list[str]]:
-    """The context cut at its references, and notes on those that do not go one to one with the images (Q16).
+    """The context cut at its references, and notes on those that do not fit the images (Q16).
 
-    A reference to no image stays as text; an image without a reference comes in front; one with several is shown again.
+    A reference to no image stays as text; an image without a reference comes in front; one with
+    several is shown again.
     """
     pieces: list[_Piece] = []
     used: list[int] = []
@@ -236,9 +263,8 @@ def _pieces_by_index(context: str, n_images: int) -> tuple[list[_Piece], list[st
     if unused:
         notes.append(f"images without a place, put in front: {[index + 1 for index in unused]}")
     if len(used) > len(set(used)):
-        notes.append(
-            f"images with several places: {sorted({index + 1 for index in used if used.count(index) > 1})}"
-        )
+        several = sorted({index + 1 for index in used if used.count(index) > 1})
+        notes.append(f"images with several places: {several}")
     return [*unused, *pieces], notes
 
 
@@ -249,7 +275,10 @@ def _cost(piece: _Piece, tokenizer: Tokenizer, window: Window) -> int:
 
 
 def _fit(pieces: Sequence[_Piece], tokenizer: Tokenizer, window: Window, room: int) -> list[_Piece]:
-    """Pieces kept from the right while they fit into `room` tokens. The last text is cut to its last tokens (Q15)."""
+    """Pieces kept from the right while they fit into `room` tokens.
+
+    The last text is cut to its last tokens (Q15).
+    """
     kept: list[_Piece] = []
     for piece in reversed(pieces):
         cost = _cost(piece, tokenizer, window)
@@ -265,7 +294,7 @@ def _fit(pieces: Sequence[_Piece], tokenizer: Tokenizer, window: Window, room: i
     return kept[::-1]
 
 
-# --- as MileBench ---------------------------------------------------------------------------------------------------
+# --- as MileBench ---------------------------------------------------------------------------------
 
 
 def _build_original(
@@ -276,7 +305,10 @@ def _build_original(
     window: Window,
     combined: int | None,
 ) -> Prompt:
-    """MileBench's text and images, oddities included: places are matched to images from the right, not by index."""
+    """MileBench's text and images, oddities included.
+
+    Places are matched to images from the right, not by index.
+    """
     context = sample.context + _choice_block(task, sample, original=True)
     for k in range(1, len(sample.images) + 1):
         mark = PLACE if combined is None else f"<Image {k}> "
@@ -320,11 +352,15 @@ def _walk_original(
 
 
 def _combined_paths_original(task: Task, sample: Sample, combined: int) -> list[str]:
-    """MileBench replaces the base name of the image folder wherever it occurs in the path (Q19), and takes one file."""
+    """MileBench takes one combined file.
+
+    It replaces the base name of the image folder wherever it occurs in the path (Q19).
+    """
     names = _combined_names(task, sample, combined)
     if len(names) != 1:
         raise ValueError(
-            f"{task.path}: sample {sample.sample_id}: MileBench takes 1 combined image, 'combined_{combined}_images' has {len(names)}"
+            f"{task.path}: sample {sample.sample_id}: MileBench takes 1 combined image, "
+            f"'combined_{combined}_images' has {len(names)}"
         )
     folder = task.image_dir.replace(os.path.basename(task.image_dir), f"combined_{combined}_images")
     return [os.path.join(folder, name) for name in names]

@@ -1,18 +1,21 @@
-"""Rouge-L as MileBench takes it from the PyPI package `rouge` 1.0.1: summary level, on sets of words."""
+"""Rouge-L as MileBench takes it from the PyPI package `rouge` 1.0.1.
+
+At summary level, on sets of words.
+"""
 
 from collections.abc import Sequence
 
-# `rouge` walks the table back by recursion. Under Python's limit of 1000 frames, less those of the callers, a walk of
-# more steps than this ends MileBench's evaluate.py with RecursionError (Q9).
+# `rouge` walks the table back by recursion. Under Python's limit of 1000 frames, less those of the
+# callers, a walk of more steps than this ends MileBench's evaluate.py with RecursionError (Q9).
 ORIGINAL_MAX_STEPS = 990
 
 
 def rouge_l(prediction: str, reference: str, max_steps: int | None = None) -> float:
     """F of Rouge-L for two normalised texts: f = 2PR / (P + R + 1e-8), P = |U| / n, R = |U| / m.
 
-    n and m are the numbers of distinct words of prediction and reference, U the union over all pairs of sentences (cut
-    at periods) of the words on a longest common subsequence. Raises ValueError when a text has no sentence, and when a
-    walk takes more than `max_steps` steps.
+    n and m are the numbers of distinct words of prediction and reference, U the union over all
+    pairs of sentences (cut at periods) of the words on a longest common subsequence. Raises
+    ValueError when a text has no sentence, and when a walk takes more than `max_steps` steps.
     """
     predicted, expected = _sentences(prediction), _sentences(reference)
     if not predicted or not expected:
@@ -42,19 +45,19 @@ def _common(reference: Sequence[str], prediction: Sequence[str], max_steps: int 
         for j, other in enumerate(prediction, 1):
             row.append(above[j - 1] + 1 if word == other else max(above[j], row[-1]))
         table.append(row)
-    found, i, j, steps = set(), len(reference), columns, 0
+    common, i, j, steps = set(), len(reference), columns, 0
     while i and j:
         steps += 1
         if max_steps is not None and steps > max_steps:
             raise ValueError(
-                f"Rouge-L: {len(reference)} reference words against {columns} take more than {max_steps} steps, where "
-                f"MileBench fails with RecursionError"
+                f"Rouge-L: {len(reference)} reference words against {columns} take more than "
+                f"{max_steps} steps, where MileBench fails with RecursionError"
             )
         if reference[i - 1] == prediction[j - 1]:
-            found.add(reference[i - 1])
+            common.add(reference[i - 1])
             i, j = i - 1, j - 1
         elif table[i - 1][j] > table[i][j - 1]:
             i -= 1
         else:
             j -= 1
-    return found
+    return common

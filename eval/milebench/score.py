@@ -1,18 +1,21 @@
 """Score MileBench predictions.
 
-    python -m eval.milebench.score --data DIR --predictions DIR --out DIR [--tasks TQA DocVQA ..] [--scoring original]
+    python -m eval.milebench.score --data DIR --predictions DIR --out DIR [--tasks TQA DocVQA ..]
+        [--scoring original]
 
---predictions is a model's folder (<Dataset>/pred.json) or a folder of such folders. Written, all or nothing:
+--predictions is a model's folder (<Dataset>/pred.json) or a folder of such folders. Written, all or
+nothing:
 
-    <out>/scores.json                                  ours: every score, n and 95 % interval, and the aggregates
-    <out>/result.json, result.csv                      as MileBench's score.py
-    <out>/<model>/<Dataset>/eval.json, eval_score.json, pred_with_extracted.json (multi-choice)    as its evaluate.py
-    <out>/<model>/<Dataset>/sample_scores.json         ours: the score of each sample as a number
+    <out>/scores.json                           ours: every score with n and 95 % interval
+    <out>/result.json, result.csv               as MileBench's score.py
+    <out>/<model>/<Dataset>/eval.json, eval_score.json, pred_with_extracted.json (multi-choice)
+                                                as its evaluate.py
+    <out>/<model>/<Dataset>/sample_scores.json  ours: the score of each sample as a number
 
-`--scoring original` gives MileBench's own numbers; `fixed` (default) repairs the defects that README.md lists.
+`--scoring original` gives MileBench's own numbers; `fixed` (default) repairs the defects that
+README.md lists.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -36,6 +39,7 @@ from eval.milebench.aggregate import (
 from eval.milebench.metrics import ScoredTask, score_task
 from eval.milebench.predictions import read_predictions
 from eval.milebench.tasks import DATASETS, read_task
+from fmtrain.command_line import Parser, guarded
 
 PREDICTIONS = "pred.json"
 
@@ -43,57 +47,55 @@ PREDICTIONS = "pred.json"
 def find_models(
     predictions: Path, tasks: Sequence[str] | None
 ) -> dict[str, tuple[Path, list[str]]]:
-    """{model: (its folder, names of its tasks)}; without `tasks`, every data set that has a pred.json.
+    """{model: (its folder, names of its tasks)}.
 
-    `predictions` is a model's folder or a folder of them. Raises ValueError when a pred.json is missing.
+    `predictions` is a model's folder or a folder of them. Without `tasks`, every data set that has
+    a pred.json. Raises ValueError when a pred.json is missing.
     """
     if not predictions.is_dir():
         raise ValueError(f"{predictions}: no such folder")
-    folders = (
-        [predictions]
-        if _tasks_in(predictions)
-        else sorted(path for path in predictions.iterdir() if path.is_dir())
-    )
-    found = {}
+    folders = [predictions]
+    if not _tasks_in(predictions):
+        folders = sorted(path for path in predictions.iterdir() if path.is_dir())
+    models = {}
     for folder in folders:
-        there = _tasks_in(folder)
-        if not there:
+        predicted = _tasks_in(folder)
+        if not predicted:
             continue
         for name in tasks or ():
-            if name not in there:
+            if name not in predicted:
                 raise ValueError(
-                    f"{folder / name / PREDICTIONS}: no such file ({len(there)} other tasks have predictions)"
+                    f"{folder / name / PREDICTIONS}: no such file "
+                    f"({len(predicted)} other tasks have predictions)"
                 )
-        found[folder.resolve().name if folder == predictions else folder.name] = (
-            folder,
-            list(tasks or there),
-        )
-    if not found:
+        model = folder.resolve().name if folder == predictions else folder.name
+        models[model] = (folder, list(tasks or predicted))
+    if not models:
         raise ValueError(
             f"{predictions}: holds neither <task>/{PREDICTIONS} nor <model>/<task>/{PREDICTIONS}"
         )
-    return found
+    return models
 
 
 def _tasks_in(folder: Path) -> list[str]:
-    """Names of the tasks that have predictions in a model's folder, in MileBench's order, others after them."""
+    """Names of the tasks that have predictions in a model's folder, MileBench's first."""
     names = sorted(path.parent.name for path in folder.glob(f"*/{PREDICTIONS}"))
-    return [name for name in DATASETS if name in names] + [
-        name for name in names if name not in DATASETS
-    ]
+    known = [name for name in DATASETS if name in names]
+    return known + [name for name in names if name not in DATASETS]
 
 
 def score_models(
     data: Path, models: Mapping[str, tuple[Path, Sequence[str]]], original: bool
 ) -> dict[str, list[ScoredTask]]:
     """Scored tasks of every model. Raises ValueError for the first file that cannot be scored."""
-    return {
-        model: [
-            score_task(read_task(data, name), read_predictions(path), path, original)
-            for name, path in ((name, folder / name / PREDICTIONS) for name in names)
-        ]
-        for model, (folder, names) in models.items()
-    }
+    scored: dict[str, list[ScoredTask]] = {}
+    for model, (folder, names) in models.items():
+        scored[model] = []
+        for name in names:
+            path = folder / name / PREDICTIONS
+            task = read_task(data, name)
+            scored[model].append(score_task(task, read_predictions(path), path, original))
+    return scored
 
 
 def render(
@@ -108,7 +110,7 @@ def render(
             files[f"{folder}/eval.json"] = json.dumps(evals[model][task.name])
             files[f"{folder}/eval_score.json"] = json.dumps(eval_score_json(task), indent=4)
             files[f"{folder}/sample_scores.json"] = json.dumps(sample_scores(task), indent=1)
-            details = [one.detail for one in task.scored if one.detail is not None]
+            details = [sample.detail for sample in task.scored if sample.detail is not None]
             if details:
                 files[f"{folder}/pred_with_extracted.json"] = json.dumps(details, indent=4)
     results = results_json(evals)
@@ -129,7 +131,10 @@ def render(
 
 
 def write_files(out: Path, files: Mapping[str, str]) -> None:
-    """Write all files under `out`, or none: they are written in full beside it first, then moved into place."""
+    """Write all files under `out`, or none.
+
+    They are written in full beside it first, then moved into place.
+    """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as staging:
@@ -150,24 +155,20 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
         ) from error
 
 
-def print_table(model: str, found: Mapping[str, Any], console: Console) -> None:
+def print_table(model: str, scores: Mapping[str, Any], console: Console) -> None:
     """One model's scores in percent with n and interval: tasks, then codes, groups and overall."""
     table = Table(title=f"MileBench: {model} (percent, 95 % interval)", title_justify="left")
     for heading in ("", "code", "metric"):
         table.add_column(heading)
     for heading in ("n", "score", "interval"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, part in found["tasks"].items():
+    for name, part in scores["tasks"].items():
         table.add_row(name, part["code"] or "", part["metric"], *_numbers(part))
     for key in ("codes", "groups", "overall"):
         table.add_section()
-        for name, part in found[key].items():
-            table.add_row(
-                name,
-                "",
-                f"mean, {len(part['missing'])} parts missing" if part["missing"] else "mean",
-                *_numbers(part),
-            )
+        for name, part in scores[key].items():
+            missing = f", {len(part['missing'])} parts missing" if part["missing"] else ""
+            table.add_row(name, "", f"mean{missing}", *_numbers(part))
     console.print(table)
 
 
@@ -179,45 +180,45 @@ def _numbers(part: Mapping[str, Any]) -> tuple[str, str, str]:
     )
 
 
+def score(
+    data: Path, predictions: Path, tasks: list[str] | None, out: Path, original: bool
+) -> None:
+    """Score predictions, write all files and print the tables."""
+    names = list(dict.fromkeys(tasks)) if tasks else None
+    models = score_models(data, find_models(predictions, names), original)
+    files, scores = render(models, original)
+    write_files(out, files)
+    console = Console()
+    for model, of_model in scores["models"].items():
+        print_table(model, of_model, console)
+        for name, part in of_model["tasks"].items():
+            if name in DATASETS and part["scorer"] != DATASETS[name].scorer:
+                console.print(
+                    f"note: {name} is scored by {part['scorer']}, "
+                    f"the paper's table has {DATASETS[name].scorer}"
+                )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.milebench.score", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json"
-    )
-    parser.add_argument(
+    parser = Parser("python -m eval.milebench.score", __doc__)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="folder of <task>/<task>.json")
+    add(
         "--predictions",
         type=Path,
         required=True,
         metavar="DIR",
         help="a model's folder, or one of several",
     )
-    parser.add_argument(
-        "--tasks", nargs="+", metavar="TASK", help="default: every task that has predictions"
+    add("--tasks", nargs="+", metavar="TASK", help="default: every task that has predictions")
+    add("--out", type=Path, required=True, metavar="DIR")
+    add("--scoring", choices=["fixed", "original"], default="fixed")
+    options = parser.parse_args(arguments)
+    original = options.scoring == "original"
+    return guarded(
+        lambda: score(options.data, options.predictions, options.tasks, options.out, original)
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--scoring", choices=["fixed", "original"], default="fixed")
-    args = parser.parse_args(arguments)
-    original = args.scoring == "original"
-    try:
-        tasks = list(dict.fromkeys(args.tasks)) if args.tasks else None
-        models = score_models(args.data, find_models(args.predictions, tasks), original)
-        files, scores = render(models, original)
-        write_files(args.out, files)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    console = Console()
-    for model, found in scores["models"].items():
-        print_table(model, found, console)
-        for name, part in found["tasks"].items():
-            if name in DATASETS and part["scorer"] != DATASETS[name].scorer:
-                console.print(
-                    f"note: {name} is scored by {part['scorer']}, the paper's table has {DATASETS[name].scorer}"
-                )
-    return 0
 
 
 if __name__ == "__main__":

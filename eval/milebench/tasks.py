@@ -4,28 +4,29 @@
     <data_dir>/<Dataset>/<Dataset>_combined_<N>.json     the same for N combined images a sample
     <data_dir>/<Dataset>/images/...                      image files, named relative to this folder
 
-Source of names, groups and formats: MileBench/MileBench at commit 9583e1f; of the codes: the paper (arXiv 2404.18532).
-A broken folder gives a `ValueError` of one line that names the file, the sample and the numbers.
+Source of names, groups and formats: MileBench/MileBench at commit 9583e1f; of the codes: the paper
+(arXiv 2404.18532). A broken folder gives a `ValueError` of one line that names the file, the sample
+and the numbers.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MULTI_CHOICE, ROUGE_L, NEEDLE_TOKEN, NEEDLE_SUBSTRING = (
-    "multi-choice",
-    "rouge-l",
-    "needle-token",
-    "needle-substring",
-)
+MULTI_CHOICE, ROUGE_L = "multi-choice", "rouge-l"
+NEEDLE_TOKEN, NEEDLE_SUBSTRING = "needle-token", "needle-substring"
 TEMPORAL, SEMANTIC, DIAGNOSTIC = "Realistic Temporal", "Realistic Semantic", "Diagnostic"
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a data set stands in the paper: task code, MileBench's group, and the scorer its annotation leads to."""
+    """Where a data set stands in the paper.
+
+    Its task code, MileBench's group, and the scorer its annotation leads to.
+    """
 
     code: str
     group: str
@@ -68,7 +69,10 @@ DATASETS: Mapping[str, Dataset] = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample of an annotation file, as it stands there; choices and response may be any JSON value."""
+    """One sample of an annotation file, as it stands there.
+
+    Choices and response may be any JSON value.
+    """
 
     sample_id: int | str
     instruction_id: int | str
@@ -98,7 +102,10 @@ class Task:
 
     @property
     def scorer(self) -> str:
-        """MileBench goes by the data set's name first, then by the question type; ValueError for an unknown type."""
+        """MileBench goes by the data set's name first, then by the question type.
+
+        Raises ValueError for an unknown type.
+        """
         if "NeedleInAHaystack" in self.name:
             return NEEDLE_TOKEN
         if "MMCoQA" in self.name:
@@ -111,7 +118,10 @@ class Task:
         return scorers[self.question_type]
 
     def instruction(self, sample: Sample, original: bool = False) -> str:
-        """Text of the sample's task instruction, or ValueError. In MileBench a negative id counts from the end."""
+        """Text of the sample's task instruction, or ValueError.
+
+        In MileBench a negative id counts from the end.
+        """
         key, table = sample.instruction_id, self.instructions
         if isinstance(table, Mapping):
             if key in table:
@@ -119,12 +129,16 @@ class Task:
         elif isinstance(key, int) and (-len(table) if original else 0) <= key < len(table):
             return table[key]
         raise ValueError(
-            f"{self.path}: sample {sample.sample_id}: task_instruction_id {key!r} is not among the {len(table)} entries of task_instruction"
+            f"{self.path}: sample {sample.sample_id}: task_instruction_id {key!r} is not among the "
+            f"{len(table)} entries of task_instruction"
         )
 
 
 def read_json(path: Path) -> Any:
-    """Content of a JSON file (UTF-8). Raises ValueError naming the file, and the line where the JSON breaks."""
+    """Content of a JSON file (UTF-8).
+
+    Raises ValueError naming the file, and the line where the JSON breaks.
+    """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -138,10 +152,11 @@ def read_json(path: Path) -> Any:
 
 
 def read_task(data_dir: Path, name: str, combined: int | None = None) -> Task:
-    """Read and check the annotation of data set `name`; with `combined` N the one of N combined images.
+    """Read and check the annotation of data set `name`.
 
-    For N = 1 that is the plain file, unless there is one of its own. Image files are not looked for: scoring does not
-    need them, `prompt.require_inputs` looks. Raises ValueError.
+    With `combined` N it is the one of N combined images. For N = 1 that is the plain file, unless
+    there is one of its own. Image files are not looked for: scoring does not need them,
+    `prompt.require_inputs` looks. Raises ValueError.
     """
     path = data_dir / name / f"{name}.json"
     if combined is not None:
@@ -164,7 +179,8 @@ def parse_task(document: Any, name: str, path: Path, image_dir: str) -> Task:
         sample = _parse_sample(entry, f"{path}: data[{row}]", path)
         if sample.number in first:
             raise ValueError(
-                f"{path}: sample {sample.number} occurs twice (data[{first[sample.number]}] and data[{row}])"
+                f"{path}: sample {sample.number} occurs twice "
+                f"(data[{first[sample.number]}] and data[{row}])"
             )
         first[sample.number] = row
         samples.append(sample)
@@ -174,14 +190,16 @@ def parse_task(document: Any, name: str, path: Path, image_dir: str) -> Task:
 
 
 def field(record: Any, key: str, kinds: type | tuple[type, ...], where: str) -> Any:
-    """record[key], of one of the JSON types `kinds` (a bool is no int). Raises ValueError starting with `where`."""
+    """record[key], of one of the JSON types `kinds` (a bool is no int).
+
+    Raises ValueError starting with `where`.
+    """
     if not isinstance(record, dict) or key not in record:
         raise ValueError(f"{where}: key {key!r} is missing")
     value = record[key]
     if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not object):
-        names = " or ".join(
-            kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))
-        )
+        each = kinds if isinstance(kinds, tuple) else (kinds,)
+        names = " or ".join(kind.__name__ for kind in each)
         raise ValueError(f"{where}: {key!r} is not {names} but {type(value).__name__}")
     return value
 
@@ -206,38 +224,38 @@ def _parse_sample(entry: Any, where: str, path: Path) -> Sample:
         raise ValueError(f"{where}: sample_id {sample_id!r} is not a whole number")
     where = f"{path}: sample {sample_id}"
     instance = field(entry, "task_instance", dict, where)
-    counts = [
-        key.split("_")[1]
-        for key in instance
-        if key.startswith("combined_") and key.endswith("_images")
-    ]
+    combined = {}
+    for key in instance:
+        match = re.fullmatch(r"combined_(\d+)_images", key)
+        if match:
+            combined[int(match[1])] = _names(instance, key, where)
+    choices = None
+    if "choice_list" in instance:
+        choices = tuple(field(instance, "choice_list", list, where))
     return Sample(
         sample_id=sample_id,
         instruction_id=field(entry, "task_instruction_id", (int, str), where),
         context=field(instance, "context", str, where),
         images=_names(instance, "images_path", where),
-        choices=tuple(field(instance, "choice_list", list, where))
-        if "choice_list" in instance
-        else None,
+        choices=choices,
         response=field(entry, "response", object, where),
         level=entry.get("image_quantity_level"),
-        combined={
-            int(n): _names(instance, f"combined_{n}_images", where) for n in counts if n.isdecimal()
-        },
+        combined=combined,
     )
 
 
 def batches(samples: Sequence[Sample], batch_images: int) -> list[list[Sample]]:
-    """MileBench's batches: grouped by number of images, at most `batch_images` images (at least one sample) in each.
+    """MileBench's batches: grouped by number of images, at most `batch_images` images in each.
 
-    Groups stand in the order of first appearance and keep the order of their samples. A sample without an image counts
-    as one image (MileBench divides by zero there).
+    A batch has at least one sample. Groups stand in the order of first appearance and keep the
+    order of their samples. A sample without an image counts as one image (MileBench divides by zero
+    there).
     """
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(len(sample.images), []).append(sample)
-    found = []
+    batches = []
     for n_images, group in groups.items():
         size = max(batch_images // max(n_images, 1), 1)
-        found += [group[start : start + size] for start in range(0, len(group), size)]
-    return found
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches

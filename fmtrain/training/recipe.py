@@ -165,7 +165,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     """The recipe of a YAML file, or one that is shipped under this name, with `--key value`
     overrides. Raises `ValueError`, in one line, for anything odd."""
     path = find(path)
-    values = read_mapping(path)
+    values = load_values(path)
     masking, data, training, model = arguments = _parsed(path, values, overrides)
     options = [option for option in overrides if option.startswith("--")]
     changed = {option.lstrip("-").split("=")[0].replace("-", "_") for option in options}
@@ -204,7 +204,7 @@ def find(name: str | os.PathLike) -> Path:
     bare = path.parent in (Path("."), Path("recipes")) and path.suffix in ("", ".yaml")
     if bare and path.stem in known:
         return known[path.stem]
-    near = _nearest(path.stem, known)
+    near = nearest(path.stem, known)
     raise ValueError(f"{name}: no such recipe; the nearest shipped one is {near!r}")
 
 
@@ -214,7 +214,7 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in folder.glob("*.yaml")}
 
 
-def read_mapping(path: str | os.PathLike) -> dict:
+def load_values(path: str | os.PathLike) -> dict:
     """The keys and values of a YAML file. Raises `ValueError` for anything else."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -236,7 +236,7 @@ def _parsed(path: Path, values: dict, overrides: list[str]) -> list:
     words = []
     for key, value in values.items():
         if key not in known:
-            near = _nearest(key, known)
+            near = nearest(key, known)
             raise ValueError(f"{path}: unknown key {key!r}; the nearest known one is {near!r}")
         if isinstance(value, list) and known[key].nargs is None:
             # report_to: a list in YAML, one value on the command line
@@ -250,7 +250,7 @@ def _parsed(path: Path, values: dict, overrides: list[str]) -> list:
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
     if unknown:
-        near = _nearest(unknown[0].lstrip("-").split("=")[0], known)
+        near = nearest(unknown[0].lstrip("-").split("=")[0], known)
         raise ValueError(f"unknown argument {unknown[0]!r}; the nearest known one is '--{near}'")
     return arguments
 
@@ -263,5 +263,5 @@ def _as_words(key: str, value) -> list[str]:
     return [f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}"]
 
 
-def _nearest(key: str, known: Iterable[str]) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
     return difflib.get_close_matches(key, known, n=1, cutoff=0)[0]

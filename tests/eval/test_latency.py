@@ -1,4 +1,7 @@
-"""Decoding after a merged prefill is ordinary decoding; the benchmarks run, and say what they measured. No test asserts a speed."""
+"""Decoding after a merged prefill is ordinary decoding; the benchmarks say what they measured.
+
+No test asserts a speed.
+"""
 
 import copy
 import json
@@ -8,9 +11,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from eval import latency, throughput
-from eval import subjects as bench_models
-from eval import timing as interleaved
+from eval import latency, subjects, throughput, timing
 from fmtrain import Merge, attach
 from fmtrain.attention import sdpa
 from fmtrain.data.encode import encode
@@ -22,12 +23,12 @@ SHORT = ["--size", "mini", "--rounds", "2", "--images", "1", "--words", "6"]
 
 @pytest.fixture
 def prompt(family):
-    """The first turn of a dialogue with three images, as generation feeds it, and the ids of an answer."""
+    """The first turn of a dialogue with three images, encoded as a prompt, and ids of an answer."""
     messages, images = families.dialogues()["three"]
     processor = families.processor(family)
     whole, _ = encode(processor, messages[:2], images)
-    inputs, layout = encode(processor, messages[:1], images, add_generation_prompt=True)
-    return inputs, layout, whole["input_ids"][:, inputs["input_ids"].shape[1] :]
+    encoded = encode(processor, messages[:1], images, add_generation_prompt=True)
+    return encoded, whole["input_ids"][:, encoded.layout.shape[1] :]
 
 
 @torch.no_grad()
@@ -44,13 +45,16 @@ def decode(model, ids: torch.Tensor, cache) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", LIGHT)
 def test_the_cache_of_a_merged_prefill_is_one_of_ordinary_decoding(family, name, model_of, prompt):
-    """An ordinary DynamicCache, of causal attention's keys and values (to the bit in the first layer, whose inputs no mask
-    has touched), on which the model with nothing attached decodes the same: nothing but the prefill knows of the policy."""
-    model, (inputs, layout, answer) = model_of(family), prompt
+    """An ordinary DynamicCache, of causal attention's keys and values, as nothing but the prefill
+    knows of the mask: the model with nothing attached decodes the same on it.
+
+    In the first layer, whose inputs no mask has touched, the cache is causal's to the bit.
+    """
+    model, (encoded, answer) = model_of(family), prompt
     with torch.no_grad():
-        plain = model(**copy.deepcopy(inputs), use_cache=True)
+        plain = model(**copy.deepcopy(encoded.inputs), use_cache=True)
         with attach(model, name, "sdpa", Merge()):
-            light = model(**copy.deepcopy(inputs), **layout.model_inputs(), use_cache=True)
+            light = model(**copy.deepcopy(encoded.kwargs()), use_cache=True)
             on_plain, on_light = (
                 copy.deepcopy(plain.past_key_values),
                 copy.deepcopy(light.past_key_values),
@@ -83,20 +87,20 @@ def test_the_cache_of_a_merged_prefill_is_one_of_ordinary_decoding(family, name,
     assert all(torch.allclose(ours.keys, theirs.keys, rtol=0, atol=1e-5) for ours, theirs in grown)
 
 
-# --- interleaved rounds ------------------------------------------------------------------------------------------------
+# --- interleaved rounds ---------------------------------------------------------------------------
 
 
 def test_a_ratio_is_paired_so_that_a_slow_round_slows_both():
-    ratio = interleaved.paired_ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0])
+    ratio = timing.paired_ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0])
     assert (ratio.median, ratio.low, ratio.high) == (2.0, 2.0, 2.0)
-    steps = interleaved.paired_ratio(
+    steps = timing.paired_ratio(
         [[1.0, 2.0], [3.0, 8.0]], [[1.0, 1.0], [1.0, 2.0]]
     )  # ratios 1 2 | 3 4
     assert (steps.median, steps.low, steps.high) == (2.5, 1.5, 3.5)  # a round is drawn whole
 
 
-def test_every_round_holds_every_variant_once():
-    orders = list(interleaved.shuffled(["a", "b", "c"], 20))
+def test_every_round_holds_every_setup_once():
+    orders = list(timing.shuffled(["a", "b", "c"], 20))
     assert (
         all(sorted(order) == ["a", "b", "c"] for order in orders)
         and len({order[0] for order in orders}) == 3
@@ -106,7 +110,7 @@ def test_every_round_holds_every_variant_once():
 def test_the_processor_clock_wants_one_thread(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with pytest.raises(ValueError, match="--threads 1"):
-        interleaved.Stopwatch(torch.device("cpu"), "cpu")
+        timing.Stopwatch(torch.device("cpu"), "cpu")
 
 
 def test_peak_memory_is_what_a_step_needs_above_what_is_held():
@@ -115,17 +119,17 @@ def test_peak_memory_is_what_a_step_needs_above_what_is_held():
     assert held[0] == 1 and 60 < used < 80
 
 
-# --- the commands ------------------------------------------------------------------------------------------------------
+# --- the commands ---------------------------------------------------------------------------------
 
 
 def test_latency_of_the_seven_variants(tmp_path, capsys):
     out = tmp_path / "made" / "latency.json"
     assert latency.main(["--model", "random", *SHORT, "--new_tokens", "3", "--out", str(out)]) == 0
-    found = json.loads(out.read_text())
-    (model,) = found["models"]
+    results = json.loads(out.read_text())
+    (model,) = results["models"]
     assert (
-        found["paper"] == "arXiv 2505.18605, Table 6"
-        and found["machine"]["versions"]["torch"] == torch.__version__
+        results["paper"] == "arXiv 2505.18605, Table 6"
+        and results["machine"]["versions"]["torch"] == torch.__version__
     )
     assert (model["visual_tokens"], model["new_tokens"], model["rounds"], model["class"]) == (
         4,
@@ -161,9 +165,9 @@ def test_latency_of_the_seven_variants(tmp_path, capsys):
 def test_latency_of_a_checkpoint_leaves_the_model_as_it_was(tmp_path, monkeypatch):
     families.model("llava_next").save_pretrained(tmp_path / "model")
     families.processor("llava_next").save_pretrained(tmp_path / "model")
-    seen, made = [], bench_models.subject
+    seen, made = [], subjects.subject
     monkeypatch.setattr(
-        bench_models, "subject", lambda *arguments: seen.append(made(*arguments)) or seen[-1]
+        subjects, "subject", lambda *arguments: seen.append(made(*arguments)) or seen[-1]
     )
     model = str(tmp_path / "model")
     assert (
@@ -174,7 +178,7 @@ def test_latency_of_a_checkpoint_leaves_the_model_as_it_was(tmp_path, monkeypatc
                 *SHORT,
                 "--new_tokens",
                 "2",
-                "--variants",
+                "--masks",
                 "v2v",
                 "--out",
                 str(tmp_path / "l.json"),
@@ -189,17 +193,16 @@ def test_latency_of_a_checkpoint_leaves_the_model_as_it_was(tmp_path, monkeypatc
     )
 
 
-def test_variants_are_attached_while_they_are_timed(monkeypatch):
+def test_masks_are_attached_while_they_are_timed(monkeypatch):
     """A benchmark that measured the plain model eight times would report 1.0 as well."""
-    subject, seen = bench_models.random_llava("mini"), []
-    stopwatch = interleaved.Stopwatch(torch.device("cpu"))
-    prompt = latency.make_prompt(subject, 1, 4, stopwatch)
+    subject, seen = subjects.random_llava("mini"), []
+    stopwatch = timing.Stopwatch(torch.device("cpu"))
+    prompt, _ = latency.make_prompt(subject, 1, 4, stopwatch)
     subject.model.register_forward_pre_hook(
-        lambda module, args: seen.append(attached(module) and attached(module).record()["policy"])
+        lambda module, args: seen.append(attached(module) and attached(module).mask.policy.name)
     )
-    times = latency.measure(
-        subject.model, prompt, latency.variants(["causal", "v2t", "v2t+merge"]), 2, 3, stopwatch
-    )
+    setups = latency.setups(["causal", "v2t", "v2t+merge"], ["auto"])
+    times = latency.measure(subject.model, prompt, setups, 2, 3, stopwatch)
     assert set(seen) == {None, "causal", "v2t"} and seen.count("v2t") == 2 * seen.count(None)
     assert all(
         len(each.prefill) == 2 and [len(steps) for steps in each.decode] == [3, 3]
@@ -208,15 +211,15 @@ def test_variants_are_attached_while_they_are_timed(monkeypatch):
 
 
 def test_throughput_of_lora_and_full(tmp_path, monkeypatch):
-    def prepare(layout, policy, merge, start, original=sdpa.prepare):
-        if policy.name == "v2t":
+    def prepare(layout, mask, start, original=sdpa.prepare):
+        if mask.policy.name == "v2t":
             raise ValueError("sdpa cannot\nserve v2t")
-        return original(layout, policy, merge, start)
+        return original(layout, mask, start)
 
     monkeypatch.setattr(sdpa, "prepare", prepare)
     out = tmp_path / "throughput.json"
-    policies = ["--policies", "causal", "v2v+merge", "v2t", "--backends", "sdpa", "reference"]
-    assert throughput.main([*SHORT, *policies, "--answer", "3", "--out", str(out)]) == 0
+    masks = ["--masks", "causal", "v2v+merge", "v2t", "--backends", "sdpa", "reference"]
+    assert throughput.main([*SHORT, *masks, "--answer", "3", "--out", str(out)]) == 0
     lora, full = json.loads(out.read_text())["studies"]
     assert (lora["train"], full["train"]) == ("lora", "full") and 0 < lora["trainable"] < full[
         "trainable"
@@ -228,7 +231,7 @@ def test_throughput_of_lora_and_full(tmp_path, monkeypatch):
     )
     for study in (lora, full):
         refused = [each for each in study["variants"] if "refused" in each]
-        assert [(each["policy"], each["backend"], each["refused"]) for each in refused] == [
+        assert [(each["mask"], each["backend"], each["refused"]) for each in refused] == [
             ("v2t", "sdpa", "sdpa cannot serve v2t")
         ]
         served = [each for each in study["variants"] if "refused" not in each]
@@ -251,14 +254,14 @@ def test_throughput_of_lora_and_full(tmp_path, monkeypatch):
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_a_step_of_throughput_is_a_training_step(train):
     subject, stopwatch = (
-        bench_models.random_llava("mini"),
-        interleaved.Stopwatch(torch.device("cpu")),
+        subjects.random_llava("mini"),
+        timing.Stopwatch(torch.device("cpu")),
     )
     batch = throughput.make_batch(subject, 2, 1, 6, 3)
     model, optimizer = throughput.learner(subject, train, batch, checkpointing=train == "lora")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for variant in latency.variants(["v2v+merge"], "sdpa"):
-        throughput.step(model, optimizer, batch, variant, stopwatch)
+    for setup in latency.setups(["v2v+merge"], ["sdpa"]):
+        throughput.step(model, optimizer, batch, setup, stopwatch)
     moved = {
         name
         for name, parameter in model.named_parameters()
@@ -271,10 +274,10 @@ def test_a_step_of_throughput_is_a_training_step(train):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
-        (["--variants", "v2w"], "unknown policy 'v2w'; the nearest is 'v2v'"),
-        (["--variants", "causal+merge"], "nothing to merge"),
+        (["--masks", "v2w"], "unknown policy 'v2w'; the nearest is 'v2v'"),
+        (["--masks", "causal+merge"], "nothing to merge"),
         (["--merge_kernel_size", "0"], "kernel_size 0 is not allowed"),
         (["--model", "/nowhere"], "/nowhere: no such checkpoint folder"),
         (["--rounds", "0"], "are 1 or more"),
@@ -282,17 +285,17 @@ def test_a_step_of_throughput_is_a_training_step(train):
         (["--threads", "0"], "--threads 0"),
     ],
 )
-def test_errors_are_one_line(arguments, said, capsys):
+def test_errors_are_one_line(arguments, message, capsys):
     assert latency.main(["--model", "random", *SHORT, *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and message in error
 
 
 def test_throughput_names_an_unknown_policy(capsys):
-    assert throughput.main([*SHORT, "--policies", "v2w"]) == 2
+    assert throughput.main([*SHORT, "--masks", "v2w"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: unknown policy 'v2w'")
 
 
 def test_a_random_llava_is_named_by_its_size():
     with pytest.raises(ValueError, match="unknown size '70b'; known are mini"):
-        bench_models.random_llava("70b")
+        subjects.random_llava("70b")

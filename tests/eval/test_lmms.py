@@ -1,4 +1,7 @@
-"""`python -m eval.lmms`: lmms-eval itself runs small tasks of ours on a tiny checkpoint, and gets the model's own answers."""
+"""`python -m eval.lmms`: lmms-eval itself runs small tasks of ours on a tiny checkpoint.
+
+It gets the model's own answers.
+"""
 
 import json
 import os
@@ -15,10 +18,10 @@ from lmms_eval.tasks import TaskManager
 from PIL import Image
 
 from eval import lmms
-from eval.milebench.decoder import Decoder
 from fmtrain.data.encode import encode
-from fmtrain.patch import VERSION, attach
-from fmtrain.policies import get_policy
+from fmtrain.decoding import Decoder
+from fmtrain.masks import VERSION, Mask
+from fmtrain.patch import attach, attached
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHOICES = ["a red cube", "two blue spheres", "the lazy dog"]
@@ -76,7 +79,7 @@ metric_list:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with a checkpoint (ckpt/), one without a policy (bare/), and three tasks (tasks/)."""
+    """A folder with a checkpoint (ckpt/), one without a mask (bare/), and three tasks (tasks/)."""
     folder = tmp_path_factory.mktemp("lmms")
     for name in ("ckpt", "bare"):
         model = families.model("llava")
@@ -147,7 +150,7 @@ def answers(results: dict, task: str) -> list[str]:
 def expected(rows: list[dict], policy: str, before: str = "") -> list[str]:
     """Greedy answers of the model itself, one dialogue at a time, under `policy`."""
     model, processor = families.model("llava"), families.processor("llava")
-    found = []
+    texts = []
     with attach(model, policy, "sdpa"):
         for row in rows:
             images = [Image.open(path) for path in row["paths"]]
@@ -157,41 +160,40 @@ def expected(rows: list[dict], policy: str, before: str = "") -> list[str]:
             parts.append({"type": "text", "text": row["question"]})
             if before and not images:
                 parts = [{"type": "text", "text": before + row["question"]}]
-            inputs, layout = encode(
+            prompt = encode(
                 processor, [{"role": "user", "content": parts}], images, add_generation_prompt=True
             )
             out = model.generate(
-                **inputs,
-                **layout.model_inputs(),
+                **prompt.kwargs(),
                 max_new_tokens=8,
                 min_new_tokens=1,
                 suppress_tokens=[model.config.image_token_id],
             )
-            found.append(
+            texts.append(
                 processor.tokenizer.decode(
-                    out[0, layout.shape[1] :], skip_special_tokens=True
+                    out[0, prompt.layout.shape[1] :], skip_special_tokens=True
                 ).strip()
             )
-    return found
+    return texts
 
 
 @pytest.mark.parametrize("more", [{}, {"force_simple": True}, {"batch_size": 1}, {"batch_size": 5}])
 def test_the_harness_gets_the_models_answers(place, manager, rows, more):
-    """In the order of the documents, whatever the batch size, as messages and as text with images."""
+    """In the order of the documents, whatever the batch size, as messages and as text."""
     results = harness(place, manager, "tiny_answer", **more)
-    found = answers(results, "tiny_answer")
-    assert found == expected(rows, "prefix_lm") != expected(rows, "causal")
-    exact = sum(answer == row["answer"] for answer, row in zip(found, rows)) / 5
+    texts = answers(results, "tiny_answer")
+    assert texts == expected(rows, "prefix_lm") != expected(rows, "causal")
+    exact = sum(answer == row["answer"] for answer, row in zip(texts, rows)) / 5
     assert results["results"]["tiny_answer"]["exact_match,none"] == exact
 
 
 def test_images_stay_where_the_task_puts_them(place, manager, rows):
-    found = answers(harness(place, manager, "tiny_placed"), "tiny_placed")
-    assert found == expected(rows, "prefix_lm", before="first: ")
+    texts = answers(harness(place, manager, "tiny_placed"), "tiny_placed")
+    assert texts == expected(rows, "prefix_lm", before="first: ")
 
 
-def test_another_policy(place, manager, rows):
-    model_args = f"pretrained={place / 'bare'},policy=text_future,dtype=float32"
+def test_another_mask(place, manager, rows):
+    model_args = f"pretrained={place / 'bare'},mask=text_future,dtype=float32"
     assert answers(
         harness(place, manager, "tiny_answer", model_args=model_args), "tiny_answer"
     ) == expected(rows, "text_future")
@@ -215,12 +217,10 @@ def test_likelihoods(place, manager, rows):
                     {"role": "user", "content": content},
                     {"role": "assistant", "content": choice},
                 ]
-                inputs, layout = encode(processor, turns, images)
+                encoded = encode(processor, turns, images)
                 start = encode(processor, turns[:1], images, add_generation_prompt=True)[1].shape[1]
-                logits, ids = (
-                    model(**inputs, **layout.model_inputs()).logits[0],
-                    inputs["input_ids"][0],
-                )
+                logits = model(**encoded.kwargs()).logits[0]
+                ids = encoded.inputs["input_ids"][0]
                 losses.append(
                     torch.nn.functional.cross_entropy(logits[start - 1 : -2], ids[start:-1]).item()
                 )
@@ -259,13 +259,10 @@ def test_settings_and_stop_strings(place, manager):
     assert cut.text == whole.text[:2].strip()
 
 
-def test_policies_by_name(place):
-    policy, decoder = (
-        get_policy("v2v"),
-        lmms.Fmtrain(str(place / "ckpt"), policy="v2v+merge", merge_kernel_size=5).decoder,
-    )
-    handle = decoder.inner._fmtrain_handle
-    assert isinstance(decoder, Decoder) and (handle.policy, handle.merge.kernel_size) == (policy, 5)
+def test_masks_by_name(place):
+    adapter = lmms.Fmtrain(str(place / "ckpt"), mask="v2v+merge", merge_kernel_size=5)
+    assert isinstance(adapter.decoder, Decoder)
+    assert attached(adapter.decoder.model).mask == Mask.parse("v2v+merge", kernel_size=5)
 
 
 @pytest.mark.parametrize(
@@ -274,10 +271,11 @@ def test_policies_by_name(place):
         ("pretrained={place}/nowhere", "{place}/nowhere: no such checkpoint folder"),
         (
             "pretrained={place}/bare",
-            "{place}/bare: its config.json records no policy; name one in --model_args, e.g. policy=causal",
+            "{place}/bare: its config.json records no mask; "
+            "name one in --model_args, e.g. mask=causal",
         ),
-        ("pretrained={place}/bare,policy=v3v", "unknown policy 'v3v'; the nearest is 'v2v'"),
-        ("pretrained={place}/bare,polcy=v2v", "unexpected keyword argument 'polcy'"),
+        ("pretrained={place}/bare,mask=v3v", "unknown policy 'v3v'; the nearest is 'v2v'"),
+        ("pretrained={place}/bare,msk=v2v", "unexpected keyword argument 'msk'"),
     ],
 )
 def test_errors_are_one_line(place, capfd, model_args, message):
@@ -308,7 +306,7 @@ def test_places_that_do_not_fit_the_images(place):
 
 @pytest.mark.slow
 def test_from_the_shell_in_two_processes(place, rows, tmp_path):
-    """The harness's own command line. (On a CPU `--multi_gpu` means several processes over gloo.)"""
+    """The harness's own command line; on a CPU `--multi_gpu` means several processes over gloo."""
     launcher = [
         "accelerate.commands.launch",
         "--multi_gpu",

@@ -1,5 +1,9 @@
-"""The instrument against explicit computations: masses, the decomposition of merge, distances, the control, the losses."""
+"""The merge study against explicit computations.
 
+Masses, the decomposition of merge, distances, the control, the losses.
+"""
+
+import argparse
 import json
 import random
 
@@ -10,13 +14,12 @@ import torch
 from oracle import is_past, is_revealed, sinks
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from eval.merge_study import study as merge_study
-from eval.merge_study.study import Pieces, Tally, study, take_apart
-from fmtrain import Layout, Merge, attach
+from eval.merge_study import command
+from eval.merge_study.study import Pieces, Tally, encode_rows, study, take_apart
+from fmtrain import Encoded, Layout, Mask, Merge, attach
 from fmtrain.attention import reference
-from fmtrain.audit import recorded_attention
-from fmtrain.patch import NAME, attached
-from fmtrain.policies import get_policy
+from fmtrain.consistency import recorded_attention
+from fmtrain.patch import ATTENTION, attached
 
 SCALE = 0.7
 OPTIONS = [(1, 3, True), (2, 1, True), (0.5, 5, True), (1, 3, False)]
@@ -34,7 +37,7 @@ def qkv(
 
 
 def pieces(name: str, layout: Layout, merge: tuple, seed: int = 0) -> Pieces:
-    prepared = reference.prepare(layout, get_policy(name), Merge(*merge), 0)
+    prepared = reference.prepare(layout, Mask.of(name, Merge(*merge)), 0)
     return take_apart(*qkv(layout, seed=seed), SCALE, prepared)
 
 
@@ -45,7 +48,7 @@ def layout_of(name: str, merge: tuple) -> Layout:
 def explicit_future(name: str, layout: Layout, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """Attention on revealed keys [B, H, Q], by a softmax over an explicit list of keys."""
     group = q.shape[1] // k.shape[1]
-    found = torch.zeros(q.shape[:3], dtype=torch.float64)
+    mass = torch.zeros(q.shape[:3], dtype=torch.float64)
     for b, row in enumerate(oracle.rows(layout)):
         for i in range(q.shape[2]):
             revealed = [j for j in range(q.shape[2]) if is_revealed(name, row, i, j)]
@@ -54,41 +57,46 @@ def explicit_future(name: str, layout: Layout, q: torch.Tensor, k: torch.Tensor)
                 weights = torch.softmax(
                     SCALE * (k[b, h // group, keys].double() @ q[b, h, i].double()), 0
                 )
-                found[b, h, i] = weights[len(keys) - len(revealed) :].sum()
-    return found
+                mass[b, h, i] = weights[len(keys) - len(revealed) :].sum()
+    return mass
 
 
 @pytest.mark.parametrize("merge", OPTIONS)
 @pytest.mark.parametrize("name", ["v2v", "future", "mma_interleaved"])
 def test_the_pieces_are_those_of_the_definition(name, merge):
-    """keep * causal + add * sink is the merged output of DESIGN 5, which the double loop computes without taking it apart.
-    The shares of the prefix are float32: 2**-25 of up to C |v| = 8."""
+    """keep * causal + add * sink is the merged output, which the double loop computes as a whole.
+
+    The shares of the prefix are float32: 2**-25 of up to C |v| = 8.
+    """
     layout = layout_of(name, merge)
-    found, (q, k, v) = pieces(name, layout, merge), qkv(layout)
+    parts, (q, k, v) = pieces(name, layout, merge), qkv(layout)
     near = dict(rtol=0, atol=8 * 2**-25)
-    assert torch.allclose(found.direct, oracle.attend(name, layout, q, k, v, SCALE), **near)
-    assert torch.allclose(found.causal, oracle.attend("causal", layout, q, k, v, SCALE), **near)
+    assert torch.allclose(parts.direct, oracle.attend(name, layout, q, k, v, SCALE), **near)
+    assert torch.allclose(parts.causal, oracle.attend("causal", layout, q, k, v, SCALE), **near)
     assert torch.allclose(
-        found.mixed(found.keep, found.add),
+        parts.mixed(parts.keep, parts.add),
         oracle.attend(name, layout, q, k, v, SCALE, merge),
         **near,
     )
-    assert torch.allclose(found.future, explicit_future(name, layout, q, k), **near)
-    assert torch.allclose(found.pooled, found.future) == (merge[1] == 1)
-    sums = found.keep + found.add
+    assert torch.allclose(parts.future, explicit_future(name, layout, q, k), **near)
+    assert torch.allclose(parts.pooled, parts.future) == (merge[1] == 1)
+    sums = parts.keep + parts.add
     assert torch.allclose(sums, torch.ones_like(sums)) == merge[2]
     for b, row in enumerate(oracle.rows(layout)):
         for i in range(layout.shape[1]):
             reveals = any(is_revealed(name, row, i, j) for j in range(layout.shape[1]))
-            assert bool(found.reveals[b, 0, i]) == reveals
+            assert bool(parts.reveals[b, 0, i]) == reveals
             if reveals:
                 mean = v[b, :, sinks(row, i, merge[0])].mean(1).repeat_interleave(2, 0)
-                assert torch.allclose(found.sink[b, :, i], mean, **near)
+                assert torch.allclose(parts.sink[b, :, i], mean, **near)
 
 
 @pytest.mark.parametrize("merge", OPTIONS)
 def test_tally_against_explicit_sums(merge):
-    """Two calls of one layer; distances by subtracting outputs. The products that the tally keeps lose half the digits."""
+    """Two calls of one layer; distances by subtracting outputs.
+
+    The products that the tally keeps lose half the digits.
+    """
     tally, calls = Tally(2, 4), []
     for seed in (0, 1):
         layout = layout_of(f"v2v {seed}", merge)
@@ -111,12 +119,12 @@ def test_tally_against_explicit_sums(merge):
         "control": lambda each: each.mixed(keep.expand_as(each.keep), add.expand_as(each.add)),
         "causal": lambda each: each.causal,
     }
-    direct, found = gathered(lambda each: each.direct), tally.distances()
+    direct, distances = gathered(lambda each: each.direct), tally.distances()
     for form, output in outputs.items():
         expected = (gathered(output) - direct).square().sum((0, 2)).sqrt() / direct.square().sum(
             (0, 2)
         ).sqrt()
-        assert torch.allclose(found[form][1], expected, rtol=0, atol=1e-7)
+        assert torch.allclose(distances[form][1], expected, rtol=0, atol=1e-7)
     moved = gathered(lambda each: each.add)
     assert torch.allclose(
         moved.sum(0), len(moved) * add[:, 0]
@@ -131,38 +139,39 @@ def encoded():
         {"id": name, "messages": messages, "images": images}
         for name, (messages, images) in families.dialogues().items()
     ]
-    return model, merge_study.encode_rows(model, processor, rows, ".")
+    return model, encode_rows(model, processor, rows, ".")
 
 
-def loss(model, inputs: dict, layout: Layout, *policy) -> float:
-    with attach(model, *policy), torch.no_grad():
-        return model(**inputs, **layout.model_inputs()).loss.item()
+def loss(model, row: Encoded, *mask) -> float:
+    with attach(model, *mask), torch.no_grad():
+        return model(**row.kwargs()).loss.item()
 
 
 def test_a_study_of_a_model(encoded):
-    """Losses are those of the model with the policy attached; masses are those of the attention that it records."""
+    """Losses are those of the model with the mask attached, masses those of its attention."""
     model, rows = encoded
-    merge, before = Merge(), ALL_ATTENTION_FUNCTIONS[NAME]
-    found = study(model, rows, get_policy("v2v"), merge)
-    assert ALL_ATTENTION_FUNCTIONS[NAME] is before and attached(model) is None
+    merge, before = Merge(), ALL_ATTENTION_FUNCTIONS[ATTENTION]
+    measured = study(model, rows, Mask.of("v2v", merge))
+    assert ALL_ATTENTION_FUNCTIONS[ATTENTION] is before and attached(model) is None
     for k, row in enumerate(rows):
-        assert found.losses["direct"][k] == pytest.approx(
-            loss(model, *row, "v2v", "sdpa"), abs=1e-5
+        assert measured.losses["direct"][k] == pytest.approx(
+            loss(model, row, "v2v", "sdpa"), abs=1e-5
         )
-        assert found.losses["merge"][k] == pytest.approx(
-            loss(model, *row, "v2v", "sdpa", merge), abs=1e-5
+        assert measured.losses["merge"][k] == pytest.approx(
+            loss(model, row, "v2v", "sdpa", merge), abs=1e-5
         )
-        assert found.losses["causal"][k] == pytest.approx(loss(model, *row, "causal"), abs=1e-5)
-    losses = torch.tensor(list(found.losses.values()))
+        assert measured.losses["causal"][k] == pytest.approx(loss(model, row, "causal"), abs=1e-5)
+    losses = torch.tensor(list(measured.losses.values()))
     assert (
         losses[:, 0] - losses[0, 0]
     ).abs().max() < 1e-5  # the row of text, which has nothing to merge
     assert all(len({round(x, 4) for x in row}) == 4 for row in losses[:, 1:].T.tolist())
 
     total, count = torch.zeros(4, 4, dtype=torch.float64), 0
-    for inputs, layout in rows:
+    for encoded_row in rows:
+        layout = encoded_row.layout
         with attach(model, "v2v", "reference"), recorded_attention(model) as calls, torch.no_grad():
-            model(**inputs, **layout.model_inputs())
+            model(**encoded_row.kwargs())
         (row,) = oracle.rows(layout)
         revealing = [
             i
@@ -173,12 +182,12 @@ def test_a_study_of_a_model(encoded):
         for layer, (_, query, key, _, scale, _) in enumerate(calls):
             mass = explicit_future("v2v", layout, query.double() * scale / SCALE, key)
             total[layer] += mass[0, :, revealing].sum(1)
-    assert found.tally.queries.tolist() == [count] * 4 and count > 10
-    assert torch.allclose(found.tally.mean("future"), total / count, rtol=0, atol=1e-5)
+    assert measured.tally.queries.tolist() == [count] * 4 and count > 10
+    assert torch.allclose(measured.tally.mean("future"), total / count, rtol=0, atol=1e-5)
 
 
 def test_the_control_is_blind_to_the_future_and_adds_what_merge_adds(encoded, monkeypatch):
-    """In the whole model: one share a head for all queries that reveal something, none for the others."""
+    """In the whole model: one share a head for all queries that reveal something, else none."""
     model, rows = encoded
     mixed, calls = Pieces.mixed, []
 
@@ -187,7 +196,7 @@ def test_the_control_is_blind_to_the_future_and_adds_what_merge_adds(encoded, mo
         return mixed(self, keep, add)
 
     monkeypatch.setattr(Pieces, "mixed", spied)
-    study(model, rows, get_policy("future"), Merge(kernel_size=1))
+    study(model, rows, Mask.parse("future+merge", kernel_size=1))
     passes = 4 * len(rows)  # layers x rows
     assert (
         len(calls) == 4 * passes
@@ -204,11 +213,11 @@ def test_the_control_is_blind_to_the_future_and_adds_what_merge_adds(encoded, mo
 def test_rows_that_reveal_nothing_are_an_error(encoded):
     model, rows = encoded
     with pytest.raises(ValueError, match="policy 'v2v' reveals nothing in these 1 rows"):
-        study(model, rows[:1], get_policy("v2v"), Merge())
+        study(model, rows[:1], Mask.parse("v2v+merge"))
     assert attached(model) is None
 
 
-# --- the command -------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -223,21 +232,19 @@ def checkpoint(tmp_path_factory):
 
 def test_the_command(checkpoint, tmp_path, capsys):
     assert (
-        merge_study.main(
-            [str(checkpoint), "digits", "--rows", "8", "--out", str(tmp_path / "made")]
-        )
+        command.main([str(checkpoint), "digits", "--rows", "8", "--out", str(tmp_path / "made")])
         == 0
     )
-    found = json.loads((tmp_path / "made" / "merge_study.json").read_text())
-    assert found["mask"] == "v2t+merge" and found["merge"] == {
+    result = json.loads((tmp_path / "made" / "merge_study.json").read_text())
+    assert result["mask"] == "v2t+merge" and result["merge"] == {
         "prefix": 2,
         "kernel_size": 5,
         "normalize": True,
     }  # as recorded
-    assert found["rows"] == 8 and all(
-        torch.tensor(values).shape == (4, 4) for values in found["per_head"].values()
+    assert result["rows"] == 8 and all(
+        torch.tensor(values).shape == (4, 4) for values in result["per_head"].values()
     )
-    assert set(found["per_head"]) == {
+    assert set(result["per_head"]) == {
         "future",
         "pooled",
         "moved",
@@ -246,52 +253,63 @@ def test_the_command(checkpoint, tmp_path, capsys):
         "causal_distance",
     }
     assert all(
-        len(found["loss"][form]["rows"]) == 8 for form in ("direct", "merge", "control", "causal")
+        len(result["loss"][form]["rows"]) == 8 for form in ("direct", "merge", "control", "causal")
     )
-    part = found["loss"]["merge"]["minus_direct"]
+    part = result["loss"]["merge"]["minus_direct"]
     assert part["low"] <= part["mean"] <= part["high"]
     assert part["mean"] == pytest.approx(
-        found["loss"]["merge"]["mean"] - found["loss"]["direct"]["mean"]
+        result["loss"]["merge"]["mean"] - result["loss"]["direct"]["mean"]
     )
     assert (tmp_path / "made" / "merge_study.png").read_bytes()[:4] == b"\x89PNG"
     assert "merge - control" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["v2t", "v2t+merge", None])
+def test_a_mask_and_its_light_form_mean_the_light_form(checkpoint, name):
+    """Options that are not given are as recorded."""
+    nothing = {"merge_prefix": None, "merge_kernel_size": None, "merge_raw": False}
+    options = argparse.Namespace(checkpoint=str(checkpoint), mask=name, **nothing)
+    expected = Mask.parse("v2t+merge", prefix=2, kernel_size=5)
+    assert command.studied_mask(options) == expected
+
+
 def test_options_replace_what_is_recorded(checkpoint, tmp_path):
-    asked = ["--policy", "v2v", "--merge_kernel_size", "1", "--merge_prefix", "0.1", "--merge_raw"]
+    options = ["--mask", "v2v", "--merge_kernel_size", "1", "--merge_prefix", "0.1", "--merge_raw"]
     assert (
-        merge_study.main([str(checkpoint), "digits", "--rows", "2", *asked, "--out", str(tmp_path)])
+        command.main([str(checkpoint), "digits", "--rows", "2", *options, "--out", str(tmp_path)])
         == 0
     )
-    found = json.loads((tmp_path / "merge_study.json").read_text())
-    assert found["mask"] == "v2v+merge" and found["merge"] == {
+    result = json.loads((tmp_path / "merge_study.json").read_text())
+    assert result["mask"] == "v2v+merge" and result["merge"] == {
         "prefix": 0.1,
         "kernel_size": 1,
         "normalize": False,
     }
-    assert torch.allclose(*(torch.tensor(found["per_head"][name]) for name in ("future", "pooled")))
+    assert torch.allclose(
+        *(torch.tensor(result["per_head"][name]) for name in ("future", "pooled"))
+    )
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, message",
     [
-        (["digits", "--policy", "v2w"], "unknown policy 'v2w'; the nearest is 'v2v'"),
-        (["digits", "--policy", "causal"], "nothing to merge"),
+        (["digits", "--mask", "v2w"], "unknown policy 'v2w'; the nearest is 'v2v'"),
+        (["digits", "--mask", "causal"], "nothing to merge"),
         (["digits", "--merge_kernel_size", "0"], "kernel_size 0 is not allowed"),
         (["digits", "--rows", "0"], "--rows 0"),
         (["/nowhere.jsonl"], "/nowhere.jsonl: no such rows"),
     ],
 )
-def test_errors_are_one_line(checkpoint, arguments, said, capsys):
-    assert merge_study.main([str(checkpoint), *arguments]) == 2
+def test_errors_are_one_line(checkpoint, arguments, message, capsys):
+    assert command.main([str(checkpoint), *arguments]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and message in error
 
 
-def test_a_checkpoint_without_a_policy_needs_one(tmp_path, capsys):
+def test_a_checkpoint_without_a_mask_needs_one(tmp_path, capsys):
     families.model("llava").save_pretrained(tmp_path)
     families.processor("llava").save_pretrained(tmp_path)
-    assert merge_study.main([str(tmp_path), "digits"]) == 2
-    assert "records no policy that reveals anything" in capsys.readouterr().err
-    assert merge_study.main([str(tmp_path / "none"), "digits"]) == 2
+    assert command.main([str(tmp_path), "digits"]) == 2
+    assert "records no mask that looks ahead" in capsys.readouterr().err
+    assert command.main([str(tmp_path / "none"), "digits"]) == 2
     assert "no such checkpoint folder" in capsys.readouterr().err

@@ -1,4 +1,7 @@
-"""The matrix end to end on a tiny checkpoint, killed and resumed; training runs that are missing, half done or wrong."""
+"""The matrix end to end on a tiny checkpoint, killed and resumed.
+
+Training runs are missing, half done or wrong.
+"""
 
 import json
 import os
@@ -13,12 +16,13 @@ import pytest
 import training
 import yaml
 
-from eval.answers import answer, questions
+from eval import held_out
 from eval.matrix import cells, runs
 from eval.matrix import command as matrix
 from eval.matrix import recipe as matrix_recipe
-from fmtrain import attached
-from fmtrain.checkpoint import load, recorded_policy
+from fmtrain import Mask, attached
+from fmtrain.checkpoint import load, recorded_mask
+from fmtrain.decoding import Decoder
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +87,7 @@ def refused(capsys, *arguments: str) -> str:
     return message
 
 
-# --- the whole thing ---------------------------------------------------------------------------------------------------
+# --- the whole thing ------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -97,21 +101,22 @@ def test_trains_evaluates_reports_and_does_nothing_twice(folder, monkeypatch, ca
     ] == ["causal", "v2v"]
     assert results["tasks"] == {"one": 8, "two": 8} and len(results["cells"]) == 3 * 2 * 3
     run = folder / "work" / "runs" / "v2v-seed0"
-    assert (
-        recorded_policy(run) == ("v2v", None)
-        and json.loads((run / "trainer_state.json").read_text())["global_step"] == 2
-    )
+    assert recorded_mask(run) == Mask.parse("v2v")
+    assert json.loads((run / "trainer_state.json").read_text())["global_step"] == 2
 
-    there = cells.held_out(str(folder / "data" / "rows.jsonl"), (), 8, None)
+    data = held_out.by_task(str(folder / "data" / "rows.jsonl"), (), 8, None)
     model, processor = load(str(run), backend="sdpa")
-    asked = list(questions(processor, there.rows, there.image_root))
+    answers = []
     with attached(model).under("v2v"):
-        said = [
-            answer(model, processor, [question], max_new_tokens=6)[0] for question in asked
-        ]  # one by one
+        for prompt in data.prompts(processor):  # one by one
+            out = model.generate(**prompt.kwargs(), max_new_tokens=6, do_sample=False)
+            ids = out[0, prompt.layout.shape[1] :]
+            answers.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
     cell = cells.read_cell(folder / "work" / "cells" / "v2v-seed0" / "v2v.json")
-    assert cell["answers"] == said and cell["scores"] == [
-        cells.right(a, i.reference) for a, i in zip(said, there.items)
+    assert cell["answers"] == answers
+    assert cell["scores"] == [
+        held_out.right(answer, question.reference)
+        for answer, question in zip(answers, data.questions)
     ]
 
     before = times(folder / "work", "*.json") | times(folder / "work", "*.safetensors")
@@ -124,14 +129,14 @@ def test_trains_evaluates_reports_and_does_nothing_twice(folder, monkeypatch, ca
 def test_killed_and_resumed_is_the_same_and_no_cell_is_made_twice(folder, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     paths = [checkpoint(folder, "one", "v2v"), checkpoint(folder, "two", "future")]
-    masks = "[causal, v2v, future, prefix_lm]"
+    masks = ["causal", "v2v", "future", "prefix_lm"]
     options = [
         "--data",
         str(folder / "data" / "rows.jsonl"),
         "--rows_per_task",
         "12",
         "--eval_masks",
-        masks,
+        *masks,
         "--batch_size",
         "2",
     ]
@@ -169,14 +174,11 @@ def test_killed_and_resumed_is_the_same_and_no_cell_is_made_twice(folder, monkey
     }
 
     whole, source = folder / "whole", (str(folder / "data" / "rows.jsonl"), (), 12, None)
-    variants = [
-        matrix_recipe.read(None, {"out": "x", "base": "x"}).variant(mask)
-        for mask in yaml.safe_load(masks)
-    ]
     for path in paths:
-        assert cells.evaluate(whole, Path(path).name, Path(path), variants, source, 2, 24) == 4
-        for variant in variants:
-            name = f"{Path(path).name}/{variant.name}.json"
+        evaluated = [Mask.parse(mask) for mask in masks]
+        assert cells.evaluate(whole, Path(path).name, Path(path), evaluated, source, 2, 24) == 4
+        for mask in masks:
+            name = f"{Path(path).name}/{mask}.json"
             assert json.loads((whole / "cells" / name).read_text()) == json.loads(
                 (made / name).read_text()
             )
@@ -184,28 +186,55 @@ def test_killed_and_resumed_is_the_same_and_no_cell_is_made_twice(folder, monkey
 
 def test_a_cell_is_made_again_when_what_it_depends_on_changes(folder):
     source = (str(folder / "data" / "rows.jsonl"), (), 2, None)
-    recipe = matrix_recipe.read(None, {"out": "x", "base": "x", "merge_kernel_size": "5"})
-    variants = [recipe.variant("causal"), recipe.variant("v2v+merge")]
-    there = cells.held_out(*source)
+    names, options = ["causal", "v2v+merge"], ["--out", "x", "--base", "x"]
+    masks = matrix_recipe.read(None, [*options, "--merge_kernel_size", "5"]).masks(names)
+    data = held_out.by_task(*source)
     work, place = folder / "work", folder / "base"
-    assert cells.evaluate(work, "base", place, variants, source, 4, 2) == 2
-    assert cells.evaluate(work, "base", place, variants, source, 4, 2) == 0
-    assert [one.name for one in cells.missing(work, "base", place, variants, there, 3)] == [
-        "causal",
-        "v2v+merge",
-    ]
-    other = [variants[0], matrix_recipe.read(None, {"out": "x", "base": "x"}).variant("v2v+merge")]
-    assert [one.name for one in cells.missing(work, "base", place, other, there, 2)] == [
-        "v2v+merge"
-    ]
-    fewer = cells.HeldOut(there.rows[:1], there.image_root, there.items[:1])
-    assert len(cells.missing(work, "base", place, variants, fewer, 2)) == 2
+
+    def missing(masks, data, max_new_tokens) -> list[str]:
+        keys = cells.cell_keys(place, masks, data, max_new_tokens)
+        return list(cells.missing(work, "base", keys))
+
+    assert cells.evaluate(work, "base", place, masks, source, 4, 2) == 2
+    assert cells.evaluate(work, "base", place, masks, source, 4, 2) == 0
+    assert missing(masks, data, 2) == []
+    assert missing(masks, data, 3) == ["causal", "v2v+merge"]
+    other = matrix_recipe.read(None, options).masks(names)
+    assert missing(other, data, 2) == ["v2v+merge"]
+    fewer = held_out.HeldOut(data.rows[:1], data.image_root)
+    assert len(missing(masks, fewer, 2)) == 2
     cells.cell_path(work, "base", "causal").write_text('{"key": ')
     with pytest.raises(ValueError, match=r"causal\.json: not JSON"):
-        cells.missing(work, "base", place, variants, there, 2)
+        missing(masks, data, 2)
 
 
-# --- training runs, with a stand-in for the trainer --------------------------------------------------------------------
+def test_a_killed_evaluation_goes_on_with_the_next_batch(folder, monkeypatch):
+    """Every batch is answered once, with one pass of the tower for all masks."""
+    source = (str(folder / "data" / "rows.jsonl"), (), 6, None)
+    masks, work, place = [Mask.parse("causal"), Mask.parse("v2v")], folder / "work", folder / "base"
+    assert cells.evaluate(folder / "whole", "base", place, masks, source, 4, 6) == 2
+    batches, prefill = [], Decoder.prefill
+
+    def killed_in_the_third(self, rows, padding_side="left"):
+        batches.append(len(rows))
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return prefill(self, rows, padding_side)
+
+    monkeypatch.setattr(Decoder, "prefill", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        cells.evaluate(work, "base", place, masks, source, 4, 6)
+    assert not list(work.glob("cells/base/*.json"))
+    assert cells.evaluate(work, "base", place, masks, source, 4, 6) == 2
+    questions = len(held_out.by_task(*source).questions)
+    assert questions == 12 and sum(batches) == questions + batches[2]  # the third one twice
+    for mask in masks:
+        cell, whole = (cells.cell_path(top, "base", mask) for top in (work, folder / "whole"))
+        assert cell.read_text() == whole.read_text()
+    assert sorted(path.name for path in cell.parent.iterdir()) == ["causal.json", "v2v.json"]
+
+
+# --- training runs, with a stand-in for the trainer -----------------------------------------------
 
 TRAINER = """
 import json, pathlib, sys, time, yaml
@@ -258,7 +287,7 @@ def test_merge_options_reach_training(folder):
     run = next(run for run in runs.plan(recipe) if run.row == "v2v+merge")
     assert (
         yaml.safe_load(run.recipe.read_text())["merge_kernel_size"] == 5
-        and recipe.variant("v2v+merge").merge.kernel_size == 5
+        and recipe.masks(["v2v+merge"])[0].merge.kernel_size == 5
     )
 
 
@@ -286,7 +315,8 @@ def test_a_failed_run_says_why(stand_in):
     run, recipe = stand_in("future")
     with pytest.raises(
         ValueError,
-        match=r"training future-seed0 failed \(exit code 1\): error: no such luck; see .*future-seed0.log",
+        match=r"training future-seed0 failed \(exit code 1\): error: no such luck; "
+        r"see .*future-seed0.log",
     ):
         runs.train(run, recipe, [])
 
@@ -307,7 +337,7 @@ def test_a_training_run_that_outlives_a_killed_matrix_is_waited_for(stand_in, fo
     assert (folder / "work" / "logs" / "v2v-seed2.log").read_text().count("begin") == 1
 
 
-# --- MileBench ---------------------------------------------------------------------------------------------------------
+# --- MileBench ------------------------------------------------------------------------------------
 
 
 def scored(folder: Path, model: str, task: str, scores: dict[int, float]) -> None:
@@ -340,10 +370,10 @@ def test_scores_of_milebench_are_a_matrix(folder, capsys):
         scored(folder, model, "CLEVR-Change", fractions)
     assert matrix.main(options) == 0
     results = json.loads((folder / "results" / "results.json").read_text())
-    found = {
+    scores = {
         (one["row"], one["mask"]): one["score"] for one in results["cells"] if one["task"] == "TQA"
     }
-    assert found == {
+    assert scores == {
         ("one", "causal"): 0.5,
         ("one", "v2v"): 0.5,
         ("two", "causal"): 0.5,
@@ -359,7 +389,7 @@ def test_scores_of_milebench_are_a_matrix(folder, capsys):
     assert "sample 0 is not in every cell" in refused(capsys, *options)
 
 
-# --- mistakes ----------------------------------------------------------------------------------------------------------
+# --- mistakes -------------------------------------------------------------------------------------
 
 
 def test_mistakes_are_one_line(folder, capsys):
@@ -371,17 +401,22 @@ def test_mistakes_are_one_line(folder, capsys):
     assert "'v2w'" in refused(capsys, write(folder, train_masks=["v2w"]))
     assert "rows_per_task" in refused(capsys, write(folder, rows_per_task="many"))
     assert "jobs" in refused(capsys, write(folder), "--jobs", "0")
-    assert "--KEY VALUE" in refused(capsys, write(folder), "--jobs")
+    assert "--jobs: expected one argument" in refused(capsys, write(folder), "--jobs")
     assert "seeds" in refused(capsys, write(folder, seeds=[0, 0]))
     assert "`base`" in refused(capsys, write(folder, base=None))
-    assert "no such training recipe" in refused(
+    assert "none.yaml: no such recipe" in refused(
         capsys, write(folder, recipe=str(folder / "none.yaml"))
+    )
+    assert "'--train_masks'" in refused(capsys, write(folder), "--train_maks", "v2v")
+    assert "overrides" in refused(capsys, write(folder, overrides=[1]))
+    assert "several checkpoints are called 'base'" in refused(
+        capsys, str(folder / "base"), str(folder / "base"), "--out", str(folder / "results")
     )
     assert "'learning_rat'" in refused(
         capsys, write(folder, overrides={"learning_rat": 1.0}, work=str(folder / "other"))
     )
     assert "no such checkpoint" in refused(capsys, write(folder, base=str(folder / "none")))
-    assert "records no policy" in refused(
+    assert "records no mask" in refused(
         capsys, str(folder / "base"), "--out", str(folder / "results")
     )
     assert "nowhere.jsonl" in refused(
@@ -400,9 +435,9 @@ def test_mistakes_are_one_line(folder, capsys):
 
 def test_answers_are_compared_without_case_and_blanks():
     assert (
-        cells.right(" From 2  to 3", "from 2 to 3") == 1
-        and cells.right("2", "3") == 0
-        and cells.right("", "3") == 0
+        held_out.right(" From 2  to 3", "from 2 to 3") == 1
+        and held_out.right("2", "3") == 0
+        and held_out.right("", "3") == 0
     )
 
 
@@ -415,7 +450,7 @@ def test_shipped_matrices(path, monkeypatch):
     monkeypatch.chdir(training.ROOT)
     recipe = matrix_recipe.read(str(path))
     lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ") and f"python -m eval.matrix recipes/{path.name}" in lines[1]
+    assert lines[0].startswith("# ") and f"eval.matrix recipes/matrices/{path.name}" in lines[1]
     assert recipe.work.startswith("runs/") and recipe.out.startswith("eval/results/")
     assert (
         recipe.recipe.startswith("recipes/")

@@ -6,24 +6,30 @@ import json
 import re
 import time
 from html.parser import HTMLParser
+from itertools import chain, product
 
 import numpy as np
 import pytest
 from PIL import Image
+from wandb_files import wandb_records
 
 from eval import provenance
-from eval.matrix import analysis as tabulate
-from eval.matrix import charts, published, report, showcase, tables, tracking
-from eval.matrix.analysis import Row
-from eval.matrix.cells import HeldOut, Item
+from eval.held_out import HeldOut
+from eval.matrix import analysis, charts, published, report, showcase, tracking
+from eval.matrix.analysis import MatrixRow
+from eval.tables import Table
 from fmtrain.layout import Layout
-from fmtrain.policies import EXAMPLE, POLICIES, allowed
+from fmtrain.masks import EXAMPLE, allowed
+from fmtrain.policies import POLICIES
 
-EVIL = '<script>alert(1)</script><img src=https://example.org/x.png onerror=alert(2)>" onmouseover="alert(3)\' {{ 7*7 }}'
+EVIL = (
+    "<script>alert(1)</script><img src=https://example.org/x.png onerror=alert(2)>"
+    '" onmouseover="alert(3)\' {{ 7*7 }}'
+)
 ROWS = [
-    Row("base", "causal", ("tiny",)),
-    Row("causal", "causal", ("c0", "c1")),
-    Row("mma_interleaved", "mma_interleaved", ("m0", "m1")),
+    MatrixRow("base", "causal", ("tiny",)),
+    MatrixRow("causal", "causal", ("c0", "c1")),
+    MatrixRow("mma_interleaved", "mma_interleaved", ("m0", "m1")),
 ]
 MASKS = ["causal", "mma_interleaved", "v2v+merge"]
 
@@ -36,7 +42,7 @@ def noise(seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def results() -> dict:
-    rows, items = [], []
+    rows = []
     for task in ("TQA", "count"):
         for k in range(12):
             user = {
@@ -55,21 +61,27 @@ def results() -> dict:
                     "images": [noise(k), noise(k + 50)],
                 }
             )
-            items += [Item(task, f"{task}-{k}", f"what {EVIL}?", str(k))] * 2
+    data = HeldOut(rows, ".")
+    questions = data.questions
+    assert [question.reference for question in questions[:4]] == ["0", "0", "1", "1"]
     rng = np.random.default_rng(0)
-    cells = [(run, mask) for row in ROWS for run in row.runs for mask in MASKS]
-    scores = {cell: rng.integers(0, 2, len(items)).tolist() for cell in cells}
+    runs = list(chain.from_iterable(row.runs for row in ROWS))
+    cells = list(product(runs, MASKS))
+    scores = {cell: rng.integers(0, 2, len(questions)).tolist() for cell in cells}
     answers = {
-        cell: [item.reference if right else EVIL for item, right in zip(items, scores[cell])]
+        cell: [
+            question.reference if right else EVIL
+            for question, right in zip(questions, scores[cell])
+        ]
         for cell in cells
     }
-    shown = showcase.showcase(HeldOut(rows, ".", items), ROWS, MASKS, scores, answers, 2)
-    found = {
+    shown = showcase.showcase(data, ROWS, MASKS, scores, answers, 2)
+    results = {
         "title": f"Masks {EVIL}",
-        **tabulate.results(ROWS, MASKS, items, scores),
+        **analysis.results(ROWS, MASKS, questions, scores),
         "samples": shown,
     }
-    return found | {
+    return results | {
         "made": provenance.made_with(
             f"python -m eval.matrix {EVIL}",
             {"matrix": published.FOLDER / "mma_table1.csv", "training": None},
@@ -159,7 +171,8 @@ def test_samples_show_the_pictures_of_their_turn(results):
             sample["answers"]["base"]
         ) == set(MASKS)
     html = report.render(results)
-    assert all(image in html for sample in results["samples"] for image in sample["images"])
+    for sample in results["samples"]:
+        assert all(image in html for image in sample["images"])
 
 
 def test_sections_follow_what_there_is(results):
@@ -178,11 +191,25 @@ def test_sections_follow_what_there_is(results):
 
 
 def test_masks_are_drawn_as_they_are():
+    layout = Layout.parse(EXAMPLE)
+    causal = int(allowed("causal", layout).sum())
     for name in POLICIES:
-        drawn = charts.policy_picture(name)
-        assert drawn.count('class="past"') + drawn.count('class="revealed"') == int(
-            allowed(name, Layout.parse(EXAMPLE)).sum()
-        )
+        drawn, pairs = charts.mask_picture(name), int(allowed(name, layout).sum())
+        assert drawn.count('class="past"') == causal and "pooled" not in drawn
+        assert drawn.count('class="past"') + drawn.count('class="revealed"') == pairs
+        if name == "causal":
+            continue
+        light = charts.mask_picture(f"{name}+merge")  # attends as causal does, pools the others
+        assert light.count('class="past"') == causal == int(allowed(f"{name}+merge", layout).sum())
+        assert light.count('class="pooled"') == pairs - causal and "revealed" not in light
+
+
+def test_the_legend_of_a_light_form_is_there_when_one_is_drawn(results):
+    assert 'class="swatch pooled"' in report.render(results)
+    without = {**results, "masks": ["causal", "mma_interleaved"]}
+    without["cells"] = [cell for cell in results["cells"] if cell["mask"] != "v2v+merge"]
+    without["comparisons"] = [one for one in results["comparisons"] if one["mask"] != "v2v+merge"]
+    assert 'class="swatch pooled"' not in report.render({**without, "samples": []})
 
 
 def contrast(a: float, b: float) -> float:
@@ -209,24 +236,25 @@ def test_heat_maps_are_ordered_by_lightness():
 
 
 def test_latex_and_markdown_escape():
-    table = tables.Table("a_b", ["x|y", "n"], [["50 % & {c} \\ #_^~$", "1"]], bold={(0, 1)})
+    table = Table("a_b", ["x|y", "n"], [["50 % & {c} \\ #_^~$", "1"]], bold={(0, 1)})
     assert (
         r"50 \% \& \{c\} \textbackslash{} \#\_\textasciicircum{}\textasciitilde{}\$ & \textbf{1} \\"
-        in tables.as_latex(table)
+        in table.as_latex()
     )
-    assert r"x\|y" in tables.as_markdown(table) and "**1**" in tables.as_markdown(table)
+    assert r"x\|y" in table.as_markdown() and "**1**" in table.as_markdown()
 
 
 def test_published_tables_are_complete():
-    found = {table.name: table for table in published.tables()}
-    assert {name: (len(t.rows), len(t.header) - t.keys) for name, t in found.items()} == {
+    tables = {table.name: table for table in published.tables()}
+    assert {name: (len(t.rows), len(t.header) - t.keys) for name, t in tables.items()} == {
         "futuremask_table4": (14, 13),
         "futuremask_table6_latency": (3, 2),
         "mma_table1": (9, 12),
     }
-    for table in found.values():
+    for table in tables.values():
         assert "arXiv" in table.source and all(len(row) == len(table.header) for row in table.rows)
-        assert all(float(text) > 0 for row in table.rows for text in row[table.keys :])
+        for row in table.rows:
+            assert all(float(text) > 0 for text in row[table.keys :])
 
 
 def test_numbers_of_the_user_stand_beside_published_ones(results, tmp_path):
@@ -266,25 +294,18 @@ def test_the_command_renders_again(results, tmp_path, capsys):
     )
 
 
-@pytest.mark.slow
 def _media(records) -> dict[str, str]:
     """Path of each logged file by its key."""
-    items = (
-        item
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-        for item in record.history.item
-    )
-    return {
-        item.nested_key[0]: json.loads(item.value_json)
-        for item in items
-        if item.nested_key[-1] == "path"
-    }
+    paths = {}
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            for item in record.history.item:
+                if item.nested_key[-1] == "path":
+                    paths[item.nested_key[0]] = json.loads(item.value_json)
+    return paths
 
 
 def test_wandb_offline_without_a_key(results, tmp_path, monkeypatch):
-    from test_sft import wandb_records
-
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -309,7 +330,6 @@ def test_wandb_offline_without_a_key(results, tmp_path, monkeypatch):
     for task in ("overall", "TQA", "count"):
         assert Image.open(media / logged[f"heat_map/{task}"]).width > 300
     samples = json.loads((media / logged["samples"]).read_text())
-    assert len(samples["data"]) == 4 and EVIL in {
-        cell for row in samples["data"] for cell in row if isinstance(cell, str)
-    }
+    assert len(samples["data"]) == 4
+    assert any(EVIL in row for row in samples["data"])
     assert (media / logged["report"]).read_text() == (tmp_path / "out" / "report.html").read_text()

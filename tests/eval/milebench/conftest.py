@@ -1,4 +1,4 @@
-"""Golden material (outputs of MileBench's own scripts, see golden/manifest.json) and small data folders."""
+"""Golden material (outputs of MileBench's own scripts) and small data folders."""
 
 import json
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class GoldenTokenizer:
 
 
 class WordTokenizer:
-    """One token a word with the blanks after it: lengths that can be counted by eye, and loss-free."""
+    """One token a word with the blanks after it: lengths can be counted by eye."""
 
     def __init__(self):
         self.words: list[str] = []
@@ -64,7 +64,10 @@ def words() -> WordTokenizer:
 
 @pytest.fixture
 def make_data(tmp_path: Path) -> Callable[..., Path]:
-    """make_data(name, [(response, choices or None, number of images)], question_type) -> data folder, ids from 0."""
+    """make_data(name, [(response, choices or None, number of images)], question_type): a folder.
+
+    Ids count from 0.
+    """
 
     def make(name: str, samples: list[tuple], question_type: str) -> Path:
         entries = []

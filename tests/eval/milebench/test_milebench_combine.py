@@ -1,6 +1,7 @@
 """Combined images: MileBench's layout (golden), and a folder that prompts can be built from."""
 
 import json
+from itertools import product
 
 import pytest
 from PIL import Image
@@ -13,11 +14,11 @@ from eval.milebench.tasks import read_task
 def test_golden_layout(golden):
     cases = json.loads((golden / "e2e" / "combined_layout.json").read_text())
     for case in cases:
-        found = grids(case["n_images"], case["max_img_num"])
-        assert [(grid.captions, [grid.columns, grid.rows]) for grid in found] == [
+        made = grids(case["n_images"], case["max_img_num"])
+        assert [(grid.captions, [grid.columns, grid.rows]) for grid in made] == [
             (file["captions"], file["cells"]) for file in case["files"]
         ]
-        assert [f"{{sample_id}}-{i}.jpg" for i in range(len(found))] == [
+        assert [f"{{sample_id}}-{i}.jpg" for i in range(len(made))] == [
             file["name"] for file in case["files"]
         ]
     assert len(cases) == 18
@@ -35,19 +36,16 @@ def test_combined_folder(make_data, capsys, limit, sizes):
     assert capsys.readouterr().out == f"{data / 'TQA' / f'TQA_combined_{limit}.json'}\n"
     task = read_task(data, "TQA", limit)
     require_inputs(task, limit)
-    found = []
+    pixels = []
     for path, (columns, rows) in zip(image_paths(task, task.samples[0], limit), sizes, strict=True):
         with Image.open(path) as image:
             assert image.size == (columns * SIDE, rows * SIDE)
-            found += [
-                image.getpixel((x * SIDE + 9, y * SIDE + 9))
-                for y in range(rows)
-                for x in range(columns)
-            ]
+            for y, x in product(range(rows), range(columns)):
+                pixels.append(image.getpixel((x * SIDE + 9, y * SIDE + 9)))
             assert (
                 image.crop((0, SIDE - 60, SIDE, SIDE)).convert("L").getextrema()[1] > 200
             )  # the white caption
-    for colour, pixel in zip(colours, found):
+    for colour, pixel in zip(colours, pixels):
         assert max(abs(a - b) for a, b in zip(colour, pixel)) < 12
 
 

@@ -1,4 +1,7 @@
-"""The repaired scoring: expectations by hand for each oddity of MileBench, numbered as in eval/milebench/README.md."""
+"""The repaired scoring: expectations by hand for each oddity of MileBench.
+
+They are numbered as in eval/milebench/README.md.
+"""
 
 import json
 
@@ -229,22 +232,29 @@ def test_q20_string_ids(make_data, make_predictions):
         score_task(task, records, path, original=True)
 
 
-# Kinds of answers in the golden predictions whose meaning is plain: they name the right option, or none.
+# Kinds of answers in the golden predictions whose meaning is plain: they name the right option, or
+# none.
 RIGHT = (
-    "text text_dot text_upper text_newline text_tab text_spaced text_nospace text_hyphen sentence_text sentence_letter "
-    "letter_text letter_space_text letter_paren_text letter_colon_text letter letter_dot letter_lower letter_lower_dot "
-    "letter_paren letter_rparen letter_quoted letter_dquoted letter_bold letter_nested_quotes letter_spaces "
-    "answer_letter option_letter choose article_a article_a2 cjk gt_with_quotes gt_with_dq gt_backtick "
+    "text text_dot text_upper text_newline text_tab text_spaced text_nospace text_hyphen "
+    "sentence_text sentence_letter letter_text letter_space_text letter_paren_text "
+    "letter_colon_text letter letter_dot letter_lower letter_lower_dot letter_paren "
+    "letter_rparen letter_quoted letter_dquoted letter_bold letter_nested_quotes letter_spaces "
+    "answer_letter option_letter choose article_a article_a2 cjk gt_with_quotes gt_with_dq "
+    "gt_backtick "
     "trailing_quote period_decimal"
 ).split()
 WRONG = (
-    "empty blank dots comma marks dquotes none noletters wrong_letter wrong_letter_dot out_of_range two_letters "
+    "empty blank dots comma marks dquotes none noletters wrong_letter wrong_letter_dot "
+    "out_of_range two_letters "
     "slash_letters glued_letters all_letters text_wrong dunno longs greek"
 ).split()
 
 
 def test_kinds_of_golden_answers(golden):
-    """The repaired scorer understands what MileBench's own often misreads. GPR1200 prints no labels: left out."""
+    """The repaired scorer understands what MileBench's own often misreads.
+
+    GPR1200 prints no labels: left out.
+    """
     n_right = n_wrong = n_original = 0
     for entry in json.loads((golden / "eval" / "kinds.json").read_text())["datasets"]:
         name, kinds = entry["dataset"], entry["kinds"]

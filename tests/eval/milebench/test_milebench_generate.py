@@ -1,4 +1,7 @@
-"""`python -m eval.milebench.generate` on tiny random models: what it writes, and that nothing but the policy decides it."""
+"""`python -m eval.milebench.generate` on tiny random models.
+
+What it writes, and that nothing but the mask decides it.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import families
@@ -17,14 +21,16 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from eval.milebench import combine, generate, score
-from eval.milebench.decoder import Decoder, variant
 from eval.milebench.fitting import Fitter
 from eval.milebench.tasks import batches, read_task
-from fmtrain.patch import VERSION, attach
+from fmtrain.decoding import Decoder
+from fmtrain.masks import VERSION
+from fmtrain.patch import attach
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SEVEN = ["causal", "future", "v2v", "mma_interleaved", "v2v+merge", "text_future", "prefix_lm"]
 SHORT = ["--max_new_tokens", "6"]
+TASKS = ("TQA", "IEdit")
 
 
 def picture(number: int) -> Image.Image:
@@ -108,14 +114,16 @@ def run(place: Path, out: Path, *more: str, model: str = "ckpt") -> dict[str, di
 
 
 def answers(out: Path) -> dict[str, dict[str, str]]:
-    found = {}
+    by_folder = {}
     for path in sorted(out.glob("*/*/pred.json")):
         records = json.loads(path.read_text())
-        found[str(path.parent.relative_to(out))] = {
+        by_folder[str(path.parent.relative_to(out))] = {
             record["sample_id"]: record["pred_response"] for record in records
         }
-        assert len(records) == len(found[str(path.parent.relative_to(out))]), "a sample is doubled"
-    return found
+        assert len(records) == len(by_folder[str(path.parent.relative_to(out))]), (
+            "a sample is doubled"
+        )
+    return by_folder
 
 
 @pytest.fixture(scope="module")
@@ -153,12 +161,12 @@ def command(place: Path, out: Path, *more: str, launcher: tuple[str, ...] = ()) 
     )
 
 
-# --- what it writes -------------------------------------------------------------------------------------------------
+# --- what it writes -------------------------------------------------------------------------------
 
 
 def test_what_is_written_and_that_it_can_be_scored(place, plain, tmp_path):
     assert files(plain) == sorted(
-        f"ckpt/{task}/{file}" for task in ("TQA", "IEdit") for file in ("pred.json", "run.json")
+        f"ckpt/{task}/{file}" for task, file in product(TASKS, ("pred.json", "run.json"))
     )
     text = (plain / "ckpt" / "TQA" / "pred.json").read_text()
     records = json.loads(text)
@@ -176,7 +184,8 @@ def test_what_is_written_and_that_it_can_be_scored(place, plain, tmp_path):
     assert records[5] == {
         "sample_id": 2,
         "image": [str(place / "data" / "TQA" / "images" / f"{k}.png") for k in (1, 2)],
-        "question": "Look at the picture.\npicture 1: <ImageHere> picture 2: <ImageHere> what changed? 2\nChoice list: \n"
+        "question": "Look at the picture.\n"
+        "picture 1: <ImageHere> picture 2: <ImageHere> what changed? 2\nChoice list: \n"
         "A. a red cube\nB. two blue spheres\nYour answer is: ",
         "gt_response": "a red cube",
         "gen_model_id": "ckpt",
@@ -216,7 +225,7 @@ def test_what_is_written_and_that_it_can_be_scored(place, plain, tmp_path):
 
 
 def test_answers_are_the_models_own(place, plain):
-    """An independent loop: one sample at a time, plain processor call, argmax by argmax without a cache."""
+    """An independent loop: one sample at a time, plain processor call, argmax by argmax."""
     model, processor = families.model("llava"), families.processor("llava")
     end = processor.tokenizer.eos_token_id
     with attach(model, "v2v", "reference"), torch.no_grad():
@@ -278,8 +287,8 @@ def test_an_adapter_is_accepted(place, tmp_path):
     call = ["--data", str(place / "data"), "--out", str(tmp_path / "out"), *SHORT]
     for name in ("adapter", "folded"):
         assert generate.main([*call, "--model", str(tmp_path / name)]) == 0
-    found = answers(tmp_path / "out")
-    assert found["adapter/TQA"] == found["folded/TQA"]
+    by_folder = answers(tmp_path / "out")
+    assert by_folder["adapter/TQA"] == by_folder["folded/TQA"]
     settings = json.loads((tmp_path / "out" / "adapter" / "TQA" / "run.json").read_text())[
         "settings"
     ]
@@ -303,7 +312,7 @@ def test_combined_images(place, tmp_path):
     )
 
 
-# --- nothing but the policy decides ---------------------------------------------------------------------------------
+# --- nothing but the policy decides ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("images", ["1", "4", "100"])
@@ -311,40 +320,39 @@ def test_batch_size_changes_no_prediction(place, plain, tmp_path, images):
     assert run(place, tmp_path, "--batch_images", images) == answers(plain)
 
 
-def test_seven_policies_cost_one_pass_of_the_tower(place, plain, tmp_path, monkeypatch):
+def test_seven_masks_cost_one_pass_of_the_tower(place, plain, tmp_path, monkeypatch):
     passes = []
     load = generate.load
 
-    def counting(*args):
-        model, processor = load(*args)
+    def counting(*args, **kwargs):
+        model, processor = load(*args, **kwargs)
         model.base_model.vision_tower.register_forward_hook(lambda *_: passes.append(1))
         return model, processor
 
     monkeypatch.setattr(generate, "load", counting)
-    together = run(place, tmp_path / "together", "--policy", *SEVEN, model="bare")
-    with_images = [
-        batch
-        for name in ("TQA", "IEdit")
-        for batch in batches(read_task(place / "data", name).samples, 24)
-        if batch[0].images
-    ]
+    together = run(place, tmp_path / "together", "--masks", *SEVEN, model="bare")
+    all_batches = []
+    for name in TASKS:
+        all_batches += batches(read_task(place / "data", name).samples, 24)
+    with_images = [batch for batch in all_batches if batch[0].images]
     assert len(passes) == len(with_images) == 6
-    assert sorted(together) == sorted(
-        f"bare+{name}/{task}" for name in SEVEN for task in ("TQA", "IEdit")
-    )
+    assert sorted(together) == sorted(f"bare+{name}/{task}" for name, task in product(SEVEN, TASKS))
     assert len({json.dumps(together[f"bare+{name}/TQA"]) for name in SEVEN}) >= 5, (
         "the policies make no difference"
     )
     assert together["bare+v2v/TQA"] == answers(plain)["ckpt/TQA"]
     apart = {}
     for name in SEVEN:
-        apart |= run(place, tmp_path / "apart", "--policy", name, model="bare")
+        apart |= run(place, tmp_path / "apart", "--masks", name, model="bare")
     assert together == apart
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_teacher_forcing_rederives_every_answer(place, family):
-    """All families, on shared features: each greedy token is the argmax of one forward over prompt and answer."""
+    """Each greedy token is the argmax of one forward over prompt and answer.
+
+    In all families, on shared features.
+    """
     model, processor = families.model(family), families.processor(family)
     attach(model, "v2v", "sdpa")
     decoder, fitter, task = (
@@ -353,20 +361,18 @@ def test_teacher_forcing_rederives_every_answer(place, family):
         read_task(place / "data", "TQA"),
     )
     fitted = [fitter.fit(task, sample) for sample in task.samples]
-    prompts = decoder.batch([(one.inputs, one.layout) for one in fitted])
-    alone = [decoder.batch([(one.inputs, one.layout)]) for one in fitted]
+    prompts = decoder.prefill([sample.encoded for sample in fitted])
+    single = [decoder.prefill([sample.encoded]) for sample in fitted]
     for name in SEVEN:
-        with decoder.under(variant(name)):
+        with decoder.under(name):
             made = decoder.answers(prompts, max_new_tokens=6, min_new_tokens=1, do_sample=False)
             assert max(max(gaps) for gaps in decoder.shortfalls(prompts, made)) == 0.0
             if name in ("v2v", "v2v+merge", "prefix_lm"):
                 assert [
                     decoder.answers(one, max_new_tokens=6, min_new_tokens=1, do_sample=False)[0]
-                    for one in alone
+                    for one in single
                 ] == made
-    with decoder.under(
-        variant("causal")
-    ):  # the answers of another policy, and wrong ones, are told apart
+    with decoder.under("causal"):  # the answers of another mask, and wrong ones, are told apart
         assert max(max(gaps) for gaps in decoder.shortfalls(prompts, made)) > 0.01
     wrong = [[(token + 1) % 250 + 3 for token in answer] for answer in made]
     assert min(max(gaps) for gaps in decoder.shortfalls(prompts, wrong)) > 0.01
@@ -385,15 +391,18 @@ def test_verify(place, plain, tmp_path, monkeypatch, capsys):
     )
 
 
-# --- a killed run ---------------------------------------------------------------------------------------------------
+# --- a killed run ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
-    """SIGKILL in the middle, with a torn line on top; then the same command. Nothing is lost, doubled or different."""
+    """SIGKILL in the middle, with a torn line on top; then the same command.
+
+    Nothing is lost, doubled or different.
+    """
     make_task(tmp_path / "data", "WikiVQA", "multi-choice", [1, 2] * 12)
     (tmp_path / "ckpt").symlink_to(place / "ckpt")
-    more = ["--max_new_tokens", "24", "--batch_images", "2", "--policy", "v2v", "causal"]
+    more = ["--max_new_tokens", "24", "--batch_images", "2", "--masks", "v2v", "causal"]
     assert generate.main(arguments(tmp_path, tmp_path / "whole", *more)) == 0
     running = command(tmp_path, tmp_path / "killed", *more)
     folders = [tmp_path / "killed" / f"ckpt+{name}" / "WikiVQA" for name in ("v2v", "causal")]
@@ -413,7 +422,7 @@ def test_a_killed_run_goes_on_where_it_stopped(place, tmp_path, monkeypatch):
     monkeypatch.setattr(
         generate,
         "answer_batch",
-        lambda *args: made.append([one.name for one in args[2]]) or real(*args),
+        lambda *args: made.append([str(mask) for mask in args[2]]) or real(*args),
     )
     assert generate.main(arguments(tmp_path, tmp_path / "killed", *more)) == 0
     assert 1 < len(made) < 18 and sum("v2v" in names for names in made) == lost
@@ -474,17 +483,20 @@ def test_predictions_made_otherwise_are_not_mixed(place, plain, tmp_path, capsys
     assert answers(out)["other/IEdit"] == answers(plain)["ckpt/IEdit"]
 
 
-# --- the window -----------------------------------------------------------------------------------------------------
+# --- the window -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
-    """Nothing is cut where everything fits exactly; one token less, and the left goes; question and instruction stay."""
+    """Nothing is cut where everything fits exactly; one token less, and the left goes.
+
+    Question and instruction stay.
+    """
     make_task(tmp_path, "TQA", "multi-choice", [3, 1, 0], words="the lazy dog " * 5)
     task, processor = read_task(tmp_path, "TQA"), families.processor(family)
     for sample in task.samples:
         whole = Fitter(processor, 5000, 10).fit(task, sample)
-        length = whole.layout.shape[1] + 10
+        length = whole.encoded.layout.shape[1] + 10
         assert whole.prompt.notes == () and len(whole.prompt.images) == len(sample.images)
         slack = 2 * (
             2 * len(sample.images) + 1
@@ -498,18 +510,19 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
         )
         for shorter in range(length - 1, least, -9):
             cut = Fitter(processor, shorter, 10).fit(task, sample)
-            assert cut.layout.shape[1] + 10 <= shorter
+            assert cut.encoded.layout.shape[1] + 10 <= shorter
             instruction, _, kept = cut.prompt.text.partition("\n")
             assert instruction == task.instruction(sample) and whole.prompt.text.endswith(kept)
             assert cut.prompt.notes and len(cut.prompt.text) < len(whole.prompt.text)
     with pytest.raises(
         ValueError,
-        match=r"TQA.json: sample 2: \d+ tokens that cannot be cut, and 10 for the answer, do not fit",
+        match=r"TQA.json: sample 2: \d+ tokens that cannot be cut, and 10 for the answer, "
+        r"do not fit",
     ):
         Fitter(processor, 25, 10).fit(task, task.samples[2])
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -540,12 +553,12 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
         (["--model", "{place}/nowhere"], "{place}/nowhere: no such checkpoint folder"),
         (
             ["--model", "{place}/bare"],
-            "{place}/bare: its config.json records no policy; name one, e.g. --policy causal",
+            "{place}/bare: its config.json records no mask; name one, e.g. --masks causal",
         ),
-        (["--policy", "v3v"], "unknown policy 'v3v'; the nearest is 'v2v'"),
-        (["--policy", "v2v", "v2v+marge"], "mask 'v2v+marge' is neither a policy nor POLICY+merge"),
+        (["--masks", "v3v"], "unknown policy 'v3v'; the nearest is 'v2v'"),
+        (["--masks", "v2v", "v2v+marge"], "unknown policy 'v2v+marge'; the nearest is "),
         (
-            ["--policy", "causal+merge"],
+            ["--masks", "causal+merge"],
             "policy 'causal' reveals nothing, so there is nothing to merge",
         ),
         (["--window", "4096"], "--window 4096: the model has 2048 positions"),
@@ -576,7 +589,7 @@ def test_errors_are_one_line(place, tmp_path, capfd, more, message):
 
 @pytest.mark.slow
 def test_an_error_from_the_shell(place, tmp_path):
-    running = command(place, tmp_path, "--policy", "v3v")
+    running = command(place, tmp_path, "--masks", "v3v")
     out, error = running.communicate(timeout=120)
     assert (
         (running.returncode, out) == (2, "")

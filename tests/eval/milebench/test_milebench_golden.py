@@ -1,4 +1,7 @@
-"""`original` against the outputs of MileBench's own scripts (commit 9583e1f): every case, files byte for byte."""
+"""`original` against the outputs of MileBench's own scripts (commit 9583e1f).
+
+Every case, files byte for byte.
+"""
 
 import hashlib
 import json
@@ -21,8 +24,8 @@ def rows(path: Path) -> list[dict]:
 
 def test_golden_files_are_whole(golden):
     listed = json.loads((golden / "manifest.json").read_text())["files"]
-    there = {str(path.relative_to(golden)) for path in golden.rglob("*") if path.is_file()}
-    assert there == {*listed, "manifest.json"}
+    on_disk = {str(path.relative_to(golden)) for path in golden.rglob("*") if path.is_file()}
+    assert on_disk == {*listed, "manifest.json"}
     for name, entry in listed.items():
         assert hashlib.sha256((golden / name).read_bytes()).hexdigest() == entry["sha256"], name
     assert len(listed) == 128

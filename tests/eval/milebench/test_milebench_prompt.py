@@ -1,6 +1,7 @@
-"""Prompts: `original` against MileBench's own (golden), the default against expectations written by hand."""
+"""Prompts: `original` against MileBench's own (golden), the default against ones made by hand."""
 
 import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def test_golden_prompts(golden, golden_tokenizers):
 
 
 def test_golden_generation(golden, golden_tokenizers):
-    """Order, batches, prompts and pred.json of a whole run, with the scripted answers in place of a model."""
+    """Order, batches, prompts and pred.json of a whole run, with scripted answers."""
     script = json.loads((golden / "e2e" / "script.json").read_text())
     config = json.loads((golden / "e2e" / script["config_file"]).read_text())[script["model"]]
     tokenizer = golden_tokenizers[Path(script["tokenizer"]).stem]
@@ -97,7 +98,7 @@ def test_golden_generation(golden, golden_tokenizers):
         groups = batches(task.samples, run["batch_image"])
         assert [[sample.number for sample in group] for group in groups] == script["batches"][name]
         records = []
-        for sample in (sample for group in groups for sample in group):
+        for sample in chain.from_iterable(groups):
             prompt = build_prompt(
                 task, sample, tokenizer, window, run["combine_image"], original=True
             )

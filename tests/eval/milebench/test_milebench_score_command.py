@@ -1,9 +1,13 @@
-"""`python -m eval.milebench.score`: what it writes, and that an error is one line and leaves nothing behind."""
+"""`python -m eval.milebench.score`: what it writes.
+
+And that an error is one line and leaves nothing behind.
+"""
 
 import csv
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -39,7 +43,7 @@ def test_a_run_from_the_shell(sound, tmp_path):
     written = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     common = ["eval.json", "eval_score.json", "sample_scores.json"]
     assert written == sorted(
-        [f"model/{name}/{file}" for name in ("TQA", "IEdit") for file in common]
+        [f"model/{name}/{file}" for name, file in product(("TQA", "IEdit"), common)]
         + ["model/TQA/pred_with_extracted.json", "result.csv", "result.json", "scores.json"]
     )
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
@@ -53,9 +57,9 @@ def test_a_run_from_the_shell(sound, tmp_path):
         "Rouge-L f",
     ):
         assert line in done.stdout
-    found = json.loads((out / "scores.json").read_text())
-    assert found["scoring"] == "fixed"
-    tqa = found["models"]["model"]["tasks"]["TQA"]
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["scoring"] == "fixed"
+    tqa = scores["models"]["model"]["tasks"]["TQA"]
     assert (tqa["score"], tqa["n"], tqa["code"], tqa["scorer"]) == (0.5, 4, "S-1", "multi-choice")
     assert tqa["levels"] == {"Few": {key: tqa[key] for key in ("score", "n", "low", "high")}}
     assert json.loads((out / "model" / "TQA" / "sample_scores.json").read_text()) == [

@@ -12,6 +12,7 @@ import pytest
 import torch
 import training
 from PIL import Image
+from wandb_files import wandb_records
 
 from fmtrain import sft
 from fmtrain.patch import unwrap
@@ -367,32 +368,6 @@ def test_an_error_is_one_line_and_an_exit_code(folder):
         len([line for line in run.stderr.splitlines() if "error:" in line]) == 1
         and not (folder / "out").exists()
     )
-
-
-def wandb_records(file: Path):
-    """The records of an offline W&B run. The file is a LevelDB log: a header of 7 bytes, then
-    blocks of 32 KiB that hold chunks (checksum 4 bytes, length 2, type 1: full, first, middle,
-    last)."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, position, parts = file.read_bytes(), 7, b""
-    while position < len(data):
-        if 32768 - position % 32768 < 7:
-            position += 32768 - position % 32768
-            continue
-        length, kind = (
-            int.from_bytes(data[position + 4 : position + 6], "little"),
-            data[position + 6],
-        )
-        if position + 7 + length > len(data):
-            return  # still being written
-        parts += data[position + 7 : position + 7 + length]
-        position += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(parts)
-            parts = b""
-            yield record
 
 
 @pytest.mark.slow

@@ -1,0 +1,105 @@
+"""Held-out rows and their questions: a question for each assistant's turn, given its history."""
+
+import functools
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fmtrain.data import files
+from fmtrain.data.collator import encode_prompt
+from fmtrain.data.dialogue import Turn, turns
+from fmtrain.data.encode import Encoded
+from fmtrain.tiny import digits
+
+SEED = 1  # of the held-out digits; training rows come from other scans
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is averaged over. `unit` is what is drawn at random: a row with all its turns."""
+
+    task: str
+    unit: str
+    text: str = ""
+    reference: str = ""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The rows of an evaluation and the folder of their images."""
+
+    rows: list[dict]
+    image_root: str
+
+    def turns(self) -> Iterator[tuple[dict, Turn]]:
+        """Every assistant's turn with its row, in order."""
+        for row in self.rows:
+            for turn in turns(row):
+                yield row, turn
+
+    @functools.cached_property
+    def questions(self) -> list[Question]:
+        """The questions of the turns, in order."""
+        return [
+            Question(task_of(row), str(row["id"]), turn.question, turn.reference)
+            for row, turn in self.turns()
+        ]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """What the rows are, in short."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(repr((row["id"], row["messages"], row["images"])).encode())
+        return digest.hexdigest()
+
+    def prompts(self, processor) -> list[Encoded]:
+        """What generation is fed before each answer."""
+        return [encode_prompt(processor, row, turn, self.image_root) for row, turn in self.turns()]
+
+
+@functools.lru_cache(maxsize=1)
+def by_task(
+    name: str, tasks: tuple[str, ...], rows_per_task: int, image_root: str | None
+) -> HeldOut:
+    """`rows_per_task` rows of each task: of the digits' test scans, or the first ones of a file.
+
+    Raises `ValueError` for a task that is not there or has no row.
+    """
+    rows = []
+    if name == "digits":
+        for task in tasks or digits.TASKS:
+            rows += digits.rows("test", [task], rows_per_task, seed=SEED).with_format(None)
+        return HeldOut(rows, ".")
+    loaded = files.load(name, image_root=image_root)
+    rows_of: dict[str, list[dict]] = {}
+    for row in loaded.rows.with_format(None):
+        rows_of.setdefault(task_of(row), []).append(row)
+    for task in tasks or rows_of:
+        if task not in rows_of:
+            raise ValueError(f"{name}: no row of task {task!r}; there are {', '.join(rows_of)}")
+        rows += rows_of[task][:rows_per_task]
+    held_out = HeldOut(rows, loaded.image_root)
+    if not held_out.questions:
+        raise ValueError(f"{name}: no assistant's turn, so there is no question")
+    return held_out
+
+
+def mixed(
+    name: str, tasks: Iterable[str], count: int, image_root: str | None, seed: int = SEED
+) -> HeldOut:
+    """`count` rows of all tasks: of the digits' test scans, or the first ones of a file."""
+    if name == "digits":
+        return HeldOut(list(digits.rows("test", list(tasks), count, seed).with_format(None)), ".")
+    loaded = files.load(name, None, count, image_root)
+    return HeldOut(list(loaded.rows.with_format(None)), loaded.image_root)
+
+
+def task_of(row: dict) -> str:
+    """The task that a row belongs to."""
+    return str(row.get("task") or row.get("source") or "all")
+
+
+def right(answer: str, reference: str) -> int:
+    """1 if the answer is the reference but for case and blanks, else 0."""
+    return int(answer.casefold().split() == reference.casefold().split())

@@ -1,0 +1,80 @@
+"""Held-out rows, their questions, and what two checkpoints answer to them."""
+
+from eval import compare, held_out
+from eval.held_out import HeldOut
+from fmtrain.masks import parse_masks
+from fmtrain.tiny import digits
+from fmtrain.tiny import model as tiny_model
+
+
+def text(role: str, words: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": words}]}
+
+
+def test_a_question_for_each_turn():
+    """In order; a row is one unit, whatever its turns; a content may be a plain text."""
+    rows = [
+        {
+            "id": 7,
+            "task": "two",
+            "messages": [
+                text("system", "be brief"),
+                {"role": "user", "content": "first?"},
+                text("assistant", " 1 "),
+                text("user", "second?"),
+                text("assistant", "2"),
+            ],
+            "images": [],
+        },
+        {
+            "id": "b",
+            "source": "one",
+            "messages": [text("user", "why?"), text("assistant", "so")],
+            "images": [],
+        },
+    ]
+    data = HeldOut(rows, ".")
+    assert [tuple(vars(question).values()) for question in data.questions] == [
+        ("two", "7", "first?", "1"),
+        ("two", "7", "second?", "2"),
+        ("one", "b", "why?", "so"),
+    ]
+    changed = HeldOut([rows[0], {**rows[1], "messages": rows[0]["messages"]}], ".")
+    assert changed.digest != data.digest == HeldOut(list(rows), "elsewhere").digest
+
+
+def test_digits_by_task_and_mixed():
+    data = held_out.by_task("digits", ("count", "dialogue"), 3, None)
+    tasks = [question.task for question in data.questions]
+    assert tasks == ["count"] * 3 + ["dialogue"] * 6 and len(data.rows) == 6
+    assert len({question.unit for question in data.questions}) == 6
+    mixed = held_out.mixed("digits", digits.TASKS, 10, None)
+    assert {question.task for question in mixed.questions} == set(digits.TASKS)
+    assert len(mixed.rows) == 10
+
+
+def test_compare_counts_right_answers(monkeypatch, capsys):
+    """Of the base as it was trained and with the other's mask, and of the other one."""
+    answered = []
+
+    def answers(checkpoint, masks, data):
+        answered.append((checkpoint, [str(mask) for mask in masks]))
+        return [[question.reference for question in data.questions] for _ in masks]
+
+    folder = str(tiny_model.CHECKPOINT)
+    monkeypatch.setattr(compare, "answers", answers)
+    options = ["--tasks", "count", "read", "--count", "4", "--show", "2"]
+    assert compare.main(["--before", folder, "--after", folder, *options]) == 0
+    assert answered == [(folder, ["causal", "causal"]), (folder, ["causal"])]
+    printed = capsys.readouterr().out
+    assert "count" in printed and "dialogue" not in printed and "1.000" in printed
+    assert compare.main(["--before", folder, "--after", "/nowhere"]) == 2
+    assert capsys.readouterr().err == "error: /nowhere: no such checkpoint folder\n"
+
+
+def test_answers_of_the_embedded_model():
+    data = held_out.mixed("digits", ["read"], 6, None)
+    masks = parse_masks(["causal", "v2v"])
+    for answers in compare.answers(str(tiny_model.CHECKPOINT), masks, data):
+        pairs = zip(answers, data.questions, strict=True)
+        assert sum(held_out.right(text, question.reference) for text, question in pairs) >= 4
