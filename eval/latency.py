@@ -33,7 +33,7 @@ from fmtrain.decoding import Prefill
 from fmtrain.layout import Role
 from fmtrain.masks import parse_masks
 from fmtrain.patch import unwrap
-from fmtrain.tiny import model as tiny_model
+from fmtrain.tiny import CHECKPOINT
 
 MASKS = ("causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge")
 PAPER = "arXiv 2505.18605, Table 6"
@@ -199,7 +199,7 @@ def measure_models(options: argparse.Namespace, command: str) -> None:
     device, dtype = timing.choose_device(options.device, options.dtype, options.threads)
     stopwatch = Stopwatch(device, options.clock)
     timed = setups(options.masks, [options.backend], options.merge_kernel_size)
-    embedded = [str(tiny_model.CHECKPOINT)] if tiny_model.CHECKPOINT.is_dir() else []
+    embedded = [str(CHECKPOINT)] if CHECKPOINT.is_dir() else []
     size = options.size
     if size == "auto":
         size = "7b" if device.type == "cuda" else "100m"

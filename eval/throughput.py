@@ -72,12 +72,12 @@ def learner(
     pixels = dict(batch.inputs)
     for name in ("input_ids", "attention_mask", "labels"):
         del pixels[name]
-    trainable.choose(subject.model, config, None, pixels)
+    trainable.set_trainable(subject.model, config, None, pixels)
     model = subject.model if config is None else get_peft_model(subject.model, config)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    trainable.without_graph(model)
+    trainable.run_tower_without_graph(model)
     learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return model.train(), torch.optim.AdamW(learnt, lr=RATE)
 

@@ -130,7 +130,7 @@ class Decoder:
         forced = torch.tensor(padded, device=device)
         inputs = {
             "input_ids": torch.cat([prompts.inputs["input_ids"], forced], dim=1),
-            "attention_mask": (layout.role != Role.PAD).long(),
+            "attention_mask": layout.real.long(),
             "position_ids": layout.positions(),
         }
         whole = Prefill({**prompts.inputs, **inputs}, layout, prompts.features)
@@ -178,4 +178,4 @@ def _taught_end(processor) -> int:
     """The token that ended the answers in training."""
     turns = [{"role": role, "content": "?"} for role in ("user", "assistant")]
     inputs, layout = encode(processor, turns, [])
-    return int(inputs["input_ids"][layout.role == Role.ANSWER][-1])
+    return int(inputs["input_ids"][layout.answer][-1])

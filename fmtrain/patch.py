@@ -159,7 +159,7 @@ class Handle:
         if not self.host:
             inner.set_attn_implementation({"text_config": ATTENTION})
         # Out of a compiled graph: it asks tensors for numbers, and decides by them.
-        plan = torch.compiler.disable(self._before_forward)
+        plan: Any = torch.compiler.disable(self._before_forward)
         self._hooks = [inner.base_model.register_forward_pre_hook(plan, with_kwargs=True)]
         if not self.host:
             self._hooks.append(inner.register_forward_pre_hook(self._before_loss, with_kwargs=True))

@@ -17,7 +17,7 @@ from fmtrain.attention import reference
 from fmtrain.data.collator import Collator
 from fmtrain.data.encode import Encoded
 from fmtrain.masks import Allowed, Mask
-from fmtrain.merge import pooled, share
+from fmtrain.merge import Pooling, share
 from fmtrain.patch import ATTENTION, PLAN, attach, unwrap
 
 FORMS = ("direct", "merge", "control", "causal")
@@ -46,19 +46,17 @@ class Pieces:
         return keep[..., None] * self.causal + add[..., None] * self.sink
 
 
-def take_apart(q_BHQD, k_BGKD, v_BGKD, scale: float | None, prepared: reference.Prepared) -> Pieces:
+def take_apart(q_BHQD, k_BGKD, v_BGKD, scale: float | None, pooling: Pooling) -> Pieces:
     """The pieces of one attention call under a light form, as `reference` defines it."""
-    pairs, merge, scale = prepared.allowed, prepared.merge, scale or q_BHQD.shape[-1] ** -0.5
-    direct = reference.Prepared(pairs, None)
-    causal = reference.Prepared(Allowed(pairs.past_B1QK, None), None)
-    B_BHQK = reference.weights(q_BHQD, k_BGKD, direct, scale)
-    A_BHQK = reference.weights(q_BHQD, k_BGKD, causal, scale)
+    scale = scale or q_BHQD.shape[-1] ** -0.5
+    past, revealed = pooling.past_B1QK, pooling.revealed_B1QK
+    B_BHQK = reference.weights(q_BHQD, k_BGKD, Allowed(past, revealed), scale)
+    A_BHQK = reference.weights(q_BHQD, k_BGKD, Allowed(past, None), scale)
     v_BHKD = v_BGKD.repeat_interleave(q_BHQD.shape[1] // v_BGKD.shape[1], dim=1).to(B_BHQK.dtype)
-    F_BHQK = B_BHQK * pairs.revealed_B1QK
-    future = F_BHQK.sum(-1)
-    C = pooled(F_BHQK, prepared.last_BQ, prepared.query_Q, merge.kernel_size)
-    total = 1 - future + C if merge.normalize else torch.ones_like(C)
-    sink = share(prepared.sink_BQK, v_BHKD.dtype)[:, None] @ v_BHKD
+    F_BHQK = B_BHQK * revealed
+    future, C = F_BHQK.sum(-1), pooling.pooled(F_BHQK)
+    total = 1 - future + C if pooling.merge.normalize else torch.ones_like(C)
+    sink = share(pooling.sink_BQK, v_BHKD.dtype)[:, None] @ v_BHKD
     return Pieces(
         direct=B_BHQK @ v_BHKD,
         causal=A_BHQK @ v_BHKD,
@@ -67,7 +65,7 @@ def take_apart(q_BHQD, k_BGKD, v_BGKD, scale: float | None, prepared: reference.
         pooled=C,
         keep=(1 - future) / total,
         add=C / total,
-        reveals=pairs.revealed_B1QK.any(-1),
+        reveals=revealed.any(-1),
     )
 
 

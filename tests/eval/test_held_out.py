@@ -3,8 +3,7 @@
 from eval import compare, held_out
 from eval.held_out import HeldOut
 from fmtrain.masks import parse_masks
-from fmtrain.tiny import digits
-from fmtrain.tiny import model as tiny_model
+from fmtrain.tiny import CHECKPOINT, digits
 
 
 def text(role: str, words: str) -> dict:
@@ -61,7 +60,7 @@ def test_compare_counts_right_answers(monkeypatch, capsys):
         answered.append((checkpoint, [str(mask) for mask in masks]))
         return [[question.reference for question in data.questions] for _ in masks]
 
-    folder = str(tiny_model.CHECKPOINT)
+    folder = str(CHECKPOINT)
     monkeypatch.setattr(compare, "answers", answers)
     options = ["--tasks", "count", "read", "--count", "4", "--show", "2"]
     assert compare.main(["--before", folder, "--after", folder, *options]) == 0
@@ -75,6 +74,6 @@ def test_compare_counts_right_answers(monkeypatch, capsys):
 def test_answers_of_the_embedded_model():
     data = held_out.mixed("digits", ["read"], 6, None)
     masks = parse_masks(["causal", "v2v"])
-    for answers in compare.answers(str(tiny_model.CHECKPOINT), masks, data):
+    for answers in compare.answers(str(CHECKPOINT), masks, data):
         pairs = zip(answers, data.questions, strict=True)
         assert sum(held_out.right(text, question.reference) for text, question in pairs) >= 4

@@ -20,7 +20,8 @@ def wandb_records(file: Path) -> Iterator:
         if left < HEADER:
             position += left
             continue
-        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        length = int.from_bytes(data[position + 4 : position + 6], "little")
+        kind = data[position + 6]
         begin, end = position + HEADER, position + HEADER + length
         if end > len(data):
             return  # still being written
