@@ -282,6 +282,19 @@ def test_a_missing_run_is_trained_once(stand_in):
     assert not any(key.startswith("merge_") for key in written)
 
 
+def test_values_of_a_recipe_arrive_as_they_are(folder):
+    """They pass through the command line's parser; to YAML 1e-05 is a text, 1.0e-05 a number."""
+    overrides = {"learning_rate": 1e-05, "max_steps": 2, "report_to": ["none"], "bf16": False}
+    checkpoints = {"1": [str(folder / "base")], "two": str(folder / "base")}
+    values = {"overrides": overrides, "checkpoints": checkpoints, "merge_normalize": False}
+    recipe = matrix_recipe.read(write(folder, merge_prefix=0.5, tasks=["one"], **values))
+    assert recipe.overrides == overrides
+    assert recipe.checkpoints == {"1": [str(folder / "base")], "two": [str(folder / "base")]}
+    assert (recipe.merge_normalize, recipe.merge_prefix, recipe.tasks) == (False, "0.5", ["one"])
+    changed = matrix_recipe.read(write(folder, **values), ["--overrides", "{max_steps: 3}"])
+    assert changed.overrides == {"max_steps": 3} and changed.checkpoints == recipe.checkpoints
+
+
 def test_merge_options_reach_training(folder):
     recipe = matrix_recipe.read(write(folder, train_masks=["v2v+merge"], merge_kernel_size=5))
     run = next(run for run in runs.plan(recipe) if run.row == "v2v+merge")
