@@ -213,15 +213,15 @@ def test_a_killed_evaluation_goes_on_with_the_next_batch(folder, monkeypatch):
     source = (str(folder / "data" / "rows.jsonl"), (), 6, None)
     masks, work, place = [Mask.parse("causal"), Mask.parse("v2v")], folder / "work", folder / "base"
     assert cells.evaluate(folder / "whole", "base", place, masks, source, 4, 6) == 2
-    batches, prefill = [], Decoder.prefill
+    batches, run_tower = [], Decoder.run_tower
 
     def killed_in_the_third(self, rows, padding_side="left"):
         batches.append(len(rows))
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return prefill(self, rows, padding_side)
+        return run_tower(self, rows, padding_side)
 
-    monkeypatch.setattr(Decoder, "prefill", killed_in_the_third)
+    monkeypatch.setattr(Decoder, "run_tower", killed_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         cells.evaluate(work, "base", place, masks, source, 4, 6)
     assert not list(work.glob("cells/base/*.json"))
