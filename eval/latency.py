@@ -29,7 +29,7 @@ from eval.timing import BASE, Setup, Stopwatch, paired_ratio, ratio_text, shuffl
 from fmtrain.attention import BACKENDS
 from fmtrain.command_line import Parser, guarded
 from fmtrain.data.collator import encode_row
-from fmtrain.decoding import Prefill
+from fmtrain.decoding import EncodedFeatures
 from fmtrain.layout import Role
 from fmtrain.masks import parse_masks
 from fmtrain.patch import unwrap
@@ -73,7 +73,7 @@ def setups(names: Sequence[str], backends: Sequence[str], kernel_size: int = 3) 
 @torch.no_grad()
 def make_prompt(
     subject: Subject, images: int, words: int, stopwatch: Stopwatch
-) -> tuple[Prefill, float]:
+) -> tuple[EncodedFeatures, float]:
     """A prompt with its image features, and how many ms the vision tower takes."""
     row = subjects.row(images, words)
     inputs, layout = encode_row(subject.processor, row, add_generation_prompt=True).to(
@@ -83,11 +83,13 @@ def make_prompt(
     tower = unwrap(subject.model).base_model.get_image_features
     for _ in range(2):  # the first one warms up
         ms, features = stopwatch.ms(lambda: tower(**inputs, return_dict=True))
-    return Prefill(text, layout, features), ms
+    return EncodedFeatures(text, layout, features), ms
 
 
 @torch.no_grad()
-def prefill(model, prompt: Prefill, setup: Setup, stopwatch: Stopwatch) -> tuple[float, object]:
+def prefill(
+    model, prompt: EncodedFeatures, setup: Setup, stopwatch: Stopwatch
+) -> tuple[float, object]:
     """Milliseconds of the prefill, and the cache that it leaves."""
     kwargs = prompt.kwargs()
     if setup.mask is None:  # plain transformers knows no layout
@@ -108,7 +110,7 @@ def decode(model, setup: Setup, token: torch.Tensor, cache, stopwatch: Stopwatch
 
 def measure(
     model,
-    prompt: Prefill,
+    prompt: EncodedFeatures,
     setups: Sequence[Setup],
     rounds: int,
     new_tokens: int,

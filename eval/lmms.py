@@ -179,7 +179,7 @@ class Fmtrain(lmms):
         results = []
         for batch in tqdm(self._batches(requests), disable=self.rank != 0):
             rows = [self._with_answer(request) for request in batch]
-            whole = self.decoder.prefill(rows, padding_side="right")
+            whole = self.decoder.run_tower(rows, padding_side="right")
             ids, role = whole.inputs["input_ids"], whole.layout.role
             with torch.no_grad():
                 logits = self.decoder.model(**whole.kwargs(), use_cache=False).logits
@@ -212,7 +212,7 @@ class Fmtrain(lmms):
         self, prompts: Sequence[Encoded], settings: dict[str, Any]
     ) -> list[GenerationResult]:
         """Answers of one batch, cut at the first of the task's stop strings."""
-        batch = self.decoder.prefill(prompts)
+        batch = self.decoder.run_tower(prompts)
         length = batch.layout.shape[1]
         room = self.decoder.model.config.get_text_config().max_position_embeddings - length
         if room < 1:

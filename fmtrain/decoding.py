@@ -22,8 +22,8 @@ from fmtrain.patch import Handle, attached, unwrap
 
 
 @dataclass(frozen=True)
-class Prefill:
-    """Encoded dialogues, padded: the text's inputs [B, T], their layout, and the image features."""
+class EncodedFeatures:
+    """Encoded dialogues whose pixels went through the tower: inputs [B, T], layout, features."""
 
     inputs: dict[str, torch.Tensor]
     layout: Layout
@@ -62,7 +62,7 @@ class Decoder:
             suppress_tokens=self.never,
         )
 
-    def prefill(self, rows: Sequence[Encoded], padding_side: str = "left") -> Prefill:
+    def run_tower(self, rows: Sequence[Encoded], padding_side: str = "left") -> EncodedFeatures:
         """Pad encoded dialogues and run the vision tower on their images, once."""
         inputs, layout = batch(self.processor, rows, padding_side).to(self.model)
         tower = self.model.base_model.get_image_features
@@ -71,9 +71,9 @@ class Decoder:
             if name in inputs:
                 pixels[name] = inputs.pop(name)
         if not pixels:
-            return Prefill(inputs, layout, None)
+            return EncodedFeatures(inputs, layout, None)
         with torch.no_grad(), self._evaluating():
-            return Prefill(inputs, layout, tower(**pixels, return_dict=True))
+            return EncodedFeatures(inputs, layout, tower(**pixels, return_dict=True))
 
     def in_batches(
         self, rows: Sequence[Encoded], masks: Sequence[Mask], batch_size: int, **settings
@@ -85,7 +85,7 @@ class Decoder:
         order = sorted(range(len(rows)), key=lambda k: rows[k].layout.shape[1])
         for begin in range(0, len(order), batch_size):
             indices = order[begin : begin + batch_size]
-            prompts, texts = self.prefill([rows[k] for k in indices]), []
+            prompts, texts = self.run_tower([rows[k] for k in indices]), []
             for mask in masks:
                 with self.under(mask):
                     answers = self.answers(prompts, **settings)
@@ -96,7 +96,7 @@ class Decoder:
         """The model under another mask for a while."""
         return attached(self.model).under(mask)
 
-    def answers(self, prompts: Prefill, **settings) -> list[list[int]]:
+    def answers(self, prompts: EncodedFeatures, **settings) -> list[list[int]]:
         """Ids of each row's answer, its end token included if it came to that.
 
         settings: of `GenerationConfig`; greedy unless they say otherwise.
@@ -111,7 +111,7 @@ class Decoder:
         return self.processor.tokenizer.decode(answer, skip_special_tokens=True).strip()
 
     @torch.no_grad()
-    def forced(self, prompts: Prefill, answers: Sequence[list[int]]) -> list[torch.Tensor]:
+    def forced(self, prompts: EncodedFeatures, answers: Sequence[list[int]]) -> list[torch.Tensor]:
         """The logits [N, V] of each answer's tokens by teacher forcing: one forward over it all.
 
         prompts are padded on the left. Raises `ValueError` for an answer without a token.
@@ -133,12 +133,14 @@ class Decoder:
             "attention_mask": layout.real.long(),
             "position_ids": layout.positions(),
         }
-        whole = Prefill({**prompts.inputs, **inputs}, layout, prompts.features)
+        whole = EncodedFeatures({**prompts.inputs, **inputs}, layout, prompts.features)
         with self._evaluating():
             out = self.model(**whole.kwargs(), use_cache=False, logits_to_keep=longest + 1)
         return [row[: len(answer)] for row, answer in zip(out.logits, answers)]
 
-    def shortfalls(self, prompts: Prefill, answers: Sequence[list[int]]) -> list[list[float]]:
+    def shortfalls(
+        self, prompts: EncodedFeatures, answers: Sequence[list[int]]
+    ) -> list[list[float]]:
         """How far each greedy token's teacher-forced logit lies below the largest one.
 
         Relative to the largest absolute logit: 0.0 where teacher forcing re-derives the token

@@ -193,8 +193,9 @@ class RecipeParser(HfArgumentParser):
                 values = value if isinstance(value, list) else [value]
                 arguments += [f"--{key}", *map(str, values)]
             else:
-                text = value if isinstance(value, str) else json.dumps(value)
-                arguments.append(f"--{key}={text}")
+                if isinstance(value, (dict, list)):
+                    value = yaml.safe_dump(value, default_flow_style=True)
+                arguments.append(f"--{key}={value}")
         recipe, _ = self.recipe(arguments)
         self.set_defaults(**vars(recipe))
 

@@ -152,7 +152,7 @@ def answer_batch(
     With `verify`, raises `ValueError` where teacher forcing does not re-derive an answer (by more
     than rounding).
     """
-    prompts, texts = decoder.prefill([sample.encoded for sample in fitted]), []
+    prompts, texts = decoder.run_tower([sample.encoded for sample in fitted]), []
     for mask in masks:
         with decoder.under(mask):
             answers = decoder.answers(prompts, **gen_kwargs)

@@ -70,17 +70,17 @@ def test_batches_give_what_single_prompts_give_with_one_pass_of_the_tower(decode
 def test_an_answer_ends_at_its_end_token_and_shows_no_image(decoder):
     """Whatever a checkpoint's own generation config says."""
     rows = prompts(decoder.processor)
-    prefill = decoder.prefill(rows)
-    for answer in decoder.answers(prefill, max_new_tokens=40):
+    padded = decoder.run_tower(rows)
+    for answer in decoder.answers(padded, max_new_tokens=40):
         assert not set(answer[:-1]) & set(decoder.ends)
         assert decoder.model.config.image_token_id not in answer
     inner = decoder.model
-    greedy = decoder.answers(prefill, **SETTINGS)
+    greedy = decoder.answers(padded, **SETTINGS)
     inner.generation_config = GenerationConfig(
         do_sample=True, temperature=3.0, repetition_penalty=9.0, eos_token_id=[5, 6]
     )
     assert Decoder(inner, decoder.processor).ends == sorted({5, 6, *decoder.ends})
-    assert decoder.answers(prefill, **SETTINGS) == greedy
+    assert decoder.answers(padded, **SETTINGS) == greedy
 
 
 def test_a_model_in_training_is_left_as_it_was(decoder):
@@ -88,15 +88,15 @@ def test_a_model_in_training_is_left_as_it_was(decoder):
     model.train()
     config, weights = model.generation_config, model.state_dict()
     before = {name: tensor.clone() for name, tensor in weights.items()}
-    prefill = decoder.prefill(row)
-    answers = decoder.answers(prefill, **SETTINGS)
-    decoder.shortfalls(prefill, answers)
+    padded = decoder.run_tower(row)
+    answers = decoder.answers(padded, **SETTINGS)
+    decoder.shortfalls(padded, answers)
     assert model.training and all(module.training for module in model.modules())
     assert model.generation_config is config
     assert all(torch.equal(before[name], tensor) for name, tensor in weights.items())
 
 
 def test_an_answer_without_a_token_cannot_be_forced(decoder):
-    prefill = decoder.prefill(prompts(decoder.processor)[:2])
+    padded = decoder.run_tower(prompts(decoder.processor)[:2])
     with pytest.raises(ValueError, match="an answer has no token to force"):
-        decoder.forced(prefill, [[5], []])
+        decoder.forced(padded, [[5], []])

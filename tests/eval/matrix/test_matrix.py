@@ -213,15 +213,15 @@ def test_a_killed_evaluation_goes_on_with_the_next_batch(folder, monkeypatch):
     source = (str(folder / "data" / "rows.jsonl"), (), 6, None)
     masks, work, place = [Mask.parse("causal"), Mask.parse("v2v")], folder / "work", folder / "base"
     assert cells.evaluate(folder / "whole", "base", place, masks, source, 4, 6) == 2
-    batches, prefill = [], Decoder.prefill
+    batches, run_tower = [], Decoder.run_tower
 
     def killed_in_the_third(self, rows, padding_side="left"):
         batches.append(len(rows))
         if len(batches) == 3:
             raise KeyboardInterrupt
-        return prefill(self, rows, padding_side)
+        return run_tower(self, rows, padding_side)
 
-    monkeypatch.setattr(Decoder, "prefill", killed_in_the_third)
+    monkeypatch.setattr(Decoder, "run_tower", killed_in_the_third)
     with pytest.raises(KeyboardInterrupt):
         cells.evaluate(work, "base", place, masks, source, 4, 6)
     assert not list(work.glob("cells/base/*.json"))
@@ -280,6 +280,19 @@ def test_a_missing_run_is_trained_once(stand_in):
         written["model_name_or_path"],
     ) == ("v2v", 0, 2, recipe.base)
     assert not any(key.startswith("merge_") for key in written)
+
+
+def test_values_of_a_recipe_arrive_as_they_are(folder):
+    """They pass through the command line's parser; to YAML 1e-05 is a text, 1.0e-05 a number."""
+    overrides = {"learning_rate": 1e-05, "max_steps": 2, "report_to": ["none"], "bf16": False}
+    checkpoints = {"1": [str(folder / "base")], "two": str(folder / "base")}
+    values = {"overrides": overrides, "checkpoints": checkpoints, "merge_normalize": False}
+    recipe = matrix_recipe.read(write(folder, merge_prefix=0.5, tasks=["one"], **values))
+    assert recipe.overrides == overrides
+    assert recipe.checkpoints == {"1": [str(folder / "base")], "two": [str(folder / "base")]}
+    assert (recipe.merge_normalize, recipe.merge_prefix, recipe.tasks) == (False, "0.5", ["one"])
+    changed = matrix_recipe.read(write(folder, **values), ["--overrides", "{max_steps: 3}"])
+    assert changed.overrides == {"max_steps": 3} and changed.checkpoints == recipe.checkpoints
 
 
 def test_merge_options_reach_training(folder):

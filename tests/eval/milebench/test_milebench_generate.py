@@ -361,8 +361,8 @@ def test_teacher_forcing_rederives_every_answer(place, family):
         read_task(place / "data", "TQA"),
     )
     fitted = [fitter.fit(task, sample) for sample in task.samples]
-    prompts = decoder.prefill([sample.encoded for sample in fitted])
-    single = [decoder.prefill([sample.encoded]) for sample in fitted]
+    prompts = decoder.run_tower([sample.encoded for sample in fitted])
+    single = [decoder.run_tower([sample.encoded]) for sample in fitted]
     for name in SEVEN:
         with decoder.under(name):
             made = decoder.answers(prompts, max_new_tokens=6, min_new_tokens=1, do_sample=False)
