@@ -67,13 +67,12 @@ def load(
     """
     if not Path(path).is_dir():
         raise ValueError(f"{path}: no such checkpoint folder")
+    mask = recorded_mask(path) if mask is None else mask
     if mask is None:
-        mask = recorded_mask(path)
-        if mask is None:
-            raise ValueError(
-                f"{path}: its config.json records no mask; say which one it is to run under, e.g. "
-                f"mask='causal'"
-            )
+        raise ValueError(
+            f"{path}: its config.json records no mask; say which one it is to run under, e.g. "
+            "mask='causal'"
+        )
     model, processor = load_plain(path, dtype)
     attach(model, mask, backend, merge)
     return model, processor

@@ -15,6 +15,25 @@ def padded(kwargs: dict) -> bool:
     return mask is not None and not bool(mask.all())
 
 
+def check_padding(layout: Layout, mask: torch.Tensor | None) -> None:
+    """Raises `ValueError` for a layout and a padding mask [B, T] that contradict each other."""
+    if mask is None:
+        return
+    if mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has {mask.ndim} dimensions; beside a layout it is the 2D padding mask"
+        )
+    if tuple(mask.shape) != layout.shape:
+        return  # a forward of another length says so itself
+    wrong = (mask.bool() != layout.real.to(mask.device)).nonzero()
+    if len(wrong):
+        row, token = wrong[0].tolist()
+        raise ValueError(
+            f"row {row}, token {token}: the layout and the 2D padding mask say different things "
+            f"about padding ({len(wrong)} tokens in all)"
+        )
+
+
 def repeated(layout: Layout, rows: int) -> Layout:
     """The layout of a prompt for each of its `rows` beams or samples. Raises `ValueError` if they
     are no multiple."""

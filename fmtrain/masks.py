@@ -8,6 +8,7 @@ the first positions (`fmtrain.merge`). Shape names: B rows, Q queries, K keys, T
 the last Q of the K tokens; the ones before them are in a cache.
 """
 
+import difflib
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -54,7 +55,11 @@ class Mask:
         form.
         """
         if "+" in name.removesuffix(LIGHT):
-            raise ValueError(f"mask {name!r} is neither a policy nor POLICY{LIGHT}")
+            names = [*POLICIES, *(each + LIGHT for each in POLICIES)]
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            raise ValueError(
+                f"mask {name!r} is neither a policy nor POLICY{LIGHT}; the nearest is {near[0]!r}"
+            )
         policy = get_policy(name.removesuffix(LIGHT))
         if name.endswith(LIGHT):
             return cls(policy, Merge.parse(**options))

@@ -18,6 +18,7 @@ keys.
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,8 @@ def sink(merge: Merge, layout: Layout, start: int = 0) -> torch.Tensor:
     else:
         prefill = layout.prefill[:, start:, None]
         length = (same & (prefill == layout.prefill[:, None]) & (prefill >= 0)).sum(-1)
-        count = (length * merge.prefix + 1e-9).floor().long().clamp(min=1)
+        part = Fraction(str(merge.prefix))  # 0.65 is 13/20: no rounding
+        count = (length * part.numerator // part.denominator).clamp(min=1)
     return same & (position[:, None] < count[..., None]) & (index <= index[start:, None])
 
 

@@ -10,6 +10,7 @@ this one instance takes the layout tensors that it would otherwise reject.
 import contextlib
 import functools
 import inspect
+import threading
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache
 
 from fmtrain import attention
-from fmtrain.infer import infer, padded, repeated
+from fmtrain.infer import check_padding, infer, padded, repeated
 from fmtrain.layout import PREFIX, Layout
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
@@ -51,6 +52,7 @@ LOSES_THE_MASK = {
         "speculative decoding feeds guessed answers together with the prefill",
     ),
 }
+BATCHERS = ("generate_batch", "init_continuous_batching")  # which go round `generate`
 
 
 def _attention(
@@ -71,10 +73,10 @@ def _attention(
         raise ValueError(
             "the language model ran without fmtrain's plan: call the whole vision-language model"
         )
-    if sliding_window is not None and key.shape[2] > sliding_window:
+    if sliding_window is not None and plan.length > sliding_window:
         raise ValueError(
-            f"{key.shape[2]} keys exceed the sliding window of {sliding_window}, over which no "
-            f"policy is defined"
+            f"{plan.length} keys exceed the sliding window of {sliding_window}, over which no "
+            "policy is defined"
         )
     if dropout:
         raise ValueError(
@@ -144,12 +146,19 @@ def attach(
     return Handle(inner, mask, backend)
 
 
+class _PerThread(threading.local):
+    """What belongs to one call, so that two threads may serve with one model."""
+
+    mask: Mask | None = None  # of `under`
+    layout: Layout | None = None  # of `generate`
+
+
 class Handle:
     """A mask on a model. `.detach()`, or leaving its `with` block, makes the model what it was, bit
     for bit."""
 
     def __init__(self, inner: PreTrainedModel, mask: Mask, backend: str):
-        self.mask = mask
+        self._mask, self._here = mask, _PerThread()
         # Whether the model's own causal attention serves.
         self.host = backend == "auto" and not mask.looks_ahead
         self.backend = attention.get_backend(backend)
@@ -163,14 +172,32 @@ class Handle:
         self._hooks = [inner.base_model.register_forward_pre_hook(plan, with_kwargs=True)]
         if not self.host:
             self._hooks.append(inner.register_forward_pre_hook(self._before_loss, with_kwargs=True))
-        self._had_generate = vars(inner).get("generate")
-        generate: Any = inner.generate
-        ours = functools.partial(self._generate, generate)
-        vars(inner)["generate"] = functools.update_wrapper(ours, generate)
+        self._overridden: dict[str, Any] = {}
+        self._override("generate", self._generate)
+        for name in BATCHERS:
+            self._override(name, functools.partial(self._refuse, name))
         self._had_section = getattr(inner.config, SECTION, None)
         setattr(inner.config, SECTION, mask.record())
-        self._for_generate: Layout | None = None
         vars(inner)[HANDLE] = self
+
+    def _override(self, name: str, ours) -> None:
+        """Let `ours(original, ..)` stand before a method of this one model."""
+        original: Any = getattr(self._inner, name)
+        self._overridden[name] = vars(self._inner).get(name)
+        vars(self._inner)[name] = functools.update_wrapper(
+            functools.partial(ours, original), original
+        )
+
+    def __reduce__(self):
+        raise ValueError(
+            f"a model that carries the mask '{self.mask}' cannot be copied or pickled; detach it "
+            "first, or save it with save_pretrained"
+        )
+
+    @property
+    def mask(self) -> Mask:
+        """What the model runs under, in this thread."""
+        return self._here.mask or self._mask
 
     def detach(self) -> None:
         inner = self._inner
@@ -180,27 +207,29 @@ class Handle:
             hook.remove()
         if not self.host:
             inner.set_attn_implementation({"text_config": self._before})
-        del vars(inner)["generate"], vars(inner)[HANDLE]
-        if self._had_generate is not None:
-            vars(inner)["generate"] = self._had_generate
+        del vars(inner)[HANDLE]
+        for name, before in self._overridden.items():
+            del vars(inner)[name]
+            if before is not None:
+                vars(inner)[name] = before
         delattr(inner.config, SECTION)
         if self._had_section is not None:
             setattr(inner.config, SECTION, self._had_section)
 
     @contextlib.contextmanager
     def under(self, mask: str | Policy | Mask, merge: Merge | None = None):
-        """Run under another mask for a while, with the same backend."""
-        mask, before = Mask.of(mask, merge), self.mask
+        """Run under another mask for a while, in this thread, with the same backend."""
+        mask, before = Mask.of(mask, merge), self._here.mask
         if self.host and mask.looks_ahead:
             raise ValueError(
                 "the model runs its own causal attention; attach with a backend to run it under "
                 f"{mask.policy.name!r}"
             )
-        self.mask = mask
+        self._here.mask = mask
         try:
             yield self
         finally:
-            self.mask = before
+            self._here.mask = before
 
     def __enter__(self) -> "Handle":
         return self
@@ -215,12 +244,22 @@ class Handle:
         layout = Layout.from_model_inputs(kwargs)
         cache = kwargs.get("past_key_values")
         seen = 0 if cache is None else int(cache.get_seq_length())
+        if layout is not None:
+            check_padding(layout, kwargs.get("attention_mask"))
         if self.host:
             if layout is not None and layout.packed:
                 raise ValueError(
                     "packed rows need a backend of fmtrain's: attach with backend='sdpa'"
                 )
+            if layout is not None and kwargs.get("attention_mask") is None and layout.padded:
+                raise ValueError("the layout has padding: pass its attention_mask as well")
             return (), kwargs
+        implementation = self._inner.config.get_text_config()._attn_implementation
+        if implementation != ATTENTION:
+            raise ValueError(
+                f"mask '{self.mask}' is attached, but the attention is now {implementation!r}: "
+                "set_attn_implementation was called after attach; detach first, then attach again"
+            )
         if isinstance(cache, StaticCache):
             raise ValueError(
                 f"policy {self.mask.policy.name!r} with a static cache: its prefill builds no "
@@ -230,7 +269,7 @@ class Handle:
         source = kwargs["inputs_embeds"] if source is None else source
         rows, new = source.shape[:2]
         if layout is None and seen and new == 1 and not padded(kwargs):
-            kwargs[PLAN] = attention.step(self.backend)
+            kwargs[PLAN] = attention.step(self.backend, seen + 1)
             return (), kwargs
         if layout is None:
             if module.training and torch.is_grad_enabled():
@@ -252,7 +291,7 @@ class Handle:
 
     def _layout_of(self, kwargs: dict, rows: int, length: int, seen: int) -> Layout:
         """The layout that `generate` was given, or else the one that the ids show."""
-        given = self._for_generate
+        given = self._here.layout
         if given is not None and given.shape[1] == seen + length:
             return repeated(given, rows)
         if given is not None and seen == 0 and self.mask.looks_ahead:
@@ -262,20 +301,35 @@ class Handle:
     def _generate(self, generate, *args, **kwargs):
         """`generate` that also takes the tensors of `layout.model_inputs()`, and refuses what would
         lose the mask."""
-        config = kwargs.get("generation_config") or self._inner.generation_config
-        if self.mask.looks_ahead:
-            for option, (kept, reason) in LOSES_THE_MASK.items():
-                value = kwargs.get(option, getattr(config, option, None))
-                if value not in kept:
-                    shown = value if isinstance(value, (str, int, bool)) else type(value).__name__
-                    raise ValueError(
-                        f"policy {self.mask.policy.name!r} with {option}={shown!r}: {reason}"
-                    )
-        self._for_generate = Layout.from_model_inputs(kwargs)
+        layout = Layout.from_model_inputs(kwargs)
+        names = list(inspect.signature(generate).parameters)
+        given = dict(zip(names, args)) | kwargs
+        config, own = given.get("generation_config"), self._inner.generation_config
+        for option, (kept, reason) in LOSES_THE_MASK.items() if self.mask.looks_ahead else ():
+            value = given.get(option, getattr(config, option, None))
+            value = getattr(own, option, None) if value is None else value
+            if value not in kept:
+                shown = value if isinstance(value, (str, int, bool)) else type(value).__name__
+                raise ValueError(
+                    f"policy {self.mask.policy.name!r} with {option}={shown!r}: {reason}"
+                )
+        ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
+        if layout is not None and ids is not None and layout.shape[0] != len(ids):
+            raise ValueError(f"the layout has {layout.shape[0]} rows, the prompt {len(ids)}")
+        self._here.layout = layout
         try:
             return generate(*args, **kwargs)
         finally:
-            self._for_generate = None
+            self._here.layout = None
+
+    def _refuse(self, name: str, original, *args, **kwargs):
+        """Continuous batching, which would run without the mask."""
+        if self.mask.looks_ahead:
+            raise ValueError(
+                f"policy {self.mask.policy.name!r} with {name}: continuous batching would run "
+                "without the mask; use generate"
+            )
+        return original(*args, **kwargs)
 
     def _before_loss(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A loss without a layout would be that of another mask: answers read as part of the

@@ -30,6 +30,7 @@ class Plan:
 
     backend: ModuleType
     prepared: Any
+    length: int  # of the keys, those in the cache included
 
     def attend(self, q_BHQD, k_BGKD, v_BGKD, scale: float | None = None) -> torch.Tensor:
         return self.backend.attend(
@@ -50,12 +51,12 @@ def get_backend(name: str) -> ModuleType:
 
 def plan(layout: Layout, mask: Mask, backend: ModuleType, start: int = 0) -> Plan:
     """Prepare `backend` for one forward whose queries are the tokens from `start` on."""
-    return Plan(backend, backend.prepare(layout, mask, start))
+    return Plan(backend, backend.prepare(layout, mask, start), layout.shape[1])
 
 
-def step(backend: ModuleType) -> Plan:
-    """The plan of one decoded token that attends to every token before it."""
-    return Plan(backend, backend.STEP)
+def step(backend: ModuleType, length: int) -> Plan:
+    """The plan of one decoded token that attends to all of the `length` tokens up to it."""
+    return Plan(backend, backend.STEP, length)
 
 
 def attend(

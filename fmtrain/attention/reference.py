@@ -33,6 +33,7 @@ def weights(q_BHQD, k_BGKD, prepared: Prepared, scale: float) -> torch.Tensor:
 
 
 def attend(q_BHQD, k_BGKD, v_BGKD, prepared: Prepared, scale: float) -> torch.Tensor:
-    w_BHQK = weights(q_BHQD, k_BGKD, prepared, scale)
-    v_BHKD = v_BGKD.repeat_interleave(q_BHQD.shape[1] // v_BGKD.shape[1], dim=1)
-    return (w_BHQK @ v_BHKD.to(w_BHQK.dtype)).to(q_BHQD.dtype)
+    with torch.autocast(q_BHQD.device.type, enabled=False):  # which would round the scores
+        w_BHQK = weights(q_BHQD, k_BGKD, prepared, scale)
+        v_BHKD = v_BGKD.repeat_interleave(q_BHQD.shape[1] // v_BGKD.shape[1], dim=1)
+        return (w_BHQK @ v_BHKD.to(w_BHQK.dtype)).to(q_BHQD.dtype)

@@ -556,7 +556,10 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
             "{place}/bare: its config.json records no mask; name one, e.g. --masks causal",
         ),
         (["--masks", "v3v"], "unknown policy 'v3v'; the nearest is 'v2v'"),
-        (["--masks", "v2v", "v2v+marge"], "unknown policy 'v2v+marge'; the nearest is "),
+        (
+            ["--masks", "v2v", "v2v+marge"],
+            "neither a policy nor POLICY+merge; the nearest is 'v2v+merge'",
+        ),
         (
             ["--masks", "causal+merge"],
             "policy 'causal' reveals nothing, so there is nothing to merge",

@@ -12,6 +12,7 @@ import yaml
 from data_prep import check
 from data_prep.converting.command import main as convert
 from fmtrain import sft
+from fmtrain.training import model as start
 from fmtrain.training.recipe import read
 
 RECIPES = sorted(path for path in (training.ROOT / "recipes").glob("*.yaml"))
@@ -104,9 +105,8 @@ def test_recipes_that_name_data_sets():
 def test_three_steps_on_fixtures(path, prepare, tmp_path, monkeypatch):
     family, recipe = FAMILIES.get(path.stem, "llava"), read(path, ["--use_cpu", "true"])
     families.model(family).save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(
-        sft, "load_processor", lambda *_, **__: families.processor(family)
-    )  # no torchvision, no video processor
+    # No torchvision, no video processor.
+    monkeypatch.setattr(start, "load_processor", lambda *_, **__: families.processor(family))
     monkeypatch.setattr(families.processor(family), "save_pretrained", lambda *_, **__: [])
     if recipe.data.datasets:
         order = (

@@ -1,0 +1,267 @@
+"""Ways in which a mask was once lost without a word: each is served, or refused in one line."""
+
+import copy
+import pickle
+import threading
+
+import families
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+)
+
+import fmtrain
+from fmtrain import Layout, Mask, Merge, attach, attend, encode
+from fmtrain.data import noise
+from fmtrain.data.collator import batch, encode_row
+from fmtrain.data.dialogue import turns
+from fmtrain.data.encode import Encoded
+from fmtrain.merge import sink
+
+
+def prompt_of(number: int) -> Encoded:
+    """The first prompt of a row of noise: 1 has one image, 2 one and later two more."""
+    row = noise.rows()[number]
+    first = turns(row)[0].prompt(row)
+    processor = families.processor("llava")
+    return encode(processor, first["messages"], first["images"], add_generation_prompt=True)
+
+
+@pytest.fixture
+def model(model_of):
+    return model_of("llava")
+
+
+@pytest.fixture
+def rows():
+    processor = families.processor("llava")
+    return batch(processor, [encode_row(processor, row) for row in noise.rows()])
+
+
+# --- the host is changed behind the mask's back ---------------------------------------------------
+
+
+def test_another_attention_implementation_after_attach_is_refused(model, rows):
+    with attach(model, "v2v"):
+        model.set_attn_implementation({"text_config": "sdpa"})
+        with pytest.raises(ValueError, match=r"'v2v'.*'sdpa'.*set_attn_implementation"):
+            model(**rows.kwargs())
+        with pytest.raises(ValueError, match="set_attn_implementation"):
+            model.generate(**prompt_of(1).kwargs(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("call", ["generate_batch", "init_continuous_batching"])
+def test_continuous_batching_is_refused_by_name(model, call):
+    before = getattr(model, call)
+    with attach(model, "v2v"), pytest.raises(ValueError, match=f"'v2v' with {call}"):
+        getattr(model, call)([[1, 2, 3]])
+    assert getattr(model, call) == before
+
+
+@pytest.mark.parametrize("way", ["positional", "keyword", "model's own"])
+def test_a_generation_config_without_a_cache_is_refused(model, way):
+    inputs = prompt_of(1).kwargs()
+    ids, config = inputs.pop("input_ids"), GenerationConfig(use_cache=False, max_new_tokens=2)
+    own = model.generation_config
+    with attach(model, "v2v"), pytest.raises(ValueError, match="use_cache=False"):
+        if way == "positional":
+            model.generate(ids, config, **inputs)
+        elif way == "keyword":
+            model.generate(input_ids=ids, generation_config=config, **inputs)
+        else:
+            try:
+                model.generation_config = config
+                model.generate(
+                    input_ids=ids, generation_config=GenerationConfig(max_new_tokens=2), **inputs
+                )
+            finally:
+                model.generation_config = own
+
+
+# --- what is passed contradicts itself ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa"])
+@pytest.mark.parametrize("mask", ["causal", "v2v"])
+def test_a_layout_that_contradicts_the_padding_mask_is_refused(model, rows, mask, backend):
+    inputs = dict(rows.kwargs())
+    inputs["attention_mask"] = inputs["attention_mask"].clone()
+    inputs["attention_mask"][1, 2] = 0
+    with attach(model, mask, backend), pytest.raises(ValueError, match=r"row 1, token 2.*padding"):
+        model(**inputs)
+
+
+def test_a_mask_of_four_dimensions_beside_a_layout_is_refused(model, rows):
+    length = rows.layout.shape[1]
+    inputs = rows.kwargs() | {"attention_mask": torch.zeros(3, 1, length, length)}
+    with attach(model, "v2v"), pytest.raises(ValueError, match="4 dimensions"):
+        model(**inputs)
+
+
+def test_padding_that_only_the_layout_knows_is_refused_on_the_host_backend(model, rows):
+    inputs = rows.kwargs()
+    del inputs["attention_mask"]
+    with attach(model, "causal"), pytest.raises(ValueError, match="pass its attention_mask"):
+        model(**inputs)
+    with attach(model, "causal", "sdpa"), torch.no_grad():  # which builds the mask itself
+        ours = model(**inputs).logits
+    with torch.no_grad():
+        expected = model(**rows.inputs).logits
+    torch.testing.assert_close(ours[rows.layout.real], expected[rows.layout.real])
+
+
+def test_one_layout_for_several_prompts_is_refused(model):
+    one = prompt_of(1)
+    both = {name: torch.cat([tensor, tensor]) for name, tensor in one.inputs.items()}
+    with attach(model, "v2v"):
+        with pytest.raises(ValueError, match="layout has 1 rows, the prompt 2"):
+            model.generate(**both, **one.layout.model_inputs(), max_new_tokens=2)
+        beams = model.generate(**one.kwargs(), max_new_tokens=2, num_beams=2, do_sample=False)
+        assert len(beams) == 1
+
+
+# --- two threads on one model ---------------------------------------------------------------------
+
+
+def test_threads_do_not_share_the_layout_or_the_mask(model):
+    """One thread generates with a layout and stays inside `under`, while another does its own."""
+    prompts = [prompt_of(1), prompt_of(2)]
+    with attach(model, "v2v") as handle:
+        alone = [model.generate(**each.kwargs(), max_new_tokens=4) for each in prompts]
+        inside, done, results = threading.Event(), threading.Event(), {}
+
+        def first():
+            with handle.under("prefix_lm"):
+                inside.set()
+                done.wait(60)
+                results["mask"] = str(handle.mask)
+
+        def second():
+            inside.wait(60)
+            results["other mask"] = str(handle.mask)
+            results["answer"] = model.generate(**prompts[0].kwargs(), max_new_tokens=4)
+            done.set()
+
+        threads = [threading.Thread(target=target) for target in (first, second)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert results["mask"] == "prefix_lm" and results["other mask"] == "v2v"
+        assert torch.equal(results["answer"], alone[0])
+
+        answers, barrier = {}, threading.Barrier(2)
+
+        def ask(k: int):
+            barrier.wait(60)
+            for _ in range(5):
+                out = model.generate(**prompts[k].kwargs(), max_new_tokens=4)
+                answers.setdefault(k, []).append(out)
+
+        threads = [threading.Thread(target=ask, args=(k,)) for k in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    for k in (0, 1):
+        assert len(answers[k]) == 5 and all(torch.equal(out, alone[k]) for out in answers[k])
+
+
+# --- the light form -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_autocast_leaves_the_scores_of_a_light_form_in_float32(backend, kernel_size):
+    """bfloat16 has 8 bits: values may round by 2^-9 of theirs, scores before a softmax may not."""
+    layout = Layout.parse("TT" + "I" * 40 + "J" * 40 + "TT AA")
+    torch.manual_seed(0)
+    q, k, v = 4 * torch.randn(3, 1, 2, layout.shape[1], 16)
+    low = [each.bfloat16() for each in (q, k, v)]
+    mask = Mask.parse("v2v+merge", kernel_size=kernel_size)
+    exact = attend(*(each.double() for each in low), layout, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attend(*low, layout, mask, backend)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    "prefix, length, expected",
+    [(0.65, 180, 117), (0.53, 100, 53), (0.1, 30, 3), (1.0, 7, 7), (0.01, 50, 1)],
+)
+def test_a_fraction_of_the_prefill_is_exact(prefix, length, expected):
+    layout = Layout.parse("T" * length)
+    assert int(sink(Merge(prefix), layout)[0, -1].sum()) == expected
+
+
+def test_options_without_a_mask_are_those_of_the_recorded_one(tmp_path, model):
+    with attach(model, "v2v+merge"):
+        model.save_pretrained(tmp_path)
+    families.processor("llava").save_pretrained(tmp_path)
+    loaded, _ = fmtrain.load(tmp_path, merge=Merge(2, 5))
+    assert fmtrain.attached(loaded).mask == Mask.parse("v2v+merge", prefix=2, kernel_size=5)
+
+
+# --- what the host's layers cannot serve ----------------------------------------------------------
+
+
+def windowed(window: int):
+    """A LLaVA whose language model attends to the last `window` keys alone (Mistral)."""
+    plain = families.model("llava").config
+    text = plain.get_text_config()
+    config = MistralConfig(
+        vocab_size=text.vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+        bos_token_id=text.bos_token_id,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
+    )
+    whole = LlavaConfig(
+        vision_config=plain.vision_config,
+        text_config=config,
+        image_token_id=plain.image_token_id,
+        image_seq_length=plain.image_seq_length,
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(whole).eval()
+
+
+def test_neither_a_prefill_nor_decoding_passes_a_sliding_window():
+    """The cache of such a layer is cut to the window, so that the keys alone do not show it."""
+    prompt = prompt_of(1)
+    length = prompt.layout.shape[1]
+    with attach(windowed(length + 2), "v2v") as handle, torch.no_grad():
+        model = handle._inner
+        out = model(**prompt.kwargs(), use_cache=True)
+        token = prompt.inputs["input_ids"][:, -1:]
+        for _ in range(2):
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        with pytest.raises(ValueError, match=rf"{length + 3} keys exceed .* of {length + 2}"):
+            model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        with pytest.raises(ValueError, match="exceed the sliding window"):
+            model.generate(**prompt.kwargs(), max_new_tokens=8, min_new_tokens=8)
+    with (
+        attach(windowed(length - 1), "v2v") as handle,
+        pytest.raises(ValueError, match=rf"{length} keys exceed"),
+    ):
+        handle._inner(**prompt.kwargs())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def test_a_model_with_a_mask_says_why_it_cannot_be_copied(model, copied):
+    with (
+        attach(model, "v2v+merge"),
+        pytest.raises(ValueError, match=r"'v2v\+merge' cannot be copied"),
+    ):
+        copied(model)
+    assert copy.deepcopy(model) is not model
