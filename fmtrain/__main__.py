@@ -18,7 +18,7 @@ COMMANDS = {
     "audit": "fmtrain.audit",
     "export": "fmtrain.export",
     "preview": "fmtrain.preview.command",
-    "policies": "fmtrain.masks",
+    "policies": "fmtrain.policies.__main__",
 }
 TRAINER = Path(__file__).parent / "sft.py"
 

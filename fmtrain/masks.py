@@ -9,7 +9,6 @@ the last Q of the K tokens; the ones before them are in a cache.
 """
 
 import difflib
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
@@ -190,26 +189,3 @@ def picture(mask: "str | Policy | Mask", layout: Layout) -> str:
 
 
 EXAMPLE = "TIIJJT AA / TKKT AA"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """`python -m fmtrain.policies [MASK] [PICTURE]`: a mask, or every policy, on a layout."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    names = [arguments[0]] if arguments else list(POLICIES)
-    example = arguments[1] if len(arguments) > 1 else EXAMPLE
-    try:
-        layout, masks = Layout.parse(example), [Mask.parse(name) for name in names]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(
-        f"{example}\nrows are queries, columns keys: # causal, + revealed by the policy, . closed"
-    )
-    for mask in masks:
-        pairs = sorted(f"{query.name[0]}->{key.name[0]}" for query, key in mask.policy.reveals)
-        inside = " inside one image" if mask.policy.within_image else ""
-        print(f"\n{mask}: reveals {', '.join(pairs) or 'nothing'}{inside} ({mask.policy.source})")
-        if mask.merge:
-            print("o: not attended to; what it would get is pooled into the first positions")
-        print(picture(mask, layout))
-    return 0

@@ -313,7 +313,7 @@ def test_the_designs_table_of_policies():
 
 
 def test_pictures_are_what_the_command_prints(capsys):
-    from fmtrain.masks import main
+    from fmtrain.policies.__main__ import main
 
     shown = [block for block in blocks("docs/design.md", "") if block.startswith("$ ")]
     assert len(shown) == 2

@@ -20,7 +20,8 @@ FLOORS = [
     ["fmtrain.checkpoint"],
     ["fmtrain.consistency", "fmtrain.decoding"],
     ["fmtrain.training"],
-    ["fmtrain.preview", "fmtrain.sft", "fmtrain.audit", "fmtrain.export"],
+    ["fmtrain.policies.__main__", "fmtrain.preview"],
+    ["fmtrain.sft", "fmtrain.audit", "fmtrain.export"],
     ["fmtrain.__main__"],
     ["data_prep", "eval"],
 ]
@@ -39,11 +40,9 @@ MODULES = {module_of(path): path for package in PACKAGES for path in sources(pac
 
 
 def imports(path: Path) -> set[str]:
-    """First-party modules that a file imports, anywhere in it but below `if __name__ == ..`."""
-    tree = ast.parse(path.read_text())
-    body = [node for node in tree.body if not _is_script_part(node)]
+    """First-party modules that a file imports, anywhere in it."""
     names = set()
-    for node in ast.walk(ast.Module(body, [])):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
@@ -51,10 +50,6 @@ def imports(path: Path) -> set[str]:
                 whole = f"{node.module}.{alias.name}"
                 names.add(whole if whole in MODULES else node.module)
     return {name for name in names if name in MODULES}
-
-
-def _is_script_part(node: ast.stmt) -> bool:
-    return isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)
 
 
 def floor(module: str) -> int:
@@ -120,3 +115,19 @@ def test_files_stay_readable():
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno + 1
                 assert length <= 75, f"{module}.{node.name} has {length} lines"
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def test_one_thought_a_line():
+    """No second `for` in a comprehension, no walrus in one, no conditional chain of three."""
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            place = f"{module}, line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, COMPREHENSIONS):
+                assert len(node.generators) == 1, f"{place}: a second for"
+                walruses = [part for part in ast.walk(node) if isinstance(part, ast.NamedExpr)]
+                assert not walruses, f"{place}: a walrus in a comprehension"
+            if isinstance(node, ast.IfExp):
+                assert not isinstance(node.orelse, ast.IfExp), f"{place}: a conditional chain"

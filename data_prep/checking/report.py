@@ -18,16 +18,17 @@ _BAR = 40  # characters of the longest bar of the histogram
 def report(findings: Findings, options: argparse.Namespace) -> dict[str, Any]:
     """All findings in JSON's types. `problems` counts the bad rows of each kind; a row may have
     several."""
-    bad_rows = [
-        {
-            "file": file.name,
-            "row": number,
-            "id": findings.ids[file, number],
-            "problems": [problem._asdict() for problem in problems],
-        }
-        for file, numbers in findings.bad.items()
-        for number, problems in numbers.items()
-    ]
+    bad_rows = []
+    for file, numbers in findings.bad.items():
+        for number, problems in numbers.items():
+            bad_rows.append(
+                {
+                    "file": file.name,
+                    "row": number,
+                    "id": findings.ids[file, number],
+                    "problems": [problem._asdict() for problem in problems],
+                }
+            )
     kinds = Counter()
     for row in bad_rows:
         kinds.update(list(dict.fromkeys(problem["kind"] for problem in row["problems"])))

@@ -10,7 +10,6 @@ attention, arXiv 2503.02597; `image` is the bidirectional image block of Gemma 3
 `blockwise_overlay`); `prefix_lm` is PaliGemma's prompt, turn by turn.
 """
 
-import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -115,9 +114,3 @@ def tokens(layout: Layout, index: torch.Tensor, dim: int) -> Tokens:
     return Tokens(
         those.role, those.image, those.prefill, those.sample, index[None].unsqueeze(other)
     )
-
-
-if __name__ == "__main__":
-    from fmtrain.masks import main  # the command shows light forms as well
-
-    sys.exit(main())
