@@ -30,9 +30,9 @@ from fmtrain.attention import BACKENDS
 from fmtrain.command_line import Parser, guarded
 from fmtrain.data.collator import encode_row
 from fmtrain.decoding import EncodedFeatures
+from fmtrain.host import unwrap
 from fmtrain.layout import Role
 from fmtrain.masks import parse_masks
-from fmtrain.patch import unwrap
 from fmtrain.tiny import CHECKPOINT
 
 MASKS = ("causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+merge")

@@ -19,7 +19,7 @@ from transformers import (
 
 from fmtrain.checkpoint import load_plain
 from fmtrain.data import noise
-from fmtrain.patch import unwrap
+from fmtrain.host import unwrap
 from fmtrain.tiny import model as tiny_model
 
 PATCH = 14  # pixels along a patch's edge, as in CLIP-L/14

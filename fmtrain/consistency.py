@@ -18,9 +18,10 @@ from fmtrain.attention import attend
 from fmtrain.data.collator import batch, encode_prompt, encode_row
 from fmtrain.data.dialogue import turns
 from fmtrain.data.encode import Encoded
+from fmtrain.host import unwrap
 from fmtrain.layout import Layout, Role
 from fmtrain.masks import Allowed
-from fmtrain.patch import attached, unwrap
+from fmtrain.patch import attached
 
 # Agreement of logits, relative to the largest logit: rounding of the dtype, through a few dozen
 # layers.

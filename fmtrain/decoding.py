@@ -16,9 +16,10 @@ from transformers import GenerationConfig
 
 from fmtrain.data.collator import batch
 from fmtrain.data.encode import Encoded, encode
+from fmtrain.host import unwrap
 from fmtrain.layout import Layout, Role
 from fmtrain.masks import Mask
-from fmtrain.patch import Handle, attached, unwrap
+from fmtrain.patch import Handle, attached
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
 """Attach a mask to a transformers vision-language model, and take it off again.
 
-Three public seams of transformers carry it: the attention function is registered in
-`AttentionInterface` (and in `AttentionMaskInterface`, or padding and policy would vanish without a
-word), a forward pre-hook on the multimodal model turns the layout into a plan that travels as one
-keyword argument to every layer (also when gradient checkpointing recomputes), and `generate` of
-this one instance takes the layout tensors that it would otherwise reject.
+Three public seams of transformers carry it: the attention function is registered (`fmtrain.host`),
+a forward pre-hook on the multimodal model turns the layout into a plan that travels as one keyword
+argument to every layer (also when gradient checkpointing recomputes), and `generate` of this one
+instance takes the layout tensors that it would otherwise reject.
 """
 
 import contextlib
@@ -15,17 +14,23 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from fmtrain import attention
+from fmtrain.host import (
+    ATTENTION,
+    CAUSAL_HOSTS,
+    PLAN,
+    check_implementation,
+    check_layers,
+    unwrap,
+)
 from fmtrain.infer import check_padding, infer, padded, repeated
 from fmtrain.layout import PREFIX, Layout
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
 from fmtrain.policies import Policy
 
-ATTENTION = "fmtrain"  # the name of our attention function in the registries of transformers
-PLAN = "fmtrain_plan"  # the keyword that carries the plan of a forward to every layer
 HANDLE = "_fmtrain_handle"  # the attribute of a model that holds what is attached to it
 SECTION = "fmtrain"  # of config.json, where a checkpoint records its mask
 # Options of `generate` that a policy cannot be run with: the values that are fine, and why no other
@@ -55,53 +60,6 @@ LOSES_THE_MASK = {
 BATCHERS = ("generate_batch", "init_continuous_batching")  # which go round `generate`
 
 
-def _attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    **kwargs,
-):
-    """Our entry in `AttentionInterface`; the plan comes with the keyword arguments of the
-    forward."""
-    plan = kwargs.get(PLAN)
-    if plan is None:
-        raise ValueError(
-            "the language model ran without fmtrain's plan: call the whole vision-language model"
-        )
-    if sliding_window is not None and plan.length > sliding_window:
-        raise ValueError(
-            f"{plan.length} keys exceed the sliding window of {sliding_window}, over which no "
-            "policy is defined"
-        )
-    if dropout:
-        raise ValueError(
-            f"attention_dropout is {dropout}; attention under a policy has none, set it to 0.0"
-        )
-    return plan.attend(query, key, value, scaling).transpose(1, 2).contiguous(), None
-
-
-def _no_mask(*args, **kwargs) -> None:
-    """Our entry in `AttentionMaskInterface`: the plan holds the mask."""
-    return None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, _no_mask)
-
-
-def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers vision-language model inside a PEFT (or other) wrapper."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and "vision_config" in module.config.sub_configs:
-            return module
-    raise ValueError(f"{type(model).__name__} holds no transformers vision-language model")
-
-
 def attached(model: nn.Module) -> "Handle | None":
     """The handle of the policy attached to `model`, if any."""
     return vars(unwrap(model)).get(HANDLE)
@@ -116,15 +74,6 @@ def recorded(config) -> Mask | None:
     return None if section is None else Mask.from_record(section)
 
 
-def check_host(mask: Mask, implementation: str) -> None:
-    """Raises `ValueError` for a model whose attention implementation would drop `mask`."""
-    if mask.looks_ahead and "flash" in implementation:
-        raise ValueError(
-            f"policy {mask.policy.name!r} with attn_implementation {implementation!r}: it would "
-            "silently become causal; load the model with attn_implementation='sdpa'"
-        )
-
-
 def attach(
     model: nn.Module, mask: str | Policy | Mask, backend: str = "auto", merge: Merge | None = None
 ) -> "Handle":
@@ -133,11 +82,12 @@ def attach(
 
     mask: a name ("v2v", "v2v+merge"), a policy or a `Mask`; merge: options of its light form, which
     it makes of a bare policy too. backend: `auto`, or a name of `fmtrain.attention.BACKENDS`. With
-    `auto`, a policy that reveals nothing leaves the model's own attention in place. Returns a
-    handle that is a context manager and has `.detach()`.
+    `auto`, a policy that reveals nothing leaves the model's own attention in place where that is
+    causal. Returns a handle that is a context manager and has `.detach()`.
 
-    Raises `ValueError` for an unknown name, a model that already carries a mask, and a model loaded
-    with flash_attention_2 or another implementation that would drop the mask.
+    Raises `ValueError` for an unknown name, a model that already carries a mask, a model loaded
+    with flash_attention_2 or another implementation that would drop the mask, and one with layers
+    that a mask does not reach.
     """
     mask, inner = Mask.of(mask, merge), unwrap(model)
     before = attached(inner)
@@ -159,12 +109,15 @@ class Handle:
 
     def __init__(self, inner: PreTrainedModel, mask: Mask, backend: str):
         self._mask, self._here = mask, _PerThread()
-        # Whether the model's own causal attention serves.
-        self.host = backend == "auto" and not mask.looks_ahead
+        # Whether the model's own attention serves, which must be causal.
+        own = inner.config.model_type in CAUSAL_HOSTS
+        self.host = backend == "auto" and not mask.looks_ahead and own
         self.backend = attention.get_backend(backend)
         self._inner = inner
         self._before = inner.config.get_text_config()._attn_implementation
-        check_host(mask, self._before or "")
+        check_implementation(mask, self._before or "")
+        if not self.host:
+            check_layers(inner)
         if not self.host:
             inner.set_attn_implementation({"text_config": ATTENTION})
         # Out of a compiled graph: it asks tensors for numbers, and decides by them.

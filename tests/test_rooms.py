@@ -14,7 +14,7 @@ FLOORS = [
     ["fmtrain.merge"],
     ["fmtrain.masks"],
     ["fmtrain.attention"],
-    ["fmtrain.infer"],
+    ["fmtrain.infer", "fmtrain.host"],
     ["fmtrain.patch"],
     ["fmtrain.data"],
     ["fmtrain.checkpoint"],

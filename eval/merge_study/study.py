@@ -16,9 +16,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fmtrain.attention import reference
 from fmtrain.data.collator import Collator
 from fmtrain.data.encode import Encoded
+from fmtrain.host import ATTENTION, PLAN, unwrap
 from fmtrain.masks import Allowed, Mask
 from fmtrain.merge import Pooling, share
-from fmtrain.patch import ATTENTION, PLAN, attach, unwrap
+from fmtrain.patch import attach
 
 FORMS = ("direct", "merge", "control", "causal")
 

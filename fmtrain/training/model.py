@@ -5,7 +5,7 @@ from transformers import AutoModelForImageTextToText
 from trl import get_quantization_config
 
 from fmtrain.checkpoint import load_processor, recorded_mask
-from fmtrain.patch import check_host
+from fmtrain.host import check_implementation
 from fmtrain.training.recipe import Recipe
 
 
@@ -19,7 +19,7 @@ def load_model(recipe: Recipe):
             f"{recipe.path}: names no model; add e.g. `model_name_or_path: "
             f"llava-hf/llava-1.5-7b-hf`"
         )
-    check_host(recipe.mask, arguments.attn_implementation or "")
+    check_implementation(recipe.mask, arguments.attn_implementation or "")
     hub = dict(revision=arguments.model_revision, trust_remote_code=training.trust_remote_code)
     try:
         check_start(recipe)

@@ -19,7 +19,8 @@ from eval.merge_study.study import Pieces, Tally, encode_rows, study, take_apart
 from fmtrain import Encoded, Layout, Mask, Merge, attach
 from fmtrain.attention import reference
 from fmtrain.consistency import recorded_attention
-from fmtrain.patch import ATTENTION, attached
+from fmtrain.host import ATTENTION
+from fmtrain.patch import attached
 
 SCALE = 0.7
 OPTIONS = [(1, 3, True), (2, 1, True), (0.5, 5, True), (1, 3, False)]

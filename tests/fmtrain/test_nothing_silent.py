@@ -8,10 +8,18 @@ import families
 import pytest
 import torch
 from transformers import (
+    Gemma2Config,
+    GemmaConfig,
     GenerationConfig,
+    GPTJConfig,
+    GptOssConfig,
+    Lfm2Config,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    SiglipVisionConfig,
 )
 
 import fmtrain
@@ -210,30 +218,35 @@ def test_options_without_a_mask_are_those_of_the_recorded_one(tmp_path, model):
 # --- what the host's layers cannot serve ----------------------------------------------------------
 
 
+SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+
+
+def hosted(text):
+    """A LLaVA on another language model."""
+    plain = families.model("llava").config
+    config = LlavaConfig(
+        vision_config=plain.vision_config,
+        text_config=text,
+        image_token_id=plain.image_token_id,
+        image_seq_length=plain.image_seq_length,
+    )
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
 def windowed(window: int):
     """A LLaVA whose language model attends to the last `window` keys alone (Mistral)."""
-    plain = families.model("llava").config
-    text = plain.get_text_config()
+    text = families.model("llava").config.get_text_config()
     config = MistralConfig(
+        **SIZES,
         vocab_size=text.vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
         num_key_value_heads=2,
         sliding_window=window,
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
         pad_token_id=text.pad_token_id,
     )
-    whole = LlavaConfig(
-        vision_config=plain.vision_config,
-        text_config=config,
-        image_token_id=plain.image_token_id,
-        image_seq_length=plain.image_seq_length,
-    )
-    torch.manual_seed(0)
-    return LlavaForConditionalGeneration(whole).eval()
+    return hosted(config)
 
 
 def test_neither_a_prefill_nor_decoding_passes_a_sliding_window():
@@ -265,3 +278,81 @@ def test_a_model_with_a_mask_says_why_it_cannot_be_copied(model, copied):
     ):
         copied(model)
     assert copy.deepcopy(model) is not model
+
+
+HOSTS = {
+    "eager only": (
+        GPTJConfig(n_embd=32, n_layer=2, n_head=4, rotary_dim=4, vocab_size=422),
+        r"0 of 2 layers .* call the attention function|takes no plan",
+    ),
+    "softcap": (
+        Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=2, vocab_size=422),
+        "passes softcap to its attention",
+    ),
+    "sinks": (
+        GptOssConfig(
+            **SIZES, head_dim=8, num_key_value_heads=2, vocab_size=422, num_local_experts=2
+        ),
+        "passes s_aux to its attention",
+    ),
+    "convolutions": (
+        Lfm2Config(**SIZES, num_key_value_heads=2, vocab_size=422, layer_types=["conv"] * 2),
+        "has layers of conv",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_host_whose_layers_do_not_serve_is_refused_when_attached(name):
+    text, words = HOSTS[name]
+    model = hosted(text)
+    before = model.config.get_text_config()._attn_implementation
+    with pytest.raises(ValueError, match=words) as error:
+        attach(model, "v2v")
+    assert "\n" not in str(error.value)
+    assert fmtrain.attached(model) is None
+    assert model.config.get_text_config()._attn_implementation == before
+    with attach(model, "causal"):  # the host's own
+        pass
+
+
+def test_a_keyword_that_no_backend_computes_is_refused(model, rows):
+    with attach(model, "v2v"), pytest.raises(ValueError, match="passes softcap"):
+        model(**rows.kwargs(), softcap=30.0)
+    with attach(model, "v2v"), torch.no_grad():
+        model(**rows.kwargs(), softcap=None, num_items_in_batch=torch.tensor(3))
+
+
+def test_causal_is_causal_on_a_host_with_a_mask_of_its_own():
+    """PaliGemma sees its whole prompt; `causal` attached to it must not."""
+    plain = families.model("llava").config
+    text = GemmaConfig(**SIZES, head_dim=8, num_key_value_heads=2, vocab_size=422)
+    vision = SiglipVisionConfig(**SIZES, image_size=16, patch_size=8)
+    config = PaliGemmaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=plain.image_token_id,
+        projection_dim=32,
+    )
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(config).eval()
+    layout = Layout.parse("IIIITTTT")
+    ids = torch.where(layout.visual, plain.image_token_id, 7)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": layout.real.long(),
+        "token_type_ids": torch.zeros_like(ids),
+        "pixel_values": torch.randn(1, 3, 16, 16),
+    }
+    other = inputs | {"input_ids": ids.clone()}
+    other["input_ids"][0, -1] = 8
+
+    def early(**words) -> torch.Tensor:
+        return model(**words).logits[0, :-1]
+
+    with torch.no_grad():
+        assert not torch.equal(early(**inputs), early(**other))
+        with attach(model, "causal") as handle:
+            assert not handle.host
+            carried = layout.model_inputs()
+            assert torch.equal(early(**inputs, **carried), early(**other, **carried))
