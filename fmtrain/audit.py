@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +30,8 @@ def subject(name: str):
     if Path(name).suffix not in (".yaml", ".yml"):
         model, processor = load(name)
         return model, processor, noise.rows(), "."
-    recipe = recipes.read(name)
+    # A recipe in bf16 may be audited where there is no GPU.
+    recipe = recipes.read(name, [] if torch.accelerator.is_available() else ["--use_cpu", "true"])
     model, processor = load_model(recipe)
     attach(model, recipe.mask, recipe.masking.attention_backend)
     rows = rows_of(recipe, ROWS)
@@ -63,7 +65,7 @@ def audit(name: str, out: str | None = None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("python -m fmtrain.audit", __doc__)
+    parser = Parser("fmtrain audit", __doc__)
     parser.add_argument(
         "subject", help="an exported checkpoint, a run with an adapter, or a recipe"
     )

@@ -39,9 +39,8 @@ def load_processor(path: str, config, **kwargs):
     processor = AutoProcessor.from_pretrained(path, **kwargs)
     if "patch_size" in vars(processor) and processor.patch_size is None:
         processor.patch_size = config.vision_config.patch_size
-        processor.num_additional_image_tokens = (
-            1  # CLIP's class token, which the "default" strategy drops again
-        )
+        # CLIP's class token, which the "default" strategy drops again.
+        processor.num_additional_image_tokens = 1
     if (
         "vision_feature_select_strategy" in vars(processor)
         and processor.vision_feature_select_strategy is None

@@ -91,7 +91,7 @@ def check_implementation(mask: Mask, implementation: str) -> None:
     """Raises `ValueError` for an attention implementation that would drop `mask`."""
     if mask.looks_ahead and "flash" in implementation:
         raise ValueError(
-            f"policy {mask.policy.name!r} with attn_implementation {implementation!r}: it would "
+            f"mask '{mask}' with attn_implementation {implementation!r}: it would "
             "silently become causal; load the model with attn_implementation='sdpa'"
         )
 

@@ -52,7 +52,7 @@ def infer(kwargs: dict, config, mask: Mask, rows: int, length: int, seen: int) -
     ids, padding = kwargs.get("input_ids"), kwargs.get("attention_mask")
     if seen and length > 1 and mask.looks_ahead:
         raise ValueError(
-            f"{length} tokens arrive on a cache of {seen} under policy {mask.policy.name!r}: a "
+            f"{length} tokens arrive on a cache of {seen} under the mask '{mask}': a "
             "chunk of a prefill would lose what the policy reveals; prefill in one go, or pass the "
             "layout of the whole row"
         )

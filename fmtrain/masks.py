@@ -10,7 +10,7 @@ the last Q of the K tokens; the ones before them are in a cache.
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
@@ -19,9 +19,8 @@ from fmtrain.layout import Layout, Role
 from fmtrain.merge import Merge
 from fmtrain.policies import POLICIES, Policy, get_policy
 
-VERSION = (
-    1  # of the mask definitions; changes when a policy, or merge, comes to mean something else
-)
+# Of the mask definitions; changes when a policy, or merge, comes to mean something else.
+VERSION = 1
 LIGHT = "+merge"  # behind the name of a policy: its light form
 
 
@@ -61,6 +60,9 @@ class Mask:
             )
         policy = get_policy(name.removesuffix(LIGHT))
         if name.endswith(LIGHT):
+            unknown = sorted(options.keys() - {field.name for field in fields(Merge)})
+            if unknown:
+                raise ValueError(f"{', '.join(unknown)}: no options of a light form")
             return cls(policy, Merge.parse(**options))
         if options:
             raise ValueError(
@@ -109,11 +111,16 @@ class Mask:
                 f"the checkpoint's mask definitions have version {record.get('version')}, this "
                 f"fmtrain has {VERSION}"
             )
-        merge = None if record.get("merge") is None else Merge(**record["merge"])
-        if "reveals" not in record:  # as fmtrain 0.1 wrote it
-            return cls(get_policy(record["policy"]), merge)
-        reveals = frozenset((Role[query], Role[key]) for query, key in record["reveals"])
-        policy = Policy(record["policy"], reveals, record["within_image"])
+        try:
+            merge = None if record.get("merge") is None else Merge(**record["merge"])
+            if "reveals" not in record:  # of a checkpoint from before tables were recorded
+                return cls(get_policy(record["policy"]), merge)
+            reveals = frozenset((Role[query], Role[key]) for query, key in record["reveals"])
+            policy = Policy(record["policy"], reveals, record["within_image"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"the record of the mask is malformed: {error!r} in {record}"
+            ) from error
         known = POLICIES.get(policy.name)
         return cls(known if known is not None and known == policy else policy, merge)
 

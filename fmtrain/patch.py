@@ -33,8 +33,7 @@ from fmtrain.policies import Policy
 
 HANDLE = "_fmtrain_handle"  # the attribute of a model that holds what is attached to it
 SECTION = "fmtrain"  # of config.json, where a checkpoint records its mask
-# Options of `generate` that a policy cannot be run with: the values that are fine, and why no other
-# is.
+# Options of `generate` that a mask cannot be run with: the values that are fine, and why no others.
 LOSES_THE_MASK = {
     "cache_implementation": (
         (None, "dynamic", "dynamic_full", "offloaded", "quantized"),
@@ -61,7 +60,7 @@ BATCHERS = ("generate_batch", "init_continuous_batching")  # which go round `gen
 
 
 def attached(model: nn.Module) -> "Handle | None":
-    """The handle of the policy attached to `model`, if any."""
+    """The handle of the mask attached to `model`, if any."""
     return vars(unwrap(model)).get(HANDLE)
 
 
@@ -215,7 +214,7 @@ class Handle:
             )
         if isinstance(cache, StaticCache):
             raise ValueError(
-                f"policy {self.mask.policy.name!r} with a static cache: its prefill builds no "
+                f"mask '{self.mask}' with a static cache: its prefill builds no "
                 "mask; use a dynamic cache"
             )
         source = kwargs.get("input_ids")
@@ -263,9 +262,7 @@ class Handle:
             value = getattr(own, option, None) if value is None else value
             if value not in kept:
                 shown = value if isinstance(value, (str, int, bool)) else type(value).__name__
-                raise ValueError(
-                    f"policy {self.mask.policy.name!r} with {option}={shown!r}: {reason}"
-                )
+                raise ValueError(f"mask '{self.mask}' with {option}={shown!r}: {reason}")
         ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
         if layout is not None and ids is not None and layout.shape[0] != len(ids):
             raise ValueError(f"the layout has {layout.shape[0]} rows, the prompt {len(ids)}")
@@ -279,7 +276,7 @@ class Handle:
         """Continuous batching, which would run without the mask."""
         if self.mask.looks_ahead:
             raise ValueError(
-                f"policy {self.mask.policy.name!r} with {name}: continuous batching would run "
+                f"mask '{self.mask}' with {name}: continuous batching would run "
                 "without the mask; use generate"
             )
         return original(*args, **kwargs)

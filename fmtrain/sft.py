@@ -9,9 +9,8 @@ batch first), saving.
 import os
 import sys
 
-if sys.path[0] == os.path.dirname(
-    os.path.abspath(__file__)
-):  # `accelerate launch fmtrain/sft.py` puts fmtrain/ there
+# `accelerate launch fmtrain/sft.py` puts fmtrain/ itself first on the path.
+if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
 import datasets

@@ -10,7 +10,6 @@ killed evaluation loses at most the batch at hand.
 import json
 import os
 import threading
-import warnings
 from collections.abc import Sequence
 from multiprocessing import parent_process
 from pathlib import Path
@@ -23,7 +22,7 @@ from eval import held_out
 from eval.held_out import HeldOut, right
 from eval.provenance import fingerprint
 from fmtrain.checkpoint import load
-from fmtrain.command_line import write_whole
+from fmtrain.command_line import quiet, write_whole
 from fmtrain.decoding import Decoder
 from fmtrain.masks import VERSION, Mask
 
@@ -122,7 +121,7 @@ def prepare_worker(threads: int) -> None:
     if threads:
         torch.set_num_threads(threads)
     # transformers' own code still sets names that it deprecates.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quiet()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

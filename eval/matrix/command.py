@@ -13,7 +13,6 @@ import multiprocessing
 import shlex
 import subprocess
 import sys
-import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -35,16 +34,29 @@ from eval.matrix.showcase import showcase
 from eval.paired import OVERALL
 from eval.provenance import made_with
 from eval.tables import Table
-from fmtrain.command_line import guarded
+from fmtrain.command_line import guarded, quiet
 from fmtrain.masks import Mask
 
 console = Console(stderr=True, highlight=False)
 
 
 def inference_masks(recipe: MatrixRecipe, plan: Sequence[MatrixRun]) -> list[Mask]:
-    """Those named, or causal and every mask of training."""
-    trained_with = dict.fromkeys([CAUSAL, *(run.mask for run in plan)])
-    return recipe.masks(recipe.eval_masks or list(trained_with))
+    """Those named, or causal and every mask of training, as the checkpoints record them.
+
+    Raises `ValueError` for two masks of one name, which a report could not tell apart.
+    """
+    trained_with = [run.mask for run in plan]
+    wanted = recipe.masks(recipe.eval_masks) or [Mask.parse(CAUSAL), *trained_with]
+    by_name: dict[str, Mask] = {}
+    for mask in [*wanted, *trained_with]:
+        known = by_name.setdefault(str(mask), mask)
+        if known != mask:
+            raise ValueError(
+                f"two masks are called {str(mask)!r}: {known.merge or known.policy} and "
+                f"{mask.merge or mask.policy}; give the recipe the merge options that the "
+                "checkpoints record"
+            )
+    return list(dict.fromkeys(wanted))
 
 
 def source(recipe: MatrixRecipe) -> tuple:
@@ -125,22 +137,22 @@ class Work:
                 progress.update(evaluated, completed=sum(path.is_file() for path in paths))
 
 
-def rows_of(plan: Sequence[MatrixRun]) -> list[MatrixRow]:
+def matrix_rows(plan: Sequence[MatrixRun]) -> list[MatrixRow]:
     """The rows of the matrix, each with its runs."""
     by_row: dict[str, list[MatrixRun]] = {}
     for run in plan:
         by_row.setdefault(run.row, []).append(run)
-    return [
-        MatrixRow(name, of_row[0].mask, tuple(run.name for run in of_row))
-        for name, of_row in by_row.items()
-    ]
+    rows = []
+    for name, of_row in by_row.items():
+        rows.append(MatrixRow(name, str(of_row[0].mask), tuple(run.name for run in of_row)))
+    return rows
 
 
 def collect(
     recipe: MatrixRecipe, plan: Sequence[MatrixRun], masks: Sequence[Mask], data: HeldOut | None
 ) -> dict:
     """The results of a matrix whose cells are all there. data: None where it is from scores."""
-    names, rows, samples = [str(mask) for mask in masks], rows_of(plan), []
+    names, rows, samples = [str(mask) for mask in masks], matrix_rows(plan), []
     if data is None:
         questions, scores = milebench_scores.read(Path(recipe.scores), plan, names, recipe.tasks)
     else:
@@ -196,7 +208,7 @@ def make(arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     # TRL still sets names that are deprecated.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    quiet()
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
 

@@ -57,7 +57,7 @@ def _folder(scores: Path, run: MatrixRun, mask: str) -> Path:
     named = scores / f"{run.name}+{mask}"
     if named.is_dir():
         return named
-    if mask == run.mask and (scores / run.name).is_dir():
+    if mask == str(run.mask) and (scores / run.name).is_dir():
         return scores / run.name
     raise ValueError(
         f"{named}: no such folder; generate with --model {run.folder} --masks {mask}, then score"

@@ -36,7 +36,7 @@ class MatrixRun:
 
     name: str
     row: str
-    mask: str
+    mask: Mask
     folder: Path
     recipe: Path | None = None  # None: a checkpoint that was trained elsewhere
 
@@ -49,22 +49,22 @@ def plan(recipe: MatrixRecipe) -> list[MatrixRun]:
     """
     runs = []
     if recipe.base:
-        runs.append(_run(recipe.base, "base", otherwise="causal"))
+        runs.append(_run(recipe.base, "base", otherwise=Mask.parse("causal")))
     for mask in recipe.masks(recipe.train_masks):
         for seed in recipe.seeds:
             name = f"{mask}-seed{seed}"
             path = recipe.folder / "recipes" / f"{name}.yaml"
-            runs.append(MatrixRun(name, str(mask), str(mask), recipe.folder / "runs" / name, path))
+            runs.append(MatrixRun(name, str(mask), mask, recipe.folder / "runs" / name, path))
             if recipe.scores is None:
-                _write_recipe(recipe, runs[-1], mask, seed)
+                _write_recipe(recipe, runs[-1], seed)
         if recipe.scores is None:
             training_recipe.read(runs[-1].recipe)
     for row, folders in recipe.checkpoints.items():
         of_row = [_run(folder, row) for folder in folders]
-        masks = sorted({run.mask for run in of_row})
-        if len(masks) > 1:
+        if len({run.mask for run in of_row}) > 1:
+            masks = ", ".join(sorted({str(run.mask) for run in of_row}))
             raise ValueError(
-                f"the checkpoints of {row!r} were trained with different masks: {', '.join(masks)}"
+                f"the checkpoints of {row!r} were trained with different masks: {masks}"
             )
         runs += of_row
     names = [run.name for run in runs]
@@ -77,7 +77,7 @@ def plan(recipe: MatrixRecipe) -> list[MatrixRun]:
     return runs
 
 
-def _run(folder: str, row: str, otherwise: str | None = None) -> MatrixRun:
+def _run(folder: str, row: str, otherwise: Mask | None = None) -> MatrixRun:
     """A checkpoint that is there; `otherwise`: the mask of one that records none."""
     if not Path(folder).is_dir():
         raise ValueError(f"{folder}: no such checkpoint folder")
@@ -86,20 +86,20 @@ def _run(folder: str, row: str, otherwise: str | None = None) -> MatrixRun:
         raise ValueError(
             f"{folder}: its config.json records no mask, so the mask in training is unknown"
         )
-    return MatrixRun(Path(folder).name, row, str(mask), Path(folder))
+    return MatrixRun(Path(folder).name, row, mask, Path(folder))
 
 
-def _write_recipe(recipe: MatrixRecipe, run: MatrixRun, mask: Mask, seed: int) -> None:
+def _write_recipe(recipe: MatrixRecipe, run: MatrixRun, seed: int) -> None:
     """The run's training recipe: the named one, the overrides, and what makes it this run."""
     values = {**training_recipe.load_values(recipe.recipe), **recipe.overrides}
     values |= {
         "model_name_or_path": recipe.base,
-        "mask": run.mask,
+        "mask": str(run.mask),
         "seed": seed,
         "output_dir": str(run.folder),
     }
     values = {key: value for key, value in values.items() if not key.startswith("merge_")}
-    if mask.merge:
+    if run.mask.merge:
         for name in ("merge_prefix", "merge_kernel_size", "merge_normalize"):
             values[name] = getattr(recipe, name)
     if run.folder.exists() and run.recipe.is_file():

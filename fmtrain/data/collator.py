@@ -91,9 +91,8 @@ class Collator:
     blank: dict[str, torch.Tensor] | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        if (
-            rows[0]["messages"] is None
-        ):  # a batch before the one that a stream resumes at; the trainer throws it away
+        if rows[0]["messages"] is None:
+            # A batch before the one that a stream resumes at; the trainer throws it away.
             return {}
         inputs, layout = batch(self.processor, [self.encode(row) for row in rows])
         if self.blank is not None and "pixel_values" not in inputs:

@@ -219,9 +219,8 @@ def _in_place(processor: Processor, message: dict) -> dict:
     (InternVL's) is left to itself.
     """
     kinds = tuple(part["type"] for part in message["content"])
-    if kinds == tuple(sorted(kinds)) or _keeps_order(
-        processor, message["role"], kinds
-    ):  # images first, or a faithful template
+    images_first = kinds == tuple(sorted(kinds))
+    if images_first or _keeps_order(processor, message["role"], kinds):
         return message
     lines = (
         processor.image_token if part["type"] == "image" else part["text"]

@@ -42,7 +42,9 @@ class Canvas:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ValueError("a picture needs matplotlib: pip install 'fmtrain[eval]'") from error
+            raise ValueError(
+                "a picture needs matplotlib: pip install 'fmtrain[preview]'"
+            ) from error
         self.figure = Figure(
             figsize=(self.width / DPI, self.height / DPI), dpi=DPI, facecolor="white"
         )

@@ -152,7 +152,7 @@ def preview(options: argparse.Namespace, overrides: list[str], console: Console)
 
 def parser_of() -> Parser:
     """The command line."""
-    parser = Parser("python -m fmtrain.preview", __doc__)
+    parser = Parser("fmtrain preview", __doc__)
     add = parser.add_argument
     add(
         "source",
@@ -179,8 +179,12 @@ def main(arguments: list[str] | None = None, console: Console | None = None) -> 
     console = console or Console(highlight=False)
 
     def run() -> None:
+        if options.source and options.masks:
+            raise ValueError("--masks is for a picture without rows; of rows, say --mask")
         if options.source:
             preview(options, overrides, console)
+        elif options.png and (options.mask or overrides):
+            raise ValueError("a picture without rows shows the masks of --masks MASK ..")
         elif options.png:
             draw_masks(options.masks or list(POLICIES), options.png)
             console.print(f"wrote {options.png}")

@@ -25,7 +25,7 @@ FRAMES = 3  # pictures of an `order` row
 DEFAULT_ROWS = 9600
 
 
-class Turn(NamedTuple):
+class Exchange(NamedTuple):
     """A question with the pictures shown beside it, each uint8 [24, 24], and its answer."""
 
     pictures: list[np.ndarray]
@@ -43,9 +43,8 @@ def scans(split: str) -> dict[int, np.ndarray]:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
     digits = load_digits()
-    in_split = (np.random.default_rng(0).permutation(len(digits.target)) % 5 == 0) == (
-        split == "test"
-    )
+    testing = np.random.default_rng(0).permutation(len(digits.target)) % 5 == 0
+    in_split = testing == (split == "test")
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # they hold 0..16
     return {digit: pixels[in_split & (digits.target == digit)] for digit in range(10)}
 
@@ -88,19 +87,19 @@ def _where(cell: int) -> str:
     return f"Which digit is in cell {cell + 1}?"
 
 
-def _read(artist: Artist) -> list[Turn]:
+def _read(artist: Artist) -> list[Exchange]:
     digits = artist.digits()
     cell = next(iter(digits))
-    return [Turn([artist.put(digits)], _where(cell), str(digits[cell]))]
+    return [Exchange([artist.put(digits)], _where(cell), str(digits[cell]))]
 
 
-def _count(artist: Artist) -> list[Turn]:
+def _count(artist: Artist) -> list[Exchange]:
     wanted, cells = artist.digit(), artist.cells()
     number = int(artist.rng.integers(min(MOST, len(cells)) + 1))
     digits = {
         cell: wanted if k < number else artist.digit(but=wanted) for k, cell in enumerate(cells)
     }
-    return [Turn([artist.put(digits)], f"How often do you see {wanted}?", str(number))]
+    return [Exchange([artist.put(digits)], f"How often do you see {wanted}?", str(number))]
 
 
 def _pair(artist: Artist) -> tuple[np.ndarray, np.ndarray, dict[int, int], str]:
@@ -111,12 +110,12 @@ def _pair(artist: Artist) -> tuple[np.ndarray, np.ndarray, dict[int, int], str]:
     return before, artist.put({cell: new}, on=before), digits, f"from {old} to {new}"
 
 
-def _changed(artist: Artist) -> list[Turn]:
+def _changed(artist: Artist) -> list[Exchange]:
     before, after, _, change = _pair(artist)
-    return [Turn([before, after], "Which digit changed?", change)]
+    return [Exchange([before, after], "Which digit changed?", change)]
 
 
-def _order(artist: Artist) -> list[Turn]:
+def _order(artist: Artist) -> list[Exchange]:
     cells, digits = (
         artist.rng.permutation(CELLS).tolist(),
         artist.rng.permutation(10)[:FRAMES].tolist(),
@@ -124,22 +123,22 @@ def _order(artist: Artist) -> list[Turn]:
     frames = [artist.put({cells[0]: digits[0]})]
     for cell, digit in zip(cells[1:], digits[1:]):
         frames.append(artist.put({cell: digit}, on=frames[-1]))
-    return [Turn(frames, "In what order do the digits appear?", " ".join(map(str, digits)))]
+    return [Exchange(frames, "In what order do the digits appear?", " ".join(map(str, digits)))]
 
 
-def _dialogue(artist: Artist) -> list[Turn]:
+def _dialogue(artist: Artist) -> list[Exchange]:
     before, after, digits, change = _pair(artist)
     cell = int(artist.rng.choice(list(digits)))
     return [
-        Turn([before], _where(cell), str(digits[cell])),
-        Turn([after], "Which digit changed?", change),
+        Exchange([before], _where(cell), str(digits[cell])),
+        Exchange([after], "Which digit changed?", change),
     ]
 
 
-def _list(artist: Artist) -> list[Turn]:
+def _list(artist: Artist) -> list[Exchange]:
     digits = artist.digits()
     return [
-        Turn(
+        Exchange(
             [artist.put(digits)],
             "What do you see?",
             " ".join(str(digits[cell]) for cell in sorted(digits)),
@@ -147,7 +146,7 @@ def _list(artist: Artist) -> list[Turn]:
     ]
 
 
-TASKS: dict[str, Callable[[Artist], list[Turn]]] = {
+TASKS: dict[str, Callable[[Artist], list[Exchange]]] = {
     "read": _read,  # a cell of a picture
     "count": _count,  # what the question names
     "changed": _changed,  # between two pictures
@@ -168,7 +167,7 @@ CHANCE = {
 }
 
 
-def turns(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> list[Turn]:
+def exchanges(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> list[Exchange]:
     """The dialogue that these arguments mean, always the same."""
     available, draw = scans(split), TASKS | LESSONS
     rng = np.random.default_rng([SPLITS.index(split), list(draw).index(task), seed, index])
@@ -178,7 +177,7 @@ def turns(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> 
 def row(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> dict:
     """A dialogue as a row, its pictures as PNG."""
     name, messages, images = f"{split}-{task}-{seed}-{index}", [], []
-    for turn in turns(split, task, seed, index, filled):
+    for turn in exchanges(split, task, seed, index, filled):
         parts = [
             *({"type": "image", "text": None} for _ in turn.pictures),
             {"type": "text", "text": turn.question},

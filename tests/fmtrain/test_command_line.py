@@ -34,7 +34,7 @@ def test_help_names_every_command_and_recipe():
 
 def test_policies_and_their_light_forms():
     done = run([*FMTRAIN, "policies", "v2t+merge", "TIJT A"])
-    assert done.returncode == 0 and "v2t+merge: reveals V->T" in done.stdout
+    assert done.returncode == 0 and "v2t+merge: pools V->T" in done.stdout
     assert [line.split()[-1] for line in done.stdout.splitlines()[-5:]] == [
         "#....",
         "##.o.",

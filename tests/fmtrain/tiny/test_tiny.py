@@ -145,7 +145,7 @@ def test_answers_are_what_the_pictures_show(task):
 def test_the_question_does_not_give_the_answer_away(task):
     """The most frequent answer to each question is right no more often than it is among shuffled
     answers."""
-    made = [digits.turns("train", task, 0, index) for index in range(1000)]
+    made = [digits.exchanges("train", task, 0, index) for index in range(1000)]
     questions = [" ".join(turn.question for turn in turns) for turns in made]
     answers = [" ".join(turn.answer for turn in turns) for turns in made]
     assert len(set(answers)) <= round(1 / digits.CHANCE[task])
@@ -163,7 +163,7 @@ def test_the_question_does_not_give_the_answer_away(task):
 def test_the_earlier_turn_does_not_give_the_change_away():
     """That the old digit is the one just read is as likely as that both asked for the same cell: 1
     in 9."""
-    made = [digits.turns("train", "dialogue", 0, index) for index in range(1000)]
+    made = [digits.exchanges("train", "dialogue", 0, index) for index in range(1000)]
     told = sum(change.answer.startswith(f"from {read.answer} ") for read, change in made)
     # the same cell in 1/9, another cell with the same digit in 8/9 x 1/10: 0.2, with a standard
     # deviation of 0.0127
