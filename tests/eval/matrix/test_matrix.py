@@ -3,8 +3,10 @@
 Training runs are missing, half done or wrong.
 """
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import families
 import pytest
 import training
 import yaml
@@ -20,7 +23,7 @@ from eval import held_out
 from eval.matrix import cells, runs
 from eval.matrix import command as matrix
 from eval.matrix import recipe as matrix_recipe
-from fmtrain import Mask, attached
+from fmtrain import POLICIES, Mask, Policy, attach, attached
 from fmtrain.checkpoint import load, recorded_mask
 from fmtrain.decoding import Decoder
 
@@ -470,3 +473,21 @@ def test_shipped_matrices(path, monkeypatch):
         and recipe.rows_per_task >= 200
         and len(recipe.seeds) >= 3
     )
+
+
+def test_a_recorded_mask_is_evaluated_as_it_is_recorded(tmp_path):
+    """With the options of its light form, and with a table of its own under a known name."""
+    model = families.model("llava")
+    five, own = Mask.parse("v2v+merge", kernel_size=5), Policy("v2t", POLICIES["v2v"].reveals)
+    for name, mask in (("pooled", five), ("own", own)):
+        with attach(model, mask):
+            model.config.save_pretrained(tmp_path / name)
+    checkpoints = {name: [str(tmp_path / name)] for name in ("pooled", "own")}
+    recipe = matrix_recipe.MatrixRecipe(out=str(tmp_path / "out"), checkpoints=checkpoints)
+    plan = runs.plan(recipe)
+    assert [run.mask for run in plan] == [five, Mask(own)]
+    assert matrix.inference_masks(recipe, plan) == [Mask.parse("causal"), five, Mask(own)]
+    for name in ("v2v+merge", "v2t"):
+        named = dataclasses.replace(recipe, eval_masks=[name])
+        with pytest.raises(ValueError, match=f"two masks are called '{re.escape(name)}'"):
+            matrix.inference_masks(named, plan)
