@@ -11,6 +11,7 @@ the last Q of the K tokens; the ones before them are in a cache.
 import difflib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from enum import IntEnum
 
 import torch
 
@@ -165,6 +166,31 @@ def allowed(mask: "str | Policy | Mask", layout: Layout, start: int = 0) -> torc
     return (pairs.past_B1QK if mask.merge else pairs.both_B1QK)[:, 0]
 
 
+class State(IntEnum):
+    """What a query and a key are to each other, for whoever draws a mask."""
+
+    CLOSED = 0
+    CAUSAL = 1
+    REVEALED = 2  # by the policy, and attended to
+    POOLED = 3  # revealed, but in a light form: not attended to
+
+
+def states(
+    mask: "str | Policy | Mask", layout: Layout, index: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The `State` of each pair of tokens of the first row, or of those at `index` [N]: int [N, N].
+
+    Padding is closed to everything.
+    """
+    mask, row = Mask.of(mask), layout[:1]
+    index = torch.arange(layout.shape[1]) if index is None else index
+    q, k = policies.tokens(row, index, 1), policies.tokens(row, index, 2)
+    real = (q.sample >= 0) & (k.sample >= 0)
+    ahead = int(State.POOLED if mask.merge else State.REVEALED)
+    past = policies.past(q, k) & real
+    return (past * int(State.CAUSAL) + policies.revealed(mask.policy, q, k) * ahead)[0]
+
+
 def picture(mask: "str | Policy | Mask", layout: Layout) -> str:
     """The mask of the first row as text: `#` causal, `+` revealed, `o` pooled (a light form), `.`
     closed, `x` padding.
@@ -177,21 +203,13 @@ def picture(mask: "str | Policy | Mask", layout: Layout) -> str:
     T ####.
     A #####
     """
-    mask = Mask.of(mask)
-    attended = Allowed.of(mask.policy, layout[:1]).both_B1QK[0, 0]
     names = "".join(str(layout[:1]).translate({ord("/"): None, ord("|"): None}))
-    ahead = "o" if mask.merge else "+"
     lines = ["  " + names]
-    for q, name in enumerate(names):
-        marks = []
-        for k in range(len(names)):
-            if not attended[q, k]:
-                marks.append(".")
-            elif name == ".":
-                marks.append("x")
-            else:
-                marks.append(ahead if k > q else "#")
-        lines.append(f"{name} {''.join(marks)}")
+    for q, row in enumerate(states(mask, layout).tolist()):
+        marks = [".#+o"[state] for state in row]
+        if names[q] == ".":
+            marks[q] = "x"
+        lines.append(f"{names[q]} {''.join(marks)}")
     return "\n".join(lines)
 
 

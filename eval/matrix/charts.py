@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from fmtrain.layout import Layout
-from fmtrain.masks import EXAMPLE, Allowed, Mask
+from fmtrain.masks import EXAMPLE, State, states
 
 Colour = tuple[int, int, int]
 # lightness alone carries the order, so that no colour vision is needed; (light theme, dark theme)
@@ -56,6 +56,8 @@ def svg(width: float, height: float, title: str, parts: Sequence[str], css: str 
     return f'<svg class="{css}" {size} role="img">{content}</svg>'
 
 
+# Of each `State`; a pooled pair is closed, with a ring on it.
+SQUARES = ("closed", "past", "revealed", "closed")
 TOKENS = {"T": "text", "A": "answer"}  # every other letter is a token of an image
 
 
@@ -64,27 +66,19 @@ def mask_picture(name: str, picture: str = EXAMPLE) -> str:
 
     A light form attends causally; what it pools has a mark of its own.
     """
-    mask, layout, cell, edge = Mask.parse(name), Layout.parse(picture), 13, 15
-    pairs, parts = Allowed.of(mask.policy, layout), []
+    cell, edge, parts = 13, 15, []
     letters = [letter for letter in picture if letter.isalpha()]
     for k, letter in enumerate(letters):
         css, at = f"token {TOKENS.get(letter, 'visual')}", edge + (k + 0.5) * cell
         parts.append(f'<text class="{css}" x="{at:g}" y="11">{letter}</text>')
         parts.append(f'<text class="{css}" x="7" y="{at + 4:g}">{letter}</text>')
-    past, attended = pairs.past_B1QK[0, 0].tolist(), pairs.both_B1QK[0, 0].tolist()
-    for q in range(len(letters)):
-        for k in range(len(letters)):
+    for q, row in enumerate(states(name, Layout.parse(picture)).tolist()):
+        for k, state in enumerate(row):
             x, y = edge + k * cell, edge + q * cell
-            ahead = attended[q][k] and not past[q][k]
-            css = "past" if past[q][k] else "closed"
-            if ahead and not mask.merge:
-                css = "revealed"
-            parts.append(_square(css, x, y, cell))
-            if ahead and mask.merge:
-                middle = cell / 2
-                parts.append(
-                    f'<circle class="pooled" cx="{x + middle:g}" cy="{y + middle:g}" r="3"/>'
-                )
+            parts.append(_square(SQUARES[state], x, y, cell))
+            if state == State.POOLED:
+                centre = f'cx="{x + cell / 2:g}" cy="{y + cell / 2:g}"'
+                parts.append(f'<circle class="pooled" {centre} r="3"/>')
     size = edge + cell * len(letters) + 1
     return svg(size, size, f"the mask {name} on {picture}", parts, "policy")
 

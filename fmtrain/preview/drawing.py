@@ -13,14 +13,18 @@ from pathlib import Path
 import torch
 
 from fmtrain.layout import Layout, Role
-from fmtrain.masks import Mask
-from fmtrain.policies import POLICIES, Policy, T, V, past, revealed, tokens
+from fmtrain.masks import Mask, State, states
+from fmtrain.policies import POLICIES, Policy, T, V
 from fmtrain.preview.canvas import INK, Box, Canvas
 from fmtrain.preview.spans import NAMES, Span, spans
 
-CLOSED, CAUSAL, REVEALED, POOLED = range(4)
 # They differ in lightness too: fit for colour-blind readers.
-STATES = {CLOSED: "#F1F3F5", CAUSAL: "#9AA7B8", REVEALED: "#E8590C", POOLED: "#FBD0AE"}
+STATES = {
+    State.CLOSED: "#F1F3F5",
+    State.CAUSAL: "#9AA7B8",
+    State.REVEALED: "#E8590C",
+    State.POOLED: "#FBD0AE",
+}
 TEXT, IMAGES, ANSWER, PAD = "#56B4E9", ("#00795A", "#6CCBAE"), "#B0478F", "#D5D9DD"
 GREY, RUST = "#4A525B", "#B8430A"
 LIMIT = 1400  # cells along an edge; longer rows are sampled
@@ -32,15 +36,6 @@ EXAMPLE = "TIIITJJJTTAA / TKKKTAA"
 def colour_of(span: Span) -> str:
     image = IMAGES[span.image % 2]
     return {Role.TEXT: TEXT, Role.VISUAL: image, Role.ANSWER: ANSWER, Role.PAD: PAD}[span.role]
-
-
-def states(mask: Mask, layout: Layout, index: torch.Tensor) -> torch.Tensor:
-    """What the tokens at `index` [N] of the first row are to each other: keys of `STATES` [N,
-    N]."""
-    q, k = tokens(layout[:1], index, 1), tokens(layout[:1], index, 2)
-    real = (q.role != int(Role.PAD)) & (k.role != int(Role.PAD))
-    ahead = POOLED if mask.merge else REVEALED
-    return ((past(q, k) & real) * CAUSAL + revealed(mask.policy, q, k) * ahead)[0]
 
 
 def sampled(row: list[Span], limit: int = LIMIT) -> torch.Tensor:
@@ -130,12 +125,12 @@ def _legend(
 
 def _cells_legend(masks: Sequence[Mask], name: str) -> list[tuple[str, str]]:
     """The states that occur; `name`: what they are revealed by."""
-    entries = [(STATES[CAUSAL], "attends (causal)")]
+    entries = [(STATES[State.CAUSAL], "attends (causal)")]
     if any(mask.looks_ahead and not mask.merge for mask in masks):
-        entries.append((STATES[REVEALED], f"revealed by {name}"))
+        entries.append((STATES[State.REVEALED], f"revealed by {name}"))
     if any(mask.merge for mask in masks):
-        entries.append((STATES[POOLED], "pooled into the first positions, not attended to"))
-    return [*entries, (STATES[CLOSED], "closed")]
+        entries.append((STATES[State.POOLED], "pooled into the first positions, not attended to"))
+    return [*entries, (STATES[State.CLOSED], "closed")]
 
 
 def _roles_legend(row: list[Span]) -> list[tuple[str, str]]:
