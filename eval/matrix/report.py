@@ -183,12 +183,11 @@ def _masks(results: dict) -> list[dict]:
     pictures = []
     for name in dict.fromkeys(names):
         mask = Mask.parse(name)
-        words = in_words(mask.policy)
         pictures.append(
             {
                 "name": name,
                 "picture": Markup(charts.mask_picture(name)),
-                "words": f"pooled only: {words}" if mask.merge else words,
+                "words": in_words(mask),
                 "light": mask.merge is not None,
             }
         )

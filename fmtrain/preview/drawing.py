@@ -56,16 +56,19 @@ def reveals(policy: Policy) -> str:
     return ", ".join(pairs) + (" in one image" if policy.within_image else "") or "nothing"
 
 
-def in_words(policy: Policy) -> str:
-    """What a policy adds to causal attention, as one clause."""
+def in_words(mask: Mask) -> str:
+    """What a mask adds to causal attention, as one clause; a light form pools what others see."""
+    policy, one, many = mask.policy, "sees", "see"
+    if mask.merge:
+        one, many = "pools", "pool"
     if not policy.reveals:
         return "a token sees what came before it"
     if policy.within_image:
-        return "each image sees all of itself"
+        return f"each image {one} all of itself"
     if len(policy.reveals) == 4:
-        return "the prompt of a turn sees all of itself"
+        return f"the prompt of a turn {one} all of itself"
     name, clauses = {V: "images", T: "text"}, []
-    for query, verb in ((V, " see"), (T, " sees")):
+    for query, verb in ((V, f" {many}"), (T, f" {one}")):
         keys = [name[key] for key in (V, T) if (query, key) in policy.reveals]
         if keys:
             clauses.append(f"{name[query]}{'' if clauses else verb} later {' and '.join(keys)}")
@@ -178,7 +181,7 @@ def draw_row(layout: Layout, mask: str | Policy | Mask, file: str | Path, title:
         )
     verb = "pools" if mask.merge else "reveals"
     canvas.text(24, 32, str(mask), 24, weight="bold")
-    canvas.text(24, 64, f"{verb} {reveals(mask.policy)}: {in_words(mask.policy)}", 15)
+    canvas.text(24, 64, f"{verb} {reveals(mask.policy)}: {in_words(mask)}", 15)
     canvas.text(24, 90, title, 15)
     bottom = box.top + edge + 62
     _legend(canvas, 24, bottom, 15, _cells_legend([mask], str(mask)))
@@ -229,7 +232,7 @@ def draw_masks(
         end = canvas.text(box.left - 35, box.top - 112, f"{mask}:", 34, weight="bold")
         colour = RUST if mask.looks_ahead else GREY
         canvas.text(end + 14, box.top - 111, reveals(mask.policy), 28, color=colour)
-        words = in_words(mask.policy) + _twin(mask)
+        words = in_words(mask) + _twin(mask)
         canvas.text(box.left - 35, box.top - 66, words, 25, color=GREY)
     bottom = lines * high + 40
     _legend(canvas, 41, bottom, 26, [*_cells_legend(masks, "the policy"), (":", "next turn")])

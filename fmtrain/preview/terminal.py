@@ -123,9 +123,9 @@ def table_of(counts: Figures, mask: Mask, max_length: int | None) -> Table:
     if counts.ahead:
         percent = 100 * counts.ahead / max(1, counts.causal)
         share = f"+{percent:.1f} % on causal attention's {counts.causal:,}"
-    words = in_words(mask.policy)
+    words = in_words(mask)
     if mask.merge:
-        words += "; light: what they would get goes to the first positions"
+        words += ": what they would get goes to the first positions"
     lines = [
         ("tokens", counts.tokens, room),
         ("image tokens", counts.image_tokens, _plural("in", counts.images, "image")),
