@@ -9,12 +9,10 @@ from pathlib import Path
 
 import torch
 from transformers import (
-    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
 )
 
 from fmtrain.checkpoint import load_plain
@@ -113,16 +111,7 @@ def random_llava(
     torch.manual_seed(0)
     with torch.device(device):
         model = LlavaForConditionalGeneration._from_config(config, dtype=dtype)
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(
-            size={"shortest_edge": edge}, crop_size={"height": edge, "width": edge}
-        ),
-        words,
-        patch_size=PATCH,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLIP's class token
-        chat_template=tiny_model.TEMPLATE,
-    )
+    processor = tiny_model.llava_processor(config, words)
     return Subject(f"random LLaVA {size}", model.eval(), processor)
 
 

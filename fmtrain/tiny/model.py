@@ -76,6 +76,20 @@ VISION_SIZES = dict(
 SPREAD = 0.08
 
 
+def llava_processor(config: LlavaConfig, words: LlamaTokenizer) -> LlavaProcessor:
+    """The processor of a LLaVA with this configuration, in the conventions of LLaVA-1.5."""
+    edge = config.vision_config.image_size
+    crop = {"height": edge, "width": edge}
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": edge}, crop_size=crop),
+        words,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=1,  # CLIP's class token
+        chat_template=TEMPLATE,
+    )
+
+
 def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A tiny LLaVA that has learnt nothing, and its processor, in the classes and conventions of
     LLaVA-1.5."""
@@ -100,14 +114,4 @@ def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaPro
     with torch.no_grad():  # a digit read and a digit written start out alike
         model.get_output_embeddings().weight.copy_(model.get_input_embeddings().weight)
     model.generation_config = GenerationConfig(**ids, do_sample=False)
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        ),
-        words,
-        patch_size=CELL,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLIP's class token
-        chat_template=TEMPLATE,
-    )
-    return model, processor
+    return model, llava_processor(config, words)
