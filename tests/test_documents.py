@@ -18,7 +18,8 @@ from fmtrain import policies
 from fmtrain.layout import Role
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/design.md", "docs/results.md")
+DOCS = ("docs/design.md", "docs/results.md", "docs/nothing_silent.md")
+NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 COMMANDS = ("train", "audit", "export", "preview", "policies")  # of `fmtrain`
 RESULTS = ROOT / "eval" / "results"
@@ -155,7 +156,18 @@ def test_the_readme_is_short_and_documents_are_not_wide():
     assert len(TEXTS["README.md"].splitlines()) <= 125
     for name in NAMES:
         for number, line in enumerate(TEXTS[name].splitlines(), start=1):
-            assert len(line) <= 120, f"{name}:{number} has {len(line)} characters"
+            wide = 180 if line.startswith("|") else 120  # a table's line cannot be broken
+            assert len(line) <= wide, f"{name}:{number} has {len(line)} characters"
+
+
+def test_every_line_of_what_could_be_lost_has_its_test():
+    lines = [line for line in TEXTS["docs/nothing_silent.md"].splitlines() if line[:2] == "| "]
+    rows = [line for line in lines if "`test_" in line]
+    assert len(rows) == len(lines) - len([line for line in lines if line.endswith("| test |")])
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("test_*.py")]
+    for line in rows:
+        [name] = re.findall(r"`(test_\w+)`", line)
+        assert any(f"def {name}(" in source for source in sources), name
 
 
 def test_the_readmes_python_runs(tmp_path, monkeypatch):
