@@ -126,9 +126,11 @@ def check_layers(model: PreTrainedModel) -> None:
     if others:
         raise ValueError(f"{name} has layers of {', '.join(others)}, which no mask reaches")
     config._attn_implementation = "eager"  # which every class can be built with
+    if language_model._can_set_experts_implementation():
+        config._experts_implementation = "grouped_mm"  # eager looks at numbers: meta has none
     with torch.device("meta"), set_zero3_state():  # or ZeRO-3 would partition the copy
-        twin = type(language_model)(config).eval()
-        embeddings = torch.zeros(1, _Probe.length, config.hidden_size, dtype=twin.dtype)
+        twin = type(language_model)._from_config(config, dtype=torch.bfloat16).eval()
+        embeddings = torch.zeros(1, _Probe.length, config.hidden_size, dtype=torch.bfloat16)
         real = torch.ones(1, _Probe.length, dtype=torch.long)
     twin.set_attn_implementation(ATTENTION)
     probe = _Probe()

@@ -19,11 +19,13 @@ from transformers import (
     MistralConfig,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    Qwen2MoeConfig,
     SiglipVisionConfig,
 )
 
 import fmtrain
 from fmtrain import Layout, Mask, Merge, attach, attend, encode
+from fmtrain.consistency import leaks
 from fmtrain.data import noise
 from fmtrain.data.collator import batch, encode_row
 from fmtrain.data.dialogue import turns
@@ -314,6 +316,21 @@ def test_a_host_whose_layers_do_not_serve_is_refused_when_attached(name):
     assert model.config.get_text_config()._attn_implementation == before
     with attach(model, "causal"):  # the host's own
         pass
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_a_mixture_of_experts_is_served(experts):
+    """Whatever computes its experts; nothing later moves an earlier logit."""
+    text = Qwen2MoeConfig(**SIZES, num_key_value_heads=2, vocab_size=422, num_experts=4)
+    model = hosted(text)
+    language_model = model.model.language_model
+    language_model.set_experts_implementation(experts)
+    with attach(model, "prefix_lm"):
+        language_model.set_experts_implementation("eager")  # a CPU has no other in float32
+        processor = families.processor("llava")
+        encoded = batch(processor, [encode_row(processor, row) for row in noise.rows()])
+        result = leaks(model, encoded)
+    assert result.passed, result
 
 
 def test_a_keyword_that_no_backend_computes_is_refused(model, rows):
