@@ -36,6 +36,12 @@ class Rows:
         """How many rows there are, of a stream in one pass."""
         return len(self.rows) if self.passes is None else self.passes
 
+    def rooted(self) -> "Rows":
+        """The same rows, each with its image folder in the column `image_root`, as those of a mix
+        have it: a collator knows one folder, and rows of two sets may meet in it."""
+        column = [self.image_root] * len(self.rows)
+        return replace(self, rows=self.rows.add_column("image_root", column))
+
     def first(self, count: int) -> list[dict]:
         if self.opened:
             return list(self.opened[:count])
@@ -55,16 +61,20 @@ def load(
     image_root: str | None = None,
     seed: int = 0,
     first: int | None = None,
+    held_out: bool = False,
 ) -> Rows:
     """The rows of a file, of a folder of files, or of the embedded `digits`.
 
     count: use so many, the first ones (`digits` makes as many). first: of these only the first ones
-    are needed. Raises `ValueError` for a name that is none of them, an unreadable file and a set
-    without the columns of a row.
+    are needed. held_out: rows to evaluate on, of `digits` those of its test split. Raises
+    `ValueError` for a name that is none of them, an unreadable file and a set without the columns
+    of a row.
     """
     if name == "digits":
         from fmtrain.tiny import digits
 
+        if held_out:
+            return Rows(digits.held_out_rows(config, count, seed), ".").head(first)
         return Rows(digits.training_rows(config, count, seed, first), ".")
     files = row_files(name)
     path = Path(name)
