@@ -4,6 +4,7 @@ Nothing heavy is imported: with `datasets` in memory the checker takes a quarter
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ import pyarrow as pa
 
 COLUMNS = ("id", "source", "messages", "images")
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
+# Words of a file's name that say its split; the hub knows the same ones.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 EVALUATION_ONLY = "evaluation_only/"  # how `source` begins in rows that must not be trained on
 
 
@@ -55,7 +62,8 @@ def row_files(path: str | Path | None) -> list[Path]:
     """The files that hold the rows of `path`, in order: of a prepared folder its rows*.jsonl or
     rows*.parquet, of any other folder all .jsonl, .json or .parquet files; a file is itself.
 
-    Raises `ValueError` if there are none, or of two kinds.
+    Raises `ValueError` if there are none, or of two kinds, or if their names say that some are held
+    out and others not.
     """
     if path is None:
         raise ValueError("the recipe names no data; add e.g. `dataset_name: rows.jsonl`")
@@ -74,4 +82,25 @@ def row_files(path: str | Path | None) -> list[Path]:
     if len(suffixes) > 1:
         kinds = ", ".join(sorted(suffixes))
         raise ValueError(f"{path}: holds {kinds} files; keep one kind in a folder")
+    _require_one_split(path, files)
     return files
+
+
+def _require_one_split(path: str | Path, files: list[Path]) -> None:
+    first = {}
+    for file in reversed(files):
+        first[_split(file)] = file.name
+    if len(first) > 1 and first.keys() - {"train", None}:
+        names = sorted(first.keys() - {None})
+        also = f", and without one ({first[None]})" if None in first else ""
+        shown = ", ".join(first[name] for name in names)
+        raise ValueError(
+            f"{path}: holds files of the splits {', '.join(names)}{also} ({shown}); "
+            "name one file, or keep one split in a folder"
+        )
+
+
+def _split(file: Path) -> str | None:
+    """The split that a word of the file's name says, or None."""
+    words = re.split(r"[^a-z]+", file.stem.lower())
+    return next((name for name, known in _SPLITS.items() if not set(known).isdisjoint(words)), None)
