@@ -196,12 +196,18 @@ def _finished(row: Row, order: str, prefix: str, options: Options) -> Row:
         row["id"] = f"{row['id']}/{order}"
     row = arrange(row, order, options.question_twice)
     if options.embed_images:
-        names = row["images"]
-        row["images"] = [
-            {"bytes": resolve(name, options.image_root).read_bytes(), "path": name}
-            for name in names
-        ]
+        row["images"] = [_embedded(image, options.image_root) for image in row["images"]]
+    for image in row["images"]:
+        if isinstance(image, dict) and not options.embed_images:
+            raise ValueError(f"image {image['path']!r} is embedded; --embed_images keeps its bytes")
     return row
+
+
+def _embedded(image: str | dict[str, Any], root: Path) -> dict[str, Any]:
+    """The cell of an image file; a cell of the source as it is."""
+    if isinstance(image, dict):
+        return image
+    return {"bytes": resolve(image, root).read_bytes(), "path": image}
 
 
 def _reject_entry(record: SourceRecord, reason: str) -> bytes:

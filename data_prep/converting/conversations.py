@@ -60,14 +60,20 @@ def messages_of(turns: list[Any], with_images: bool) -> list[Message]:
     return messages
 
 
-def image_names(record: dict[str, Any], key: str) -> list[str]:
+def image_names(record: dict[str, Any], key: str) -> list[str | dict[str, Any]]:
     """Names under `key`: absent or null (a text-only record), one name, or a list of names or of
-    {"path": name}."""
+    {"path": name}. A cell of Parquet that holds the bytes of its image stays a cell."""
     value = record.get(key)
     if value is None:
         return []
     values = value if isinstance(value, list) else [value]
-    return [field(v, "path") if isinstance(v, dict) else _name(v, key) for v in values]
+    return [_cell(v) if isinstance(v, dict) else _name(v, key) for v in values]
+
+
+def _cell(value: dict[str, Any]) -> str | dict[str, Any]:
+    if value.get("bytes") is None:
+        return field(value, "path")
+    return {"bytes": field(value, "bytes", bytes), "path": value.get("path") or ""}
 
 
 def _name(value: Any, key: str) -> str:

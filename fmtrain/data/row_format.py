@@ -82,11 +82,13 @@ def row_files(path: str | Path | None) -> list[Path]:
     if len(suffixes) > 1:
         kinds = ", ".join(sorted(suffixes))
         raise ValueError(f"{path}: holds {kinds} files; keep one kind in a folder")
-    _require_one_split(path, files)
+    require_one_split(path, files)
     return files
 
 
-def _require_one_split(path: str | Path, files: list[Path]) -> None:
+def require_one_split(path: str | Path, files: list[Path]) -> None:
+    """Raises `ValueError` if the names of the files of `path` say that some are held out and others
+    not."""
     first = {}
     for file in reversed(files):
         first[_split(file)] = file.name

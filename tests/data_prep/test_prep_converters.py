@@ -5,10 +5,12 @@ import json
 import pkgutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import data_prep
+from data_prep import check
 from data_prep.checking.reading import read_rows
 from data_prep.converting.command import Converter
 from data_prep.converting.rows import format_problems, image_part, text_part
@@ -270,3 +272,56 @@ def test_a_pickle_is_refused(fixtures, convert, tmp_path, capsys):
     (folder / "refs(unc).p").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
     assert convert("refcoco", tmp_path / "source", tmp_path / "out") == 2
     assert "is a pickle, which can run code" in capsys.readouterr().err
+
+
+def mantis(path: Path, images: list[list[dict]]) -> Path:
+    """Parquet of Mantis' form: a dialogue for each list of image cells."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, cells in enumerate(images):
+        question = "<image>" * len(cells) + f"What is this, {number}?"
+        talk = [{"role": "user", "content": question}, {"role": "assistant", "content": "A bus."}]
+        records.append({"id": f"m{number}", "images": cells, "conversation": talk})
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+@pytest.mark.parametrize("path", ["a.png", None, ""])
+def test_embedded_bytes_of_a_source_are_kept(path, convert, picture, tmp_path, capsys):
+    """Whatever the cell calls the file: it need not be there, and is not looked for."""
+    content = picture(tmp_path / "a.png").read_bytes()
+    cells = [[{"bytes": content, "path": path}], [{"bytes": content, "path": path}] * 2, []]
+    mantis(tmp_path / "source" / "train-0.parquet", cells)
+    options = ("--annotations", "*.parquet", "--embed_images")
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 0
+    rows = list(read_rows(tmp_path / "out"))
+    assert [[image["bytes"] for image in row["images"]] for row in rows] == [
+        [content],
+        [content, content],
+        [],
+    ]
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 0
+    assert "is up to date" in capsys.readouterr().out
+    assert check.main([str(tmp_path / "out")]) == 0
+
+
+def test_embedded_bytes_are_not_thrown_away(convert, picture, tmp_path, capsys):
+    content = picture(tmp_path / "a.png").read_bytes()
+    file = mantis(tmp_path / "source" / "train-0.parquet", [[{"bytes": content, "path": "a.png"}]])
+    options = ("--annotations", "*.parquet")
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: {file}: row 1: image 'a.png' is embedded; --embed_images keeps its bytes\n"
+    )
+
+
+def test_a_pattern_that_takes_in_held_out_files(fixtures, convert, tmp_path, capsys):
+    for split in ("train", "val"):
+        mantis(tmp_path / "source" / "nlvr2" / f"{split}-0.parquet", [[]])
+    options = ("--annotations", "nlvr2/*.parquet")
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert "nlvr2/*.parquet: holds files of the splits train, validation" in error
+    options = ("--annotations", "nlvr2/train-*.parquet")
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 0
