@@ -7,6 +7,7 @@ format.
 from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant")
+OTHER_MEDIA = ("video", "audio")  # nothing here shows them to a model
 
 
 class Malformed(ValueError):
@@ -22,8 +23,9 @@ def typed(messages: list[dict], images: int) -> list[dict]:
     has.
 
     Raises `Malformed` for an unknown role, a content that is neither a text nor a list of text and
-    image parts, an image in an assistant's turn, one such turn right behind another, and parts that
-    are not as many as the images.
+    image parts, an image in an assistant's turn, one such turn right behind another, the
+    placeholder of a video or a sound in a user's text, and parts that are not as many as the
+    images.
     """
     dialogue = [_typed(k, message) for k, message in enumerate(messages)]
     if not dialogue:
@@ -44,6 +46,15 @@ def image_parts(message: dict) -> int:
     return sum(part["type"] == "image" for part in message["content"])
 
 
+def other_medium(text: str) -> str | None:
+    """The placeholder of a video or a sound in a user's text; not the element of HTML, which is
+    closed again."""
+    for medium in OTHER_MEDIA:
+        if f"<{medium}>" in text and f"</{medium}>" not in text:
+            return f"<{medium}>"
+    return None
+
+
 def _typed(k: int, message: dict) -> dict:
     if not isinstance(message, dict):
         raise Malformed("format", f"message {k}: {str(message)[:80]} is not a message")
@@ -59,6 +70,13 @@ def _typed(k: int, message: dict) -> dict:
             f"message {k}: its content is neither a text nor a list of parts: {str(content)[:80]}",
         )
     parts = [_part(k, part) for part in content]
+    if role == "user":
+        medium = other_medium("".join(part.get("text", "") for part in parts))
+        if medium is not None:
+            raise Malformed(
+                "placeholder in text",
+                f"message {k}: {medium} in its text, but only images are shown to the model",
+            )
     if role == "assistant":
         if any(part["type"] == "image" for part in parts):
             raise Malformed("format", f"message {k}: an image in the assistant's turn")

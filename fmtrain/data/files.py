@@ -14,7 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fmtrain.data import mixing
-from fmtrain.data.row_format import COLUMNS, FORMATS, features, row_files
+from fmtrain.data.row_format import (
+    COLUMNS,
+    FORMATS,
+    features,
+    names_media,
+    require_no_other_media,
+    row_files,
+)
 
 
 @dataclass(frozen=True)
@@ -85,11 +92,26 @@ def load(
         raise ValueError(f"{name}: the rows have no column {missing}; they have {columns}")
     if not len(rows):
         raise ValueError(f"{name}: holds no row")
+    _require_no_other_media(name, rows)
     # Other columns go: a file does not say where its images are.
     rows = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"{path.name}:{number}" for number in range(len(rows))])
     return Rows(rows, image_folder(name, image_root)).head(count or None).head(first)
+
+
+def _require_no_other_media(name: str, rows: datasets.Dataset) -> None:
+    columns = [column for column in rows.column_names if names_media(column)]
+    if columns == ["images"]:
+        return
+    others = rows.select_columns([column for column in columns if column != "images"])
+    for number, row in enumerate(others.with_format("arrow").iter(1), start=1):
+        try:
+            require_no_other_media(
+                {key: row[key][0].as_py() for key in others.column_names}, "images"
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}, row {number}: {error}") from error
 
 
 def image_folder(name: str, image_root: str | None) -> str:
@@ -113,6 +135,9 @@ def _read(name: str, kind: str, files: list[str]) -> datasets.Dataset:
             types = rows.features.arrow_schema
             if "images" not in types.names or not _without_type(types.field("images").type):
                 return rows
+            known = datasets.Features.from_dict(features())
+            types = {key: known.get(key, kind) for key, kind in rows.features.items()}
+            return rows.cast(datasets.Features(types))
         except datasets.exceptions.DatasetGenerationError:
             pass
         types = datasets.Features.from_dict(features())

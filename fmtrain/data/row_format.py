@@ -3,12 +3,15 @@
 Nothing heavy is imported: with `datasets` in memory the checker takes a quarter longer.
 """
 
+import difflib
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+from fmtrain.data.dialogue import OTHER_MEDIA
 
 COLUMNS = ("id", "source", "messages", "images")
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
@@ -56,6 +59,23 @@ def _arrow_type(feature: dict[str, Any]) -> pa.DataType:
     if kind == "Image":
         return pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return pa.struct([(name, _arrow_type(inner)) for name, inner in feature.items()])
+
+
+def names_media(key: str) -> bool:
+    """Whether what is called so holds images, videos or sounds: also `Image` and `imges`."""
+    name = key.lower().removesuffix("s")
+    return name in OTHER_MEDIA or bool(difflib.get_close_matches(name, ["image"], cutoff=0.85))
+
+
+def require_no_other_media(row: dict[str, Any], key: str) -> None:
+    """Raises `ValueError` for a row or record that holds images, videos or sounds under another key
+    than `key`: without them it would be a text."""
+    for other, value in row.items():
+        if other != key and names_media(str(other)) and value not in (None, "", [], {}):
+            raise ValueError(
+                f"it has {str(other)!r}, which would be left out; only images are shown to a "
+                f"model, those under {key!r}"
+            )
 
 
 def row_files(path: str | Path | None) -> list[Path]:

@@ -23,7 +23,7 @@ from torch.utils.data import get_worker_info
 from fmtrain.data import mixing
 from fmtrain.data.checks import examine
 from fmtrain.data.files import Rows, image_folder
-from fmtrain.data.row_format import COLUMNS, row_files
+from fmtrain.data.row_format import COLUMNS, names_media, require_no_other_media, row_files
 
 Place = str  # of a row: its file and number
 Unparsed = bytes | dict  # a line of JSON as it stands, or a row of Parquet
@@ -84,6 +84,10 @@ class Stream:
             raise ValueError(
                 f"{source.path}, {place}: a row has messages and images, this is {str(row)[:80]}"
             )
+        try:
+            require_no_other_media(row, "images")
+        except ValueError as error:
+            raise ValueError(f"{source.path}, {place}: {error}") from error
         row = {column: row.get(column) for column in COLUMNS} | {"image_root": source.image_root}
         row["id"] = row["id"] or place
         self.check(row, source.path)
@@ -145,7 +149,8 @@ def _records(files: tuple[Path, ...]) -> Iterator[tuple[Place, Unparsed]]:
     for file in files:
         if file.suffix == ".parquet":
             reader = pq.ParquetFile(file)
-            columns = [column for column in COLUMNS if column in reader.schema_arrow.names]
+            names = reader.schema_arrow.names
+            columns = [name for name in names if name in COLUMNS or names_media(name)]
             batches = reader.iter_batches(batch_size=64, columns=columns)
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, start=1):
