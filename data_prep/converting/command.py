@@ -88,7 +88,7 @@ def parser_of(converter: Converter) -> Parser:
         "--order",
         choices=ORDERS,
         default="image_first",
-        help="images before or after the text of a turn",
+        help="images before or after the text of a turn, or where the source has them",
     )
     add("--question_twice", action="store_true", help="the question before and after the images")
     add("--reject", type=Path, help="JSONL file for what cannot be converted; the run goes on")

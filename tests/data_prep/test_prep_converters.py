@@ -15,6 +15,7 @@ from data_prep import check
 from data_prep.checking.reading import read_rows
 from data_prep.converting import pickled
 from data_prep.converting.command import Converter
+from data_prep.converting.orders import ORDERS
 from data_prep.converting.rows import format_problems, image_part, text_part
 from fmtrain.data.images import open_image
 from fmtrain.data.row_format import features
@@ -390,3 +391,27 @@ def test_a_pattern_that_takes_in_held_out_files(fixtures, convert, tmp_path, cap
     assert "nlvr2/*.parquet: holds files of the splits train, validation" in error
     options = ("--annotations", "nlvr2/train-*.parquet")
     assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 0
+
+
+def test_order_keep_leaves_images_where_the_record_has_them(convert, tmp_path):
+    questions = ["What is this?\n<image>", "<image>\nAnd this?", "From <image> to <image>?", "Bye"]
+    turns = []
+    for question in questions:
+        turns += [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": f"a {question[0]}"},
+        ]
+    record = {"id": "a", "image": list("abcd"), "conversations": turns}
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "m4_instruct_annotations.json").write_text(json.dumps([record]))
+    kinds = {}
+    for order in ORDERS[:3]:
+        assert convert("interleave", tmp_path / "source", tmp_path / order, "--order", order) == 0
+        (row,) = read_rows(tmp_path / order)
+        users = [message["content"] for message in row["messages"] if message["role"] == "user"]
+        kinds[order] = ["".join(part["type"][0] for part in content) for content in users]
+    assert kinds == {
+        "image_first": ["it", "it", "titit", "t"],
+        "text_first": ["ti", "ti", "titit", "t"],
+        "keep": ["ti", "it", "titit", "t"],
+    }
