@@ -23,7 +23,7 @@ from data_prep.converting.manifest import (
 from data_prep.converting.orders import ORDERS, arrange, has_order, passes
 from data_prep.converting.rows import Problem, Row, format_problems
 from data_prep.converting.writing import encoded, prepared_folder, rejected, row_writer
-from fmtrain.command_line import Parser, guarded, replacing
+from fmtrain.command_line import Parser, guarded, printable, replacing
 from fmtrain.data.images import resolve
 from fmtrain.data.row_format import EVALUATION_ONLY
 
@@ -223,9 +223,9 @@ def _reject_entry(record: SourceRecord, reason: str) -> bytes:
 
 def _report(options: Options, counts: ConversionCounts) -> None:
     for source, rows in sorted(counts.rows.items()):
-        print(f"{rows:>9,} rows  {source}")
+        print(f"{rows:>9,} rows  {printable(source)}")
     for reason, parts in sorted(counts.left_out.items()):
-        print(f"{parts:>9,} left out: {reason}")
+        print(f"{parts:>9,} left out: {printable(reason)}")
     moved = f", {counts.rejected:,} records rejected in {options.reject}" if counts.rejected else ""
     print(f"{counts.rows.total():>9,} rows in {options.out}{moved}")
 

@@ -6,6 +6,7 @@ typed parts, `images` file names below the image folder or `datasets.Image` cell
 folder, as `image_root`.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fmtrain.data import mixing
+from fmtrain.data import json_rows, mixing
 from fmtrain.data.row_format import (
     COLUMNS,
     FORMATS,
@@ -85,7 +86,7 @@ def load(
         return Rows(digits.training_rows(config, count, seed, first), ".")
     files = row_files(name)
     path = Path(name)
-    rows = _read(name, FORMATS[files[0].suffix], [str(file) for file in files])
+    rows = _read(name, FORMATS[files[0].suffix], files)
     missing = ", ".join(sorted({"messages", "images"} - set(rows.column_names)))
     if missing:
         columns = ", ".join(rows.column_names)
@@ -122,26 +123,13 @@ def image_folder(name: str, image_root: str | None) -> str:
     return image_root or str(name if Path(name).is_dir() else Path(name).parent)
 
 
-def _read(name: str, kind: str, files: list[str]) -> datasets.Dataset:
-    """Rows of a kind that `datasets` reads. Types are inferred; of JSON, `datasets` looks at ten
-    megabytes, and where these show no image, or something that the rest does not keep to, the types
-    are those of the row format."""
+def _read(name: str, kind: str, files: list[Path]) -> datasets.Dataset:
+    """Rows of a kind that `datasets` reads, their texts valid UTF-8."""
     try:
-        if kind == "parquet":
-            types = _parquet_features(files[0])
-            return datasets.load_dataset(kind, data_files=files, split="train", features=types)
-        try:
-            rows = datasets.load_dataset(kind, data_files=files, split="train")
-            types = rows.features.arrow_schema
-            if "images" not in types.names or not _without_type(types.field("images").type):
-                return rows
-            known = datasets.Features.from_dict(features())
-            types = {key: known.get(key, kind) for key, kind in rows.features.items()}
-            return rows.cast(datasets.Features(types))
-        except datasets.exceptions.DatasetGenerationError:
-            pass
-        types = datasets.Features.from_dict(features())
-        return datasets.load_dataset(kind, data_files=files, split="train", features=types)
+        with _silent_reader():
+            rows = _parquet(files) if kind == "parquet" else _json(files)
+        rows.data.validate(full=True)
+        return rows
     except StopIteration as error:  # what `datasets` makes of empty files
         raise ValueError(f"{name}: holds no row") from error
     except (
@@ -150,15 +138,53 @@ def _read(name: str, kind: str, files: list[str]) -> datasets.Dataset:
         ValueError,
         pa.ArrowException,
     ) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        # Arrow counts rows from the start of a block, and names no file.
+        reason = json_rows.first_broken(files) if kind == "json" else None
+        reason = reason or " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{name}: not readable as rows: {reason[:300]}") from error
+
+
+@contextlib.contextmanager
+def _silent_reader():
+    """Without what `datasets` logs of a file that it cannot read: it names a wrong row."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
+def _parquet(files: list[Path]) -> datasets.Dataset:
+    types = _parquet_features(files[0])
+    return _load("parquet", files, types)
+
+
+def _json(files: list[Path]) -> datasets.Dataset:
+    """Types are inferred; `datasets` looks at ten megabytes, and where these show no image, or
+    something that the rest does not keep to, the types are those of the row format."""
+    known = datasets.Features.from_dict(features())
+    try:
+        rows = _load("json", files)
+        types = rows.features.arrow_schema
+        if "images" not in types.names or not _without_type(types.field("images").type):
+            return rows
+        types = {key: known.get(key, kind) for key, kind in rows.features.items()}
+        return rows.cast(datasets.Features(types))
+    except datasets.exceptions.DatasetGenerationError:
+        return _load("json", files, known)
+
+
+def _load(kind: str, files: list[Path], types: datasets.Features | None = None):
+    names = [str(file) for file in files]
+    return datasets.load_dataset(kind, data_files=names, split="train", features=types)
 
 
 def _without_type(kind: pa.DataType) -> bool:
     return pa.types.is_null(kind) or (pa.types.is_list(kind) and pa.types.is_null(kind.value_type))
 
 
-def _parquet_features(file: str) -> datasets.Features:
+def _parquet_features(file: Path) -> datasets.Features:
     """The file's own types, but embedded images as they are stored: they are opened by
     `fmtrain.data.images`, under its limits."""
     schema = pq.read_schema(file)

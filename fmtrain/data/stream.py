@@ -7,7 +7,6 @@ on workers, and a resumed run passes over the batches that it has had without pa
 decoding them.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
-from fmtrain.data import mixing
+from fmtrain.data import json_rows, mixing
 from fmtrain.data.checks import examine
 from fmtrain.data.files import Rows, image_folder
 from fmtrain.data.row_format import COLUMNS, names_media, require_no_other_media, row_files
@@ -77,9 +76,9 @@ class Stream:
 
     def _row(self, source: StreamedSet, place: Place, unparsed: Unparsed) -> dict:
         try:
-            row = json.loads(unparsed) if isinstance(unparsed, bytes) else unparsed
+            row = json_rows.parse(unparsed) if isinstance(unparsed, bytes) else unparsed
         except ValueError as error:
-            raise ValueError(f"{source.path}, {place}: not JSON: {error}") from error
+            raise ValueError(f"{source.path}, {place}: {error}") from error
         if not isinstance(row, dict) or not {"messages", "images"} <= row.keys():
             raise ValueError(
                 f"{source.path}, {place}: a row has messages and images, this is {str(row)[:80]}"
