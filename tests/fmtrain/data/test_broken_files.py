@@ -12,6 +12,7 @@ import test_data
 import training
 
 from data_prep import check
+from data_prep.checking.reading import count_rows, scan
 from fmtrain.command_line import one_line
 from fmtrain.data import files, mixing, stream
 
@@ -109,3 +110,21 @@ def test_a_converter_prints_no_escape(tmp_path):
     command = [sys.executable, "-m", "data_prep.interleave", *words]
     done = subprocess.run(command, cwd=training.ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "\x1b" not in done.stdout and r"\x1b[31m" in done.stdout
+
+
+def test_trainer_stream_and_checker_count_rows_alike(tmp_path, capsys):
+    """Blank lines are no rows, and rows keep the numbers of their lines."""
+    lines = [json.dumps(test_data.simple(k)) for k in range(3)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"\n{lines[0]}\n  \n{lines[1]}\r\n\r\n{lines[2]}\n\n\t\n")
+    sequence = stream.Stream((), 0, 1, 1, stream.unchecked)
+    streamed = stream.load([mixing.Entry(str(path))], sequence, 0)
+    assert files.load(str(path)).size == streamed.size == count_rows(path) == 3
+    assert [stored.number for stored in scan(path)] == [2, 4, 6]
+    assert check.main([str(path), "--skip_images", "--json", str(tmp_path / "found.json")]) == 0
+    assert json.loads((tmp_path / "found.json").read_text())["rows"] == 3
+    path.write_text(f"\n{lines[0]}\n\n{{]\n\n")
+    moved = ["--reject", str(tmp_path / "bad.jsonl")]
+    assert check.main([str(path), "--skip_images", *moved]) == 0
+    assert path.read_text() == f"\n{lines[0]}\n\n\n"
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["row"] == 4
