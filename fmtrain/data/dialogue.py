@@ -20,7 +20,7 @@ class Malformed(ValueError):
 
 def typed(messages: list[dict], images: int) -> list[dict]:
     """The messages with every content a list of typed parts; `images` is how many images the row
-    has.
+    has. As in TRL they go before the first user's text that is a string, if no part shows one.
 
     Raises `Malformed` for an unknown role, a content that is neither a text nor a list of text and
     image parts, an image in an assistant's turn, one such turn right behind another, the
@@ -36,6 +36,10 @@ def typed(messages: list[dict], images: int) -> list[dict]:
                 "role order", f"message {k}: an assistant's turn follows an assistant's turn"
             )
     count = sum(image_parts(message) for message in dialogue)
+    for message, plain in zip(dialogue, messages):
+        if not count and message["role"] == "user" and isinstance(plain["content"], str):
+            message["content"][:0] = [{"type": "image"} for _ in range(images)]
+            count = images
     if count != images:
         raise Malformed("image count", f"the dialogue has {count} image parts but {images} images")
     return dialogue
