@@ -7,14 +7,17 @@ folder, as `image_root`.
 """
 
 import contextlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fmtrain.data import json_rows, mixing
+from fmtrain.data.dialogue import typed
 from fmtrain.data.row_format import (
     COLUMNS,
     FORMATS,
@@ -166,13 +169,52 @@ def _json(files: list[Path]) -> datasets.Dataset:
     known = datasets.Features.from_dict(features())
     try:
         rows = _load("json", files)
+        if '"_type": "Json"' in json.dumps(rows.features.to_dict()) or _lists_as_texts(rows):
+            return _mixed(files)
         types = rows.features.arrow_schema
         if "images" not in types.names or not _without_type(types.field("images").type):
             return rows
-        types = {key: known.get(key, kind) for key, kind in rows.features.items()}
-        return rows.cast(datasets.Features(types))
+        return rows.cast(datasets.Features(rows.features | {"images": known["images"]}))
     except datasets.exceptions.DatasetGenerationError:
-        return _load("json", files, known)
+        try:
+            return _load("json", files, known)
+        except datasets.exceptions.DatasetGenerationError:
+            return _mixed(files)
+
+
+def _lists_as_texts(rows: datasets.Dataset) -> bool:
+    """Whether there may be contents that are lists among those that are texts: `datasets` writes
+    them as JSON, once the first ten megabytes have shown texts alone."""
+    if "messages" not in rows.column_names:
+        return False
+    for chunk in rows.data.column("messages").chunks:
+        messages = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
+        if not pa.types.is_struct(messages.type) or messages.type.get_field_index("content") < 0:
+            return False
+        contents = messages.field("content")
+        if not pa.types.is_string(contents.type):
+            return False
+        if pc.any(pc.starts_with(contents, "[{")).as_py():
+            return True
+    return False
+
+
+def _mixed(files: list[Path]) -> datasets.Dataset:
+    """Rows with texts and lists among their contents, all as lists of parts. `datasets` takes such
+    a column for JSON, and reads a text like 3 or "quoted" as its value."""
+    rows = []
+    for place, row in json_rows.rows(files):
+        try:
+            require_no_other_media(row, "images")
+            images = row["images"] or []
+            row_id = place if row.get("id") is None else str(row["id"])
+            messages = typed(row["messages"], len(images))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"no key {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{place}: {reason}") from None
+        source = row.get("source")
+        rows.append({"id": row_id, "source": source, "messages": messages, "images": images})
+    return datasets.Dataset.from_list(rows, features=datasets.Features.from_dict(features()))
 
 
 def _load(kind: str, files: list[Path], types: datasets.Features | None = None):

@@ -35,6 +35,18 @@ def first_broken(files: Iterable[Path]) -> str | None:
     return None
 
 
+def rows(files: Iterable[Path]) -> Iterator[tuple[str, Any]]:
+    """Every row with its place. Raises `ValueError` for one that is not JSON."""
+    for file in files:
+        for place, text in _rows(file):
+            value = parse(text)
+            if place != file.name:
+                yield place, value
+            else:
+                for number, row in enumerate(value, start=1):
+                    yield f"{place} row {number}", row
+
+
 def _rows(file: Path) -> Iterator[tuple[str, bytes]]:
     """The lines of a file, each with its place; a file that is one array as a whole."""
     with file.open("rb") as lines:

@@ -1,5 +1,7 @@
 """Rows in TRL's forms: contents that are strings, beside images."""
 
+import json
+
 import families
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -94,3 +96,59 @@ def test_strings_and_lists_in_one_stream(tmp_path):
     rows = stream.load([mixing.Entry(path)], stream.Stream((), 0, 1, 1, check), 0, head=2)
     one, two = Collator(processor, tmp_path)(list(rows.opened))["input_ids"]
     assert one.equal(two)
+
+
+TEXTS = ["3", "[1]", "null", "true", '"quoted"', "{}", '[{"type": "text", "text": "x"}]', "red"]
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+def test_strings_and_lists_in_one_file_stay_the_texts_that_they_are(tmp_path, ending):
+    """datasets takes such a column for JSON, and reads a text like 3 or "quoted" as its value."""
+    training.picture(0).save(tmp_path / "0.png")
+    rows = []
+    for k, text in enumerate(TEXTS):
+        answer = {"role": "assistant", "content": text}
+        shown = training.user(1, "which?")
+        rows.append(training.row(k, ["0.png"], shown, answer) | {"width": 3, "id": k})
+        rows.append(training.row(k, ["0.png"], ASK, answer) | {"id": f"string {k}"})
+        rows.append(training.row(k, [], shown | {"content": "why?"}, training.assistant(text)))
+    path = tmp_path / f"rows{ending}"
+    path.write_text(json.dumps(rows) if ending == ".json" else "\n".join(map(json.dumps, rows)))
+    processor = families.processor("llava")
+    loaded = checks.prepare(files.load(str(path)), processor, str(path), max_length=500)
+    assert loaded.size == len(rows)
+    for stored, row in zip(loaded.rows, rows, strict=True):
+        assert typed(stored["messages"], len(row["images"])) == typed(
+            row["messages"], len(row["images"])
+        )
+        assert stored["id"] == str(row["id"]) and stored["images"] == row["images"]
+
+
+def test_strings_without_any_image(tmp_path):
+    rows = [training.row(k, [], ASK, TELL) for k in range(2)]
+    loaded = files.load(str(test_data.write(tmp_path / "rows.jsonl", rows)))
+    assert [row["messages"] for row in loaded.rows] == [[ASK, TELL]] * 2
+
+
+def test_lists_behind_ten_megabytes_of_strings(tmp_path):
+    long = {"role": "user", "content": "q" * 9000}
+    rows = [training.row(k, ["0.png"], long, TELL) for k in range(1300)]
+    rows.append(training.row(1300, ["0.png"], training.user(1, "which?"), TELL))
+    loaded = files.load(str(test_data.write(tmp_path / "rows.jsonl", rows)))
+    assert loaded.size == 1301
+    for k in (0, 1300):
+        assert typed(loaded.rows[k]["messages"], 1) == typed(rows[k]["messages"], 1)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ({"role": "assistant", "content": 3}, "row 2: message 1: its content is neither a text"),
+        ({"role": "bot", "content": "3"}, "row 2: message 1: role 'bot' is not one of"),
+    ],
+)
+def test_a_bad_row_among_strings_and_lists(tmp_path, message, reason):
+    rows = [training.row(0, [], ASK, training.assistant("3")), training.row(1, [], ASK, message)]
+    path = test_data.write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=rf"not readable as rows: rows.jsonl {reason}"):
+        files.load(str(path))
