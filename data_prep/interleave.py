@@ -1,11 +1,13 @@
 """Interleaved multi-image dialogues: M4-Instruct (lmms-lab/M4-Instruct-Data:
 m4_instruct_annotations.json, the training set of LLaVA-NeXT-Interleave) and Mantis-Instruct
-(TIGER-Lab/Mantis-Instruct: SUBSET/train-*.parquet, images unpacked).
+(TIGER-Lab/Mantis-Instruct: SUBSET/train-*.parquet, one subset at a time, with --image_folder for
+the folder below the root in which its images were unpacked).
 
 M4: an array of {"sample_id" or "id", "image": [names] or a name, "conversations": [{"from",
 "value"}]}. Mantis: rows of {"id", "images": [{"bytes": null, "path"}], "conversation": [{"role",
 "content"}]}. `<image>` in a user's turn stands for the next image. `--annotations` is a .json,
-.jsonl or .parquet file, or a pattern of several.
+.jsonl or .parquet file, or a pattern of several, of one split. A cell with the bytes of its image
+needs --embed_images, and its file is not looked for.
 """
 
 from argparse import ArgumentParser
@@ -18,6 +20,7 @@ from data_prep.converting.conversations import image_names, messages_of
 from data_prep.converting.fields import field, text_of
 from data_prep.converting.parquet import parquet_rows
 from data_prep.converting.rows import Row
+from fmtrain.data.row_format import require_one_split
 
 READERS = {".json": json_stream.array, ".jsonl": json_stream.lines, ".parquet": parquet_rows}
 
@@ -42,6 +45,7 @@ def files(source: Path, options: Options) -> list[Path]:
     for path in paths:
         if path.suffix not in READERS:
             raise ValueError(f"{path} is not a .json, .jsonl or .parquet file")
+    require_one_split(source / options.annotations, paths)
     return paths
 
 
@@ -60,7 +64,7 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     mantis = isinstance(value, dict) and "conversation" in value
     turns = field(value, "conversation" if mantis else "conversations", list)
     names = image_names(value, "image" if "image" in value else "images")
-    images = [f"{options.image_folder}/{name}" if options.image_folder else name for name in names]
+    images = [_below(options.image_folder, name) for name in names]
     own_id = text_of(value.get("sample_id", value.get("id", "")), "id")
     row_id = f"{own_id}#{record.context}"
     yield {
@@ -69,6 +73,10 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
         "messages": messages_of(turns, bool(images)),
         "images": images,
     }
+
+
+def _below(folder: str, image: str | dict) -> str | dict:
+    return f"{folder}/{image}" if folder and isinstance(image, str) else image
 
 
 CONVERTER = Converter(

@@ -1,8 +1,8 @@
 """RefCOCO, RefCOCO+ and RefCOCOg (lichengunc/refer: NAME/instances.json and NAME/refs(SPLITTER),
 COCO train2014 images).
 
-refs(unc).p is a pickle, and unpickling runs code, so it is refused: what is read is the same list
-as JSON, refs(unc).json (data_prep/README.md says how to make it). A reference is {"ref_id",
+refs(unc).p is a pickle, of which only plain values are read; the same list as JSON, refs(unc).json,
+goes before it. A reference is {"ref_id",
 "ann_id", "image_id", "split", "sentences": [{"sent", "sent_id", ...}], ...}; its `file_name`
 carries the annotation's number and is not the image's, which instances.json has. RefCOCO and
 RefCOCO+ are split by `unc` (or `google`), RefCOCOg by `umd` (or `google`, whose images overlap).
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.converting import json_stream
+from data_prep.converting import json_stream, pickled
 from data_prep.converting.boxes import add_box_options, normalised, turns
 from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
 from data_prep.converting.fields import field, integer, number, to_number
@@ -38,13 +38,9 @@ def files(source: Path, options: Options) -> list[Path]:
     """References and COCO instances."""
     splitter = options.split_by or ("umd" if options.dataset == "refcocog" else "unc")
     name = f"{options.dataset}/refs({splitter})"
-    if not (source / f"{name}.json").is_file() and (source / f"{name}.p").is_file():
-        raise ValueError(
-            f"{source / name}.p is a pickle, which can run code; "
-            "data_prep/README.md says how to make it JSON"
-        )
+    ending = ".json" if (source / f"{name}.json").is_file() else ".p"
     return [
-        source_file(source, f"{name}.json"),
+        source_file(source, f"{name}{ending}"),
         source_file(source, f"{options.dataset}/instances.json"),
     ]
 
@@ -64,7 +60,8 @@ def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
                 boxes[integer(value, "id")] = field(value, "bbox", list)
         except ValueError as error:
             raise ValueError(f"{files[1]}: {key} row {row}: {error}") from error
-    for row, value in json_stream.array(files[0]):
+    read = pickled.array if files[0].suffix == ".p" else json_stream.array
+    for row, value in read(files[0]):
         yield SourceRecord(files[0], row, value, (boxes, images))
 
 

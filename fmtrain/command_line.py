@@ -32,11 +32,16 @@ def _underscored(word: str) -> str:
     return "--" + option[2:].replace("-", "_") + equals + value
 
 
+def printable(text: str) -> str:
+    """Text that comes from a file, fit for a terminal: what would control it is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def one_line(error: Exception) -> str:
     """What an error says, on one line; of the system's errors the file and the reason."""
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        return printable(f"{error.filename}: {error.strerror}")
+    return printable(" ".join(str(error).split()))
 
 
 def guarded(command: Callable[[], int | None]) -> int:

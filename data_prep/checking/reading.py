@@ -44,6 +44,8 @@ def scan(path: Path) -> Iterator[StoredRow]:
 def _scan_jsonl(file: Path) -> Iterator[StoredRow]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if line.isspace():
+                continue
             try:
                 yield StoredRow(file, number, orjson.loads(line), line)
             except orjson.JSONDecodeError as error:
@@ -61,13 +63,13 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def count_rows(path: Path) -> int:
-    """Number of rows without parsing them: lines of JSONL, the footer of Parquet. Raises
-    `ValueError` as `row_files`."""
+    """Number of rows without parsing them: lines of JSONL that are not blank, the footer of
+    Parquet. Raises `ValueError` as `row_files`."""
     total = 0
     for file in _files_of(path):
         if file.suffix == ".parquet":
             total += pq.read_metadata(file).num_rows
         else:
             with file.open("rb") as lines:
-                total += sum(1 for _ in lines)
+                total += sum(not line.isspace() for line in lines)
     return total

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from data_prep.checking.findings import Findings
 from data_prep.checking.token_lengths import length_summary
+from fmtrain.command_line import printable
 
 _EXAMPLES = 3  # of each kind of problem, in the table
 _BAR = 40  # characters of the longest bar of the histogram
@@ -59,7 +60,8 @@ def print_report(summary: dict[str, Any], console: Console) -> None:
         _print_tokens(summary["tokens"], console)
     if summary["unreadable_evaluation_images"]:
         names = summary["unreadable_evaluation_images"]
-        line = f"{len(names):,} evaluation images cannot be read, such as {escape(names[0])}"
+        example = escape(printable(names[0]))
+        line = f"{len(names):,} evaluation images cannot be read, such as {example}"
         console.print(line, highlight=False)
     if summary["moved_to"]:
         line = f"{summary['bad']:,} rows moved to {escape(summary['moved_to'])}"
@@ -71,7 +73,8 @@ def _examples(bad_rows: list[dict[str, Any]], kind: str) -> list[str]:
     for row in bad_rows:
         for problem in row["problems"]:
             if problem["kind"] == kind and len(lines) < _EXAMPLES:
-                lines.append(escape(f"{row['file']} row {row['row']}: {problem['detail']}"))
+                line = f"{row['file']} row {row['row']}: {problem['detail']}"
+                lines.append(escape(printable(line)))
     return lines
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 
 from data_prep.converting.rows import PLACEHOLDER, Message, Problem, Row, format_problems
+from fmtrain.data.dialogue import other_medium
 from fmtrain.data.row_format import EVALUATION_ONLY
 
 
@@ -47,6 +48,10 @@ def _text_problems(row: Row) -> list[Problem]:
         text = text_of_message(message)
         if PLACEHOLDER in text:
             detail = f"message {number} has {PLACEHOLDER} as text, not as an image"
+            problems.append(Problem("placeholder in text", detail))
+        medium = other_medium(text) if message["role"] == "user" else None
+        if medium is not None:
+            detail = f"message {number} has {medium} in its text; only images are shown to a model"
             problems.append(Problem("placeholder in text", detail))
         has_image = any(part["type"] == "image" for part in message["content"])
         if not text.strip() and (message["role"] == "assistant" or not has_image):

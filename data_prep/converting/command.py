@@ -23,7 +23,7 @@ from data_prep.converting.manifest import (
 from data_prep.converting.orders import ORDERS, arrange, has_order, passes
 from data_prep.converting.rows import Problem, Row, format_problems
 from data_prep.converting.writing import encoded, prepared_folder, rejected, row_writer
-from fmtrain.command_line import Parser, guarded, replacing
+from fmtrain.command_line import Parser, guarded, printable, replacing
 from fmtrain.data.images import resolve
 from fmtrain.data.row_format import EVALUATION_ONLY
 
@@ -88,7 +88,7 @@ def parser_of(converter: Converter) -> Parser:
         "--order",
         choices=ORDERS,
         default="image_first",
-        help="images before or after the text of a turn",
+        help="images before or after the text of a turn, or where the source has them",
     )
     add("--question_twice", action="store_true", help="the question before and after the images")
     add("--reject", type=Path, help="JSONL file for what cannot be converted; the run goes on")
@@ -196,12 +196,18 @@ def _finished(row: Row, order: str, prefix: str, options: Options) -> Row:
         row["id"] = f"{row['id']}/{order}"
     row = arrange(row, order, options.question_twice)
     if options.embed_images:
-        names = row["images"]
-        row["images"] = [
-            {"bytes": resolve(name, options.image_root).read_bytes(), "path": name}
-            for name in names
-        ]
+        row["images"] = [_embedded(image, options.image_root) for image in row["images"]]
+    for image in row["images"]:
+        if isinstance(image, dict) and not options.embed_images:
+            raise ValueError(f"image {image['path']!r} is embedded; --embed_images keeps its bytes")
     return row
+
+
+def _embedded(image: str | dict[str, Any], root: Path) -> dict[str, Any]:
+    """The cell of an image file; a cell of the source as it is."""
+    if isinstance(image, dict):
+        return image
+    return {"bytes": resolve(image, root).read_bytes(), "path": image}
 
 
 def _reject_entry(record: SourceRecord, reason: str) -> bytes:
@@ -217,9 +223,9 @@ def _reject_entry(record: SourceRecord, reason: str) -> bytes:
 
 def _report(options: Options, counts: ConversionCounts) -> None:
     for source, rows in sorted(counts.rows.items()):
-        print(f"{rows:>9,} rows  {source}")
+        print(f"{rows:>9,} rows  {printable(source)}")
     for reason, parts in sorted(counts.left_out.items()):
-        print(f"{parts:>9,} left out: {reason}")
+        print(f"{parts:>9,} left out: {printable(reason)}")
     moved = f", {counts.rejected:,} records rejected in {options.reject}" if counts.rejected else ""
     print(f"{counts.rows.total():>9,} rows in {options.out}{moved}")
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from data_prep.converting.fields import field, shown, unexpected
 from data_prep.converting.rows import PLACEHOLDER, Message, Part, image_part, text_part
+from fmtrain.data.dialogue import other_medium
+from fmtrain.data.row_format import require_no_other_media
 
 _ROLES = {
     "human": "user",
@@ -53,6 +55,10 @@ def messages_of(turns: list[Any], with_images: bool) -> list[Message]:
             raise ValueError(
                 f"turn {number}: {speaker} {shown(name)} is not one of {', '.join(_ROLES)}"
             )
+        if role == "user" and other_medium(text) is not None:
+            raise ValueError(
+                f"turn {number}: {other_medium(text)} in its text; only images are shown"
+            )
         content = (
             parts(text) if with_images and role == "user" else [{"type": "text", "text": text}]
         )
@@ -60,14 +66,22 @@ def messages_of(turns: list[Any], with_images: bool) -> list[Message]:
     return messages
 
 
-def image_names(record: dict[str, Any], key: str) -> list[str]:
+def image_names(record: dict[str, Any], key: str) -> list[str | dict[str, Any]]:
     """Names under `key`: absent or null (a text-only record), one name, or a list of names or of
-    {"path": name}."""
+    {"path": name}. A cell of Parquet that holds the bytes of its image stays a cell. Raises
+    `ValueError` for a record with a video, a sound, or images under another key."""
+    require_no_other_media(record, key)
     value = record.get(key)
     if value is None:
         return []
     values = value if isinstance(value, list) else [value]
-    return [field(v, "path") if isinstance(v, dict) else _name(v, key) for v in values]
+    return [_cell(v) if isinstance(v, dict) else _name(v, key) for v in values]
+
+
+def _cell(value: dict[str, Any]) -> str | dict[str, Any]:
+    if value.get("bytes") is None:
+        return field(value, "path")
+    return {"bytes": field(value, "bytes", bytes), "path": value.get("path") or ""}
 
 
 def _name(value: Any, key: str) -> str:

@@ -3,14 +3,14 @@
 Dual-order training (the MMA paper, arXiv 2503.02597) is two passes over the data, one in each
 order. Here a turn has an order when its images stand together, before or after its text. A turn
 whose text runs between images or on both sides of them refers to images by their place, so it is
-left as it is.
+left as it is; with `keep` every turn is, as the source has it.
 """
 
 from itertools import pairwise
 
 from data_prep.converting.rows import Message, Part, Row
 
-ORDERS = ("image_first", "text_first", "dual")
+ORDERS = ("image_first", "text_first", "keep", "dual")
 
 
 def passes(order: str) -> tuple[str, ...]:
@@ -37,9 +37,11 @@ def has_order(row: Row) -> bool:
 
 
 def arrange(row: Row, order: str, question_twice: bool = False) -> Row:
-    """`row` with every turn that has an order put into `order` (`image_first` or `text_first`), or,
-    with `question_twice`, with the question before and after the images. Messages that change are
-    new objects."""
+    """`row` with every turn that has an order put into `order` (`image_first`, `text_first` or,
+    as it is, `keep`), or, with `question_twice`, with the question before and after the images.
+    Messages that change are new objects."""
+    if order == "keep":
+        return row
     messages = list(row["messages"])
     for number in [k for k, message in enumerate(messages) if len(message["content"]) > 1]:
         parts = split_turn(messages[number])

@@ -7,6 +7,7 @@ format.
 from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant")
+OTHER_MEDIA = ("video", "audio")  # nothing here shows them to a model
 
 
 class Malformed(ValueError):
@@ -19,11 +20,12 @@ class Malformed(ValueError):
 
 def typed(messages: list[dict], images: int) -> list[dict]:
     """The messages with every content a list of typed parts; `images` is how many images the row
-    has.
+    has. As in TRL they go before the first user's text that is a string, if no part shows one.
 
     Raises `Malformed` for an unknown role, a content that is neither a text nor a list of text and
-    image parts, an image in an assistant's turn, one such turn right behind another, and parts that
-    are not as many as the images.
+    image parts, an image in an assistant's turn, one such turn right behind another, the
+    placeholder of a video or a sound in a user's text, and parts that are not as many as the
+    images.
     """
     dialogue = [_typed(k, message) for k, message in enumerate(messages)]
     if not dialogue:
@@ -34,6 +36,10 @@ def typed(messages: list[dict], images: int) -> list[dict]:
                 "role order", f"message {k}: an assistant's turn follows an assistant's turn"
             )
     count = sum(image_parts(message) for message in dialogue)
+    for message, plain in zip(dialogue, messages):
+        if not count and message["role"] == "user" and isinstance(plain["content"], str):
+            message["content"][:0] = [{"type": "image"} for _ in range(images)]
+            count = images
     if count != images:
         raise Malformed("image count", f"the dialogue has {count} image parts but {images} images")
     return dialogue
@@ -42,6 +48,15 @@ def typed(messages: list[dict], images: int) -> list[dict]:
 def image_parts(message: dict) -> int:
     """How many images a message of `typed` shows."""
     return sum(part["type"] == "image" for part in message["content"])
+
+
+def other_medium(text: str) -> str | None:
+    """The placeholder of a video or a sound in a user's text; not the element of HTML, which is
+    closed again."""
+    for medium in OTHER_MEDIA:
+        if f"<{medium}>" in text and f"</{medium}>" not in text:
+            return f"<{medium}>"
+    return None
 
 
 def _typed(k: int, message: dict) -> dict:
@@ -59,6 +74,13 @@ def _typed(k: int, message: dict) -> dict:
             f"message {k}: its content is neither a text nor a list of parts: {str(content)[:80]}",
         )
     parts = [_part(k, part) for part in content]
+    if role == "user":
+        medium = other_medium("".join(part.get("text", "") for part in parts))
+        if medium is not None:
+            raise Malformed(
+                "placeholder in text",
+                f"message {k}: {medium} in its text, but only images are shown to the model",
+            )
     if role == "assistant":
         if any(part["type"] == "image" for part in parts):
             raise Malformed("format", f"message {k}: an image in the assistant's turn")

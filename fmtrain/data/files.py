@@ -6,15 +6,26 @@ typed parts, `images` file names below the image folder or `datasets.Image` cell
 folder, as `image_root`.
 """
 
+import contextlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fmtrain.data import mixing
-from fmtrain.data.row_format import COLUMNS, FORMATS, features, row_files
+from fmtrain.data import json_rows, mixing
+from fmtrain.data.dialogue import typed
+from fmtrain.data.row_format import (
+    COLUMNS,
+    FORMATS,
+    features,
+    names_media,
+    require_no_other_media,
+    row_files,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,12 @@ class Rows:
         """How many rows there are, of a stream in one pass."""
         return len(self.rows) if self.passes is None else self.passes
 
+    def rooted(self) -> "Rows":
+        """The same rows, each with its image folder in the column `image_root`, as those of a mix
+        have it: a collator knows one folder, and rows of two sets may meet in it."""
+        column = [self.image_root] * len(self.rows)
+        return replace(self, rows=self.rows.add_column("image_root", column))
+
     def first(self, count: int) -> list[dict]:
         if self.opened:
             return list(self.opened[:count])
@@ -55,31 +72,50 @@ def load(
     image_root: str | None = None,
     seed: int = 0,
     first: int | None = None,
+    held_out: bool = False,
 ) -> Rows:
     """The rows of a file, of a folder of files, or of the embedded `digits`.
 
     count: use so many, the first ones (`digits` makes as many). first: of these only the first ones
-    are needed. Raises `ValueError` for a name that is none of them, an unreadable file and a set
-    without the columns of a row.
+    are needed. held_out: rows to evaluate on, of `digits` those of its test split. Raises
+    `ValueError` for a name that is none of them, an unreadable file and a set without the columns
+    of a row.
     """
     if name == "digits":
         from fmtrain.tiny import digits
 
+        if held_out:
+            return Rows(digits.held_out_rows(config, count, seed), ".").head(first)
         return Rows(digits.training_rows(config, count, seed, first), ".")
     files = row_files(name)
     path = Path(name)
-    rows = _read(name, FORMATS[files[0].suffix], [str(file) for file in files])
+    rows = _read(name, FORMATS[files[0].suffix], files)
     missing = ", ".join(sorted({"messages", "images"} - set(rows.column_names)))
     if missing:
         columns = ", ".join(rows.column_names)
         raise ValueError(f"{name}: the rows have no column {missing}; they have {columns}")
     if not len(rows):
         raise ValueError(f"{name}: holds no row")
+    _require_no_other_media(name, rows)
     # Other columns go: a file does not say where its images are.
     rows = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
     if "id" not in rows.column_names:
         rows = rows.add_column("id", [f"{path.name}:{number}" for number in range(len(rows))])
     return Rows(rows, image_folder(name, image_root)).head(count or None).head(first)
+
+
+def _require_no_other_media(name: str, rows: datasets.Dataset) -> None:
+    columns = [column for column in rows.column_names if names_media(column)]
+    if columns == ["images"]:
+        return
+    others = rows.select_columns([column for column in columns if column != "images"])
+    for number, row in enumerate(others.with_format("arrow").iter(1), start=1):
+        try:
+            require_no_other_media(
+                {key: row[key][0].as_py() for key in others.column_names}, "images"
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}, row {number}: {error}") from error
 
 
 def image_folder(name: str, image_root: str | None) -> str:
@@ -90,23 +126,13 @@ def image_folder(name: str, image_root: str | None) -> str:
     return image_root or str(name if Path(name).is_dir() else Path(name).parent)
 
 
-def _read(name: str, kind: str, files: list[str]) -> datasets.Dataset:
-    """Rows of a kind that `datasets` reads. Types are inferred; of JSON, `datasets` looks at ten
-    megabytes, and where these show no image, or something that the rest does not keep to, the types
-    are those of the row format."""
+def _read(name: str, kind: str, files: list[Path]) -> datasets.Dataset:
+    """Rows of a kind that `datasets` reads, their texts valid UTF-8."""
     try:
-        if kind == "parquet":
-            types = _parquet_features(files[0])
-            return datasets.load_dataset(kind, data_files=files, split="train", features=types)
-        try:
-            rows = datasets.load_dataset(kind, data_files=files, split="train")
-            types = rows.features.arrow_schema
-            if "images" not in types.names or not _without_type(types.field("images").type):
-                return rows
-        except datasets.exceptions.DatasetGenerationError:
-            pass
-        types = datasets.Features.from_dict(features())
-        return datasets.load_dataset(kind, data_files=files, split="train", features=types)
+        with _silent_reader():
+            rows = _parquet(files) if kind == "parquet" else _json(files)
+        rows.data.validate(full=True)
+        return rows
     except StopIteration as error:  # what `datasets` makes of empty files
         raise ValueError(f"{name}: holds no row") from error
     except (
@@ -115,15 +141,92 @@ def _read(name: str, kind: str, files: list[str]) -> datasets.Dataset:
         ValueError,
         pa.ArrowException,
     ) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
+        # Arrow counts rows from the start of a block, and names no file.
+        reason = json_rows.first_broken(files) if kind == "json" else None
+        reason = reason or " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{name}: not readable as rows: {reason[:300]}") from error
+
+
+@contextlib.contextmanager
+def _silent_reader():
+    """Without what `datasets` logs of a file that it cannot read: it names a wrong row."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
+def _parquet(files: list[Path]) -> datasets.Dataset:
+    types = _parquet_features(files[0])
+    return _load("parquet", files, types)
+
+
+def _json(files: list[Path]) -> datasets.Dataset:
+    """Types are inferred; `datasets` looks at ten megabytes, and where these show no image, or
+    something that the rest does not keep to, the types are those of the row format."""
+    known = datasets.Features.from_dict(features())
+    try:
+        rows = _load("json", files)
+        if '"_type": "Json"' in json.dumps(rows.features.to_dict()) or _lists_as_texts(rows):
+            return _mixed(files)
+        types = rows.features.arrow_schema
+        if "images" not in types.names or not _without_type(types.field("images").type):
+            return rows
+        return rows.cast(datasets.Features(rows.features | {"images": known["images"]}))
+    except datasets.exceptions.DatasetGenerationError:
+        try:
+            return _load("json", files, known)
+        except datasets.exceptions.DatasetGenerationError:
+            return _mixed(files)
+
+
+def _lists_as_texts(rows: datasets.Dataset) -> bool:
+    """Whether there may be contents that are lists among those that are texts: `datasets` writes
+    them as JSON, once the first ten megabytes have shown texts alone."""
+    if "messages" not in rows.column_names:
+        return False
+    for chunk in rows.data.column("messages").chunks:
+        messages = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
+        if not pa.types.is_struct(messages.type) or messages.type.get_field_index("content") < 0:
+            return False
+        contents = messages.field("content")
+        if not pa.types.is_string(contents.type):
+            return False
+        if pc.any(pc.starts_with(contents, "[{")).as_py():
+            return True
+    return False
+
+
+def _mixed(files: list[Path]) -> datasets.Dataset:
+    """Rows with texts and lists among their contents, all as lists of parts. `datasets` takes such
+    a column for JSON, and reads a text like 3 or "quoted" as its value."""
+    rows = []
+    for place, row in json_rows.rows(files):
+        try:
+            require_no_other_media(row, "images")
+            images = row["images"] or []
+            row_id = place if row.get("id") is None else str(row["id"])
+            messages = typed(row["messages"], len(images))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"no key {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{place}: {reason}") from None
+        source = row.get("source")
+        rows.append({"id": row_id, "source": source, "messages": messages, "images": images})
+    return datasets.Dataset.from_list(rows, features=datasets.Features.from_dict(features()))
+
+
+def _load(kind: str, files: list[Path], types: datasets.Features | None = None):
+    names = [str(file) for file in files]
+    return datasets.load_dataset(kind, data_files=names, split="train", features=types)
 
 
 def _without_type(kind: pa.DataType) -> bool:
     return pa.types.is_null(kind) or (pa.types.is_list(kind) and pa.types.is_null(kind.value_type))
 
 
-def _parquet_features(file: str) -> datasets.Features:
+def _parquet_features(file: Path) -> datasets.Features:
     """The file's own types, but embedded images as they are stored: they are opened by
     `fmtrain.data.images`, under its limits."""
     schema = pq.read_schema(file)

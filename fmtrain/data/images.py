@@ -13,9 +13,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")  # http:, https:, file:, data:, s3: ...
+# Pillow knows more, of which EPS starts a program and others are no pictures.
+_FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "JPEG2000", "ICO", "PCX", "QOI",
+    "SGI", "TGA",
+)  # fmt: skip
 MAX_PIXELS = 64_000_000  # 8000 x 8000; the largest images of LLaVA's mixes are below 30 million
 
 
@@ -52,8 +58,8 @@ def open_image(
     """An upright RGB image from a file name below `root`, from a `datasets.Image` cell (a dict with
     `bytes` or `path`), or from a PIL image.
 
-    Raises `ValueError`, in one line, for what `resolve` refuses, for more than `max_pixels` pixels
-    and for data that Pillow cannot read to the end.
+    Raises `ValueError`, in one line, for what `resolve` refuses, for more than `max_pixels` pixels,
+    for data that Pillow cannot read to the end, and for pixels of which nobody knows what is white.
     """
     return _read(source, root, max_pixels, _upright_rgb)
 
@@ -68,24 +74,30 @@ def image_size(
 
 def _read(source: Any, root: str | os.PathLike, max_pixels: int, use):
     if isinstance(source, Image.Image):
-        return use(_limited(source, "a PIL image", max_pixels))
+        return use(_limited(source, "a PIL image", max_pixels), "a PIL image")
     name = source.get("path") or "embedded image" if isinstance(source, dict) else source
     embedded = isinstance(source, dict) and source.get("bytes") is not None
     file = io.BytesIO(source["bytes"]) if embedded else resolve(name, root)
     try:
         with warnings.catch_warnings(), _whole_files_only():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            with Image.open(file) as image:
-                return use(_limited(image, repr(name), max_pixels))
+            with Image.open(file, formats=_formats()) as image:
+                return use(_limited(image, repr(name), max_pixels), repr(name))
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {name!r} is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"image {name!r} cannot be read: not an image that Pillow knows"
+            f"image {name!r} cannot be read: not an image in a format of {', '.join(_FORMATS)}"
         ) from error
     except (OSError, SyntaxError, EOFError) as error:  # Pillow's decoders, of broken data
         reason = str(error).split("\n")[0]
         raise ValueError(f"image {name!r} cannot be read: {reason}") from error
+
+
+def _formats() -> list[str]:
+    """Those of `_FORMATS` that this Pillow reads; AVIF is new."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 @contextlib.contextmanager
@@ -106,15 +118,35 @@ def _limited(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     return image
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
+    if upright.mode == "F" or upright.mode.startswith("I"):
+        upright = _eight_bits(upright, name)
     if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         canvas = Image.new("RGBA", upright.size, "white")
         return Image.alpha_composite(canvas, upright.convert("RGBA")).convert("RGB")
     return upright.convert("RGB")
 
 
-def _upright_size(image: Image.Image) -> tuple[int, int]:
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Gray of 16 bits, 32 bits or floating point in 8 bits; Pillow would cut off what is over 255.
+
+    White is 65535 of 16 bits; of 32 bits 65535 or, if no value is higher, 255; of floating point
+    255 or, if no value is higher, 1. Raises `ValueError` for values outside of these.
+    """
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    whites = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
+    if not 0 <= low <= high <= whites[-1]:
+        raise ValueError(
+            f"image {name} cannot be read: its values run from {low:g} to {high:g}, and which of "
+            "them is white is not known; store it with 8 or 16 bits"
+        )
+    white = whites[0] if high <= whites[0] else whites[-1]
+    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
+
+
+def _upright_size(image: Image.Image, name: str) -> tuple[int, int]:
     width, height = image.size
     # Looking for a PNG's EXIF would decode all of it.
     header = image.format != "PNG" or "exif" in image.info

@@ -8,7 +8,8 @@
 `epochs` is how often the rows of a set come in one pass over the mix; `weight` is the share of the
 mix that a set makes up. Beside sets with epochs the weights add up to less than 1 and those sets
 make up the rest. Weights alone are relative to each other; a pass is then as long as the run
-(`max_steps`), or else as it can be without repeating a row.
+(`max_steps`), or else as it can be without repeating a row; so with another `max_steps` other rows
+are drawn, in another order.
 """
 
 import difflib

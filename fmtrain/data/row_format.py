@@ -3,14 +3,24 @@
 Nothing heavy is imported: with `datasets` in memory the checker takes a quarter longer.
 """
 
+import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from fmtrain.data.dialogue import OTHER_MEDIA
+
 COLUMNS = ("id", "source", "messages", "images")
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
+# Words of a file's name that say its split; the hub knows the same ones.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 EVALUATION_ONLY = "evaluation_only/"  # how `source` begins in rows that must not be trained on
 
 
@@ -51,11 +61,29 @@ def _arrow_type(feature: dict[str, Any]) -> pa.DataType:
     return pa.struct([(name, _arrow_type(inner)) for name, inner in feature.items()])
 
 
+def names_media(key: str) -> bool:
+    """Whether what is called so holds images, videos or sounds: also `Image` and `imges`."""
+    name = key.lower().removesuffix("s")
+    return name in OTHER_MEDIA or bool(difflib.get_close_matches(name, ["image"], cutoff=0.85))
+
+
+def require_no_other_media(row: dict[str, Any], key: str) -> None:
+    """Raises `ValueError` for a row or record that holds images, videos or sounds under another key
+    than `key`: without them it would be a text."""
+    for other, value in row.items():
+        if other != key and names_media(str(other)) and value not in (None, "", [], {}):
+            raise ValueError(
+                f"it has {str(other)!r}, which would be left out; only images are shown to a "
+                f"model, those under {key!r}"
+            )
+
+
 def row_files(path: str | Path | None) -> list[Path]:
     """The files that hold the rows of `path`, in order: of a prepared folder its rows*.jsonl or
     rows*.parquet, of any other folder all .jsonl, .json or .parquet files; a file is itself.
 
-    Raises `ValueError` if there are none, or of two kinds.
+    Raises `ValueError` if there are none, or of two kinds, or if their names say that some are held
+    out and others not.
     """
     if path is None:
         raise ValueError("the recipe names no data; add e.g. `dataset_name: rows.jsonl`")
@@ -74,4 +102,27 @@ def row_files(path: str | Path | None) -> list[Path]:
     if len(suffixes) > 1:
         kinds = ", ".join(sorted(suffixes))
         raise ValueError(f"{path}: holds {kinds} files; keep one kind in a folder")
+    require_one_split(path, files)
     return files
+
+
+def require_one_split(path: str | Path, files: list[Path]) -> None:
+    """Raises `ValueError` if the names of the files of `path` say that some are held out and others
+    not."""
+    first = {}
+    for file in reversed(files):
+        first[_split(file)] = file.name
+    if len(first) > 1 and first.keys() - {"train", None}:
+        names = sorted(first.keys() - {None})
+        also = f", and without one ({first[None]})" if None in first else ""
+        shown = ", ".join(first[name] for name in names)
+        raise ValueError(
+            f"{path}: holds files of the splits {', '.join(names)}{also} ({shown}); "
+            "name one file, or keep one split in a folder"
+        )
+
+
+def _split(file: Path) -> str | None:
+    """The split that a word of the file's name says, or None."""
+    words = re.split(r"[^a-z]+", file.stem.lower())
+    return next((name for name, known in _SPLITS.items() if not set(known).isdisjoint(words)), None)

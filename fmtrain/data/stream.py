@@ -7,7 +7,6 @@ on workers, and a resumed run passes over the batches that it has had without pa
 decoding them.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch.utils.data import get_worker_info
 
-from fmtrain.data import mixing
+from fmtrain.data import json_rows, mixing
 from fmtrain.data.checks import examine
 from fmtrain.data.files import Rows, image_folder
-from fmtrain.data.row_format import COLUMNS, row_files
+from fmtrain.data.row_format import COLUMNS, names_media, require_no_other_media, row_files
 
 Place = str  # of a row: its file and number
 Unparsed = bytes | dict  # a line of JSON as it stands, or a row of Parquet
@@ -77,13 +76,17 @@ class Stream:
 
     def _row(self, source: StreamedSet, place: Place, unparsed: Unparsed) -> dict:
         try:
-            row = json.loads(unparsed) if isinstance(unparsed, bytes) else unparsed
+            row = json_rows.parse(unparsed) if isinstance(unparsed, bytes) else unparsed
         except ValueError as error:
-            raise ValueError(f"{source.path}, {place}: not JSON: {error}") from error
+            raise ValueError(f"{source.path}, {place}: {error}") from error
         if not isinstance(row, dict) or not {"messages", "images"} <= row.keys():
             raise ValueError(
                 f"{source.path}, {place}: a row has messages and images, this is {str(row)[:80]}"
             )
+        try:
+            require_no_other_media(row, "images")
+        except ValueError as error:
+            raise ValueError(f"{source.path}, {place}: {error}") from error
         row = {column: row.get(column) for column in COLUMNS} | {"image_root": source.image_root}
         row["id"] = row["id"] or place
         self.check(row, source.path)
@@ -145,7 +148,8 @@ def _records(files: tuple[Path, ...]) -> Iterator[tuple[Place, Unparsed]]:
     for file in files:
         if file.suffix == ".parquet":
             reader = pq.ParquetFile(file)
-            columns = [column for column in COLUMNS if column in reader.schema_arrow.names]
+            names = reader.schema_arrow.names
+            columns = [name for name in names if name in COLUMNS or names_media(name)]
             batches = reader.iter_batches(batch_size=64, columns=columns)
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, start=1):

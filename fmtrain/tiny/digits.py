@@ -246,3 +246,10 @@ def training_rows(
         return curriculum(count, seed, first)
     wanted = count if first is None else min(first, count)
     return rows("train", config.split("+") if config else list(TASKS), wanted, seed)
+
+
+def held_out_rows(config: str | None, count: int | None, seed: int = 0) -> Dataset:
+    """What `eval_dataset_name: digits` means: as `training_rows`, but of the test split; of the
+    curriculum, whose lessons come before the tasks, all tasks."""
+    tasks = list(TASKS) if config in (None, "curriculum") else config.split("+")
+    return rows("test", tasks, count or DEFAULT_ROWS, seed)

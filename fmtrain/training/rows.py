@@ -65,8 +65,9 @@ def evaluation_rows(recipe: Recipe, processor) -> Rows | None:
             data.dataset_rows,
             data.image_root,
             recipe.data_seed,
+            held_out=True,
         )
-        return _checked(recipe, processor, rows, data.eval_dataset_name)
+        return _checked(recipe, processor, rows.rooted(), data.eval_dataset_name)
 
 
 def _checked(recipe: Recipe, processor, rows: Rows, name: str) -> Rows:

@@ -225,7 +225,7 @@ def test_damaged_bytes_of_jsonl_are_found_and_moved_whole(tmp_path, originals, d
     kind = data.draw(st.sampled_from(["cut", "byte", "double"]))
     bad = list(lines)
     if kind == "cut":
-        bad[k] = lines[k][: data.draw(st.integers(0, len(lines[k]) - 2))] + b"\n"
+        bad[k] = lines[k][: data.draw(st.integers(1, len(lines[k]) - 2))] + b"\n"
     elif kind == "byte":
         at = data.draw(st.integers(0, len(lines[k]) - 1))
         bad[k] = lines[k][:at] + b"\xff" + lines[k][at:]

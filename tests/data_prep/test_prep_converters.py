@@ -2,15 +2,20 @@
 
 import importlib
 import json
+import pickle
 import pkgutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import data_prep
+from data_prep import check
 from data_prep.checking.reading import read_rows
+from data_prep.converting import pickled
 from data_prep.converting.command import Converter
+from data_prep.converting.orders import ORDERS
 from data_prep.converting.rows import format_problems, image_part, text_part
 from fmtrain.data.images import open_image
 from fmtrain.data.row_format import features
@@ -264,9 +269,149 @@ def test_a_broken_record_is_named_and_nothing_is_written(name, fixtures, convert
     )  # the record, not the tables that it was joined with
 
 
-def test_a_pickle_is_refused(fixtures, convert, tmp_path, capsys):
-    folder = tmp_path / "source" / "refcoco"
-    folder.mkdir(parents=True)
-    (folder / "refs(unc).p").write_bytes(b"cos\nsystem\n(S'touch /tmp/owned'\ntR.")
+class Touch:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def pickled_refcoco(fixtures: Path, folder: Path, content: bytes) -> Path:
+    """A source whose references are this pickle; returns that file."""
+    (folder / "refcoco").mkdir(parents=True)
+    instances = (fixtures / "refcoco" / "refcoco" / "instances.json").read_bytes()
+    (folder / "refcoco" / "instances.json").write_bytes(instances)
+    (folder / "refcoco" / "refs(unc).p").write_bytes(content)
+    return folder / "refcoco" / "refs(unc).p"
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_references_as_they_are_published(protocol, fixtures, convert, tmp_path):
+    references = json.loads((fixtures / "refcoco" / "refcoco" / "refs(unc).json").read_bytes())
+    source = tmp_path / "source"
+    pickled_refcoco(fixtures, source, pickle.dumps(references, protocol))
+    assert convert("refcoco", source, tmp_path / "pickled") == 0
+    assert convert("refcoco", fixtures / "refcoco", tmp_path / "json") == 0
+    rows = list(read_rows(tmp_path / "pickled"))
+    assert rows == list(read_rows(tmp_path / "json")) and rows
+
+
+def test_text_of_a_pickle_from_python_2(tmp_path):
+    """There a str is bytes: opcode U with its length."""
+    (tmp_path / "refs.p").write_bytes(b"\x80\x02]U\x05caf\xc3\xa9a.")
+    assert list(pickled.array(tmp_path / "refs.p")) == [(1, "café")]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            b"cos\nsystem\n(S'true'\ntR.",
+            "not readable as plain values: it names os.system, which may run code",
+        ),
+        (
+            b"\x80\x04\x8c\x05posix\x8c\x06system\x93.",
+            "not readable as plain values: it names posix.system",
+        ),
+        (b"\x80\x02]U\x01\xffa.", "not readable as plain values: 'utf-8' codec"),
+        (b"\x80\x04}.", "expected a list, found dict"),
+        (b"\x80\x04]", "not readable as plain values: "),
+        (b"", "not readable as plain values: "),
+        (b"[{}]", "not readable as plain values: "),
+        (b"\x80\x02P", "not readable as plain values: "),
+        (b"\x80\x02\x82\x01.", "not readable as plain values: "),
+        (b"}(S'a'\nS'b'\nub.", "not readable as plain values: "),
+    ],
+)
+def test_a_pickle_loads_no_class(content, reason, fixtures, convert, tmp_path, capsys):
+    file = pickled_refcoco(fixtures, tmp_path / "source", content)
     assert convert("refcoco", tmp_path / "source", tmp_path / "out") == 2
-    assert "is a pickle, which can run code" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {file}: {reason}") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_runs_nothing(fixtures, convert, tmp_path, capsys):
+    content = pickle.dumps([Touch(tmp_path / "owned")])
+    pickled_refcoco(fixtures, tmp_path / "source", content)
+    assert convert("refcoco", tmp_path / "source", tmp_path / "out") == 2
+    assert "refs(unc).p: not readable as plain values: it names " in capsys.readouterr().err
+    assert not (tmp_path / "owned").exists()
+
+
+def mantis(path: Path, images: list[list[dict]]) -> Path:
+    """Parquet of Mantis' form: a dialogue for each list of image cells."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, cells in enumerate(images):
+        question = "<image>" * len(cells) + f"What is this, {number}?"
+        talk = [{"role": "user", "content": question}, {"role": "assistant", "content": "A bus."}]
+        records.append({"id": f"m{number}", "images": cells, "conversation": talk})
+    pq.write_table(pa.Table.from_pylist(records), path)
+    return path
+
+
+@pytest.mark.parametrize("path", ["a.png", None, ""])
+def test_embedded_bytes_of_a_source_are_kept(path, convert, picture, tmp_path, capsys):
+    """Whatever the cell calls the file: it need not be there, and is not looked for."""
+    content = picture(tmp_path / "a.png").read_bytes()
+    cells = [[{"bytes": content, "path": path}], [{"bytes": content, "path": path}] * 2, []]
+    mantis(tmp_path / "source" / "train-0.parquet", cells)
+    options = ("--annotations", "*.parquet", "--embed_images")
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 0
+    rows = list(read_rows(tmp_path / "out"))
+    assert [[image["bytes"] for image in row["images"]] for row in rows] == [
+        [content],
+        [content, content],
+        [],
+    ]
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 0
+    assert "is up to date" in capsys.readouterr().out
+    assert check.main([str(tmp_path / "out")]) == 0
+
+
+def test_embedded_bytes_are_not_thrown_away(convert, picture, tmp_path, capsys):
+    content = picture(tmp_path / "a.png").read_bytes()
+    file = mantis(tmp_path / "source" / "train-0.parquet", [[{"bytes": content, "path": "a.png"}]])
+    options = ("--annotations", "*.parquet")
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error == (
+        f"error: {file}: row 1: image 'a.png' is embedded; --embed_images keeps its bytes\n"
+    )
+
+
+def test_a_pattern_that_takes_in_held_out_files(fixtures, convert, tmp_path, capsys):
+    for split in ("train", "val"):
+        mantis(tmp_path / "source" / "nlvr2" / f"{split}-0.parquet", [[]])
+    options = ("--annotations", "nlvr2/*.parquet")
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert "nlvr2/*.parquet: holds files of the splits train, validation" in error
+    options = ("--annotations", "nlvr2/train-*.parquet")
+    assert convert("interleave", tmp_path / "source", tmp_path / "out", *options) == 0
+
+
+def test_order_keep_leaves_images_where_the_record_has_them(convert, tmp_path):
+    questions = ["What is this?\n<image>", "<image>\nAnd this?", "From <image> to <image>?", "Bye"]
+    turns = []
+    for question in questions:
+        turns += [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": f"a {question[0]}"},
+        ]
+    record = {"id": "a", "image": list("abcd"), "conversations": turns}
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "m4_instruct_annotations.json").write_text(json.dumps([record]))
+    kinds = {}
+    for order in ORDERS[:3]:
+        assert convert("interleave", tmp_path / "source", tmp_path / order, "--order", order) == 0
+        (row,) = read_rows(tmp_path / order)
+        users = [message["content"] for message in row["messages"] if message["role"] == "user"]
+        kinds[order] = ["".join(part["type"][0] for part in content) for content in users]
+    assert kinds == {
+        "image_first": ["it", "it", "titit", "t"],
+        "text_first": ["ti", "ti", "titit", "t"],
+        "keep": ["ti", "it", "titit", "t"],
+    }

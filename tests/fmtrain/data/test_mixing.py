@@ -12,14 +12,17 @@ import datasets
 import families
 import pytest
 import test_data
+import torch
 import training
 
 import fmtrain.data.collator
 from fmtrain import sft
 from fmtrain.data import files as data
 from fmtrain.data import mixing, stream
+from fmtrain.data.collator import encode_row
+from fmtrain.tiny import digits
 from fmtrain.training.recipe import read
-from fmtrain.training.rows import training_rows
+from fmtrain.training.rows import evaluation_rows, training_rows
 from fmtrain.training.trainer import SaveOnTerm, build_trainer
 
 own_cache = test_data.own_cache
@@ -198,6 +201,39 @@ def test_long_rows_are_dropped_before_sets_are_mixed(place, tmp_path):
     recipe = recipe_of(place, tmp_path, datasets=[*mixture, {"path": str(bad)}])
     with pytest.raises(ValueError, match=r"bad/rows.jsonl, row r0: image '0_0.png' does not exist"):
         training_rows(recipe, processor)
+
+
+# --- rows for the evaluation loss -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training_set", ["single", "mix", "stream"])
+def test_the_evaluation_loss_opens_the_pictures_of_its_own_set(place, tmp_path, training_set):
+    """a and b name their images alike, and those of b are of another size."""
+    changes = {"datasets": [entry(place, "a")]}
+    if training_set != "mix":
+        changes = {"dataset_name": str(place / "a"), "streaming": training_set == "stream"}
+    recipe = recipe_of(place, tmp_path, eval_dataset_name=str(place / "b"), **changes)
+    processor, model = families.processor("llava"), families.model("llava")
+    rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
+    trainer = build_trainer(recipe, model, processor, rows, held_out, SaveOnTerm())
+    batch = trainer.data_collator([trainer.eval_dataset[0]])
+    own = data.load(str(place / "b"))
+    expected = encode_row(processor, own.rows[0], own.image_root)
+    assert torch.equal(batch["pixel_values"], expected.inputs["pixel_values"])
+    other = encode_row(processor, own.rows[0], place / "a")
+    assert not torch.equal(batch["pixel_values"], other.inputs["pixel_values"])
+
+
+@pytest.mark.parametrize("config", [None, "read+count", "curriculum"])
+def test_digits_for_the_evaluation_loss_are_those_of_the_test_split(place, tmp_path, config):
+    changes = {"dataset_name": "digits", "eval_dataset_name": "digits", "dataset_config": config}
+    recipe = recipe_of(place, tmp_path, dataset_rows=20, **changes)
+    processor = families.processor("llava")
+    rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
+    assert {name.split("-")[0] for name in ids(rows.rows)} == {"train"}
+    assert {name.split("-")[0] for name in ids(held_out.rows)} == {"test"}
+    tasks = "read+count" if config == "read+count" else "+".join(digits.TASKS)
+    assert set(held_out.rows["task"]) == set(tasks.split("+")) and held_out.size == 20
 
 
 # --- the same order, whatever the workers ---------------------------------------------------------

@@ -58,6 +58,42 @@ def test_folders_that_hold_no_rows(tmp_path, names, reason):
         row_files(folder(tmp_path / "set", *names))
 
 
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (
+            ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"],
+            r"set: holds files of the splits test, train \(test-00000-of-00001.parquet, train-0",
+        ),
+        (["train.jsonl", "validation.jsonl", "test.jsonl"], "splits test, train, validation"),
+        (["vqa_train.jsonl", "vqa_val2.jsonl"], "of the splits train, validation"),
+        (["more.json", "dev.json"], r"of the splits validation, and without one"),
+    ],
+)
+def test_splits_in_one_folder_are_not_joined(tmp_path, names, reason):
+    """The hub names files so; what is there to be tested on must not be trained on."""
+    path = folder(tmp_path / "set", *names)
+    with pytest.raises(ValueError, match=reason):
+        row_files(path)
+    assert row_files(path / names[0]) == [path / names[0]]
+    with pytest.raises(ValueError, match="name one file, or keep one split in a folder"):
+        count_rows(path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+        ["test-00000.parquet", "test-00001.parquet"],
+        ["coco_train.jsonl", "contest.jsonl", "latest-2.jsonl", "valuable.jsonl"],
+        ["rows-00000.parquet", "test.parquet"],
+    ],
+)
+def test_files_of_one_split(tmp_path, names):
+    files = row_files(folder(tmp_path / "set", *names))
+    assert [file.name for file in files] == [n for n in names if n != "test.parquet"]
+
+
 @pytest.mark.parametrize("name", ["nowhere", "set/notes.txt", "set/rows2.jsonl"])
 def test_what_is_no_file_of_rows(tmp_path, name):
     folder(tmp_path / "set", "notes.txt")

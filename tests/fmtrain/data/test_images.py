@@ -1,0 +1,79 @@
+"""Pictures of unusual depth and of formats that are none of a training set's."""
+
+import io
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fmtrain.data.images import image_size, open_image
+
+RAMP = np.linspace(0, 1, 256).reshape(16, 16)
+GRAY = np.rint(RAMP * 255).astype(np.uint8)
+
+
+def stored(image: Image.Image, kind: str) -> dict:
+    image.save(file := io.BytesIO(), kind)
+    return {"bytes": file.getvalue(), "path": f"ramp.{kind.lower()}"}
+
+
+DEEP = {
+    "16-bit PNG": (Image.fromarray((RAMP * 65535).round().astype(np.uint16)), "PNG"),
+    "16-bit TIFF": (Image.fromarray((RAMP * 65535).round().astype(np.uint16)), "TIFF"),
+    "16-bit TIFF, large end first": (
+        Image.frombytes("I;16B", (16, 16), (RAMP * 65535).round().astype(">u2").tobytes()),
+        "TIFF",
+    ),
+    "floats in [0, 1]": (Image.fromarray(RAMP.astype(np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_deep_pictures_keep_their_grays(name):
+    """Pillow cuts everything above 255 off, so a 16-bit picture turned white."""
+    pixels = np.asarray(open_image(stored(*DEEP[name])))
+    assert (pixels == pixels[..., :1]).all()
+    assert np.abs(pixels[..., 0].astype(int) - GRAY).max() <= 1
+
+
+def test_a_deep_picture_in_memory():
+    image = Image.fromarray((RAMP * 65535).round().astype(np.uint16))
+    assert np.abs(np.asarray(open_image(image))[..., 0].astype(int) - GRAY).max() <= 1
+    assert open_image(image.convert("I")).getextrema() == ((0, 255),) * 3
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (np.array([[-1.0, 0.5]], np.float32), r"its values run from -1 to 0.5"),
+        (np.array([[0, 300]], np.float32), r"its values run from 0 to 300"),
+        (np.array([[0, np.nan]], np.float32), r"its values run from nan to nan"),
+        (np.array([[-5, 70000]], np.int32), r"its values run from -5 to 70000"),
+    ],
+)
+def test_a_depth_whose_white_nobody_knows_is_refused(values, words):
+    with pytest.raises(ValueError, match=rf"image 'ramp.tiff' cannot be read: .*{words}"):
+        open_image(stored(Image.fromarray(values), "TIFF"))
+
+
+EPS = (
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n"
+    b"0 0 16 16 rectfill\nshowpage\n%%EOF\n"
+)
+
+
+@pytest.mark.parametrize("read", [open_image, image_size])
+def test_postscript_is_never_run(tmp_path, monkeypatch, read):
+    """Pillow would hand it to Ghostscript, whatever the file is called."""
+    for name in ("Popen", "run", "check_call", "call"):
+        monkeypatch.setattr(subprocess, name, lambda *_, **__: pytest.fail("a program was started"))
+    (tmp_path / "a.jpg").write_bytes(EPS)
+    with pytest.raises(ValueError, match=r"image 'a.jpg' cannot be read: not an image in a format"):
+        read("a.jpg", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000"])
+def test_formats_of_training_sets(kind):
+    image = Image.fromarray(np.stack([GRAY] * 3, axis=-1))
+    assert open_image(stored(image, kind)).size == (16, 16)
