@@ -35,6 +35,10 @@ def load_model(recipe: Recipe):
             **hub,
             **(training.model_init_kwargs or {}),
         )
+        # Under ZeRO-3 transformers keeps renamings that it did not use, and a checkpoint would be
+        # saved under names that neither the hub nor the model knows.
+        used = [one for one in getattr(model, "_weight_conversions", ()) if one.was_used()]
+        model._weight_conversions = used
         return model, load_processor(name, model.config, **hub)
     except (OSError, ImportError) as error:
         raise ValueError(f"model {name}: {' '.join(str(error).split())[:400]}") from error

@@ -5,6 +5,7 @@ import copy
 import signal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_peft_config
 
@@ -33,6 +34,15 @@ class MaskedSFTTrainer(SFTTrainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """TRL's loss reads the head's weight past the head's forward. FSDP2, which wraps the head
+        by itself, then leaves it sharded, and its gradient is never summed over the ranks. So have
+        it whole first."""
+        head = unwrap(self.model).get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
