@@ -35,6 +35,14 @@ class MaskedSFTTrainer(SFTTrainer):
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
 
+    def _load_best_model(self) -> None:
+        """`load_best_model_at_end`, with the names that a checkpoint has on disk (see above)."""
+        best = self.state.best_model_checkpoint
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or is_adapter(best):
+            return super()._load_best_model()
+        self._load_from_checkpoint(best)
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         """TRL's loss reads the head's weight past the head's forward. FSDP2, which wraps the head
         by itself, then leaves it sharded, and its gradient is never summed over the ranks. So have

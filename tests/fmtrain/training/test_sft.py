@@ -190,6 +190,28 @@ def test_a_parameter_that_gets_no_gradient_stops_the_run_by_name(folder):
         trainable.set_trainable = original
 
 
+@pytest.mark.parametrize("peft", ["true", "false"], ids=["lora", "full"])
+def test_the_best_checkpoint_is_what_a_run_ends_with(folder, peft):
+    """Here the highest evaluation loss counts as best, which is that of the first step."""
+    from safetensors.torch import load_file
+
+    rows = str(folder / "data" / "rows.jsonl")
+    best = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "1"]
+    best += ["--metric_for_best_model", "loss", "--greater_is_better", "true"]
+    steps = ["--max_steps", "3", "--save_steps", "1", "--use_peft", peft]
+    arguments = [str(folder / "recipe.yaml"), "--eval_dataset_name", rows, *best, *steps]
+    assert sft.main(arguments) == 0
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    chosen = Path(state["best_model_checkpoint"])
+    assert chosen.name == "checkpoint-1"
+    [file] = [path.name for path in chosen.glob("*.safetensors")]
+    expected, last = load_file(chosen / file), load_file(folder / "out" / "checkpoint-3" / file)
+    saved = load_file(folder / "out" / file)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert not all(torch.equal(saved[name], last[name]) for name in saved)
+
+
 # --- what a run refuses ---------------------------------------------------------------------------
 
 
