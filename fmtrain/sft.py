@@ -24,7 +24,7 @@ from fmtrain.training import recipe as recipes
 from fmtrain.training import trainable
 from fmtrain.training.model import load_model
 from fmtrain.training.rows import evaluation_rows, training_rows
-from fmtrain.training.run_folder import checkpoint_of, write_record
+from fmtrain.training.run_folder import check_resumed, checkpoint_of, record_of, recorded
 from fmtrain.training.tracking import prepare_tracking, say
 from fmtrain.training.trainer import SaveOnTerm, build_trainer
 
@@ -51,10 +51,11 @@ def main(arguments: list[str]) -> int:
     stop = SaveOnTerm()
     trainer = build_trainer(recipe, model, processor, rows, eval_rows, stop)
     say(trainable.summary(trainer.model))
-    if trainer.is_world_process_zero():
-        write_record(recipe, handle, rows)
+    record = record_of(recipe, handle, rows, trainer.model)
+    check_resumed(checkpoint, record)
 
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with recorded(recipe, record, trainer.is_world_process_zero()):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
         step = trainer.state.global_step
         say(f"stopped by SIGTERM at step {step}; resume with --resume_from_checkpoint true")
@@ -77,6 +78,9 @@ def run(arguments: list[str]) -> int:
         ]  # a data worker's error is its traceback, the message last
         say(f"[bold red]error:[/] {escape(lines[-1].removeprefix('ValueError: '))}")
         status = 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        status = 130
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return status

@@ -19,6 +19,7 @@ from fmtrain.patch import unwrap
 from fmtrain.training import trainable
 from fmtrain.training.recipe import read
 from fmtrain.training.run_folder import checkpoint_of
+from fmtrain.training.trainer import AuditFirstBatch
 
 
 @pytest.fixture(scope="module")
@@ -378,6 +379,46 @@ def test_output_folders_and_recorded_policies(folder):
         sft.main([str(folder / "recipe.yaml"), *other, "--max_steps", "1", "--base_mask", "mma"])
         == 0
     )
+
+
+def test_a_failed_start_leaves_its_folder_free(folder, monkeypatch):
+    assert "learning rate: nan" in refused(folder, "--learning_rate", "nan")
+
+    def stopped(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuditFirstBatch, "on_train_begin", stopped)
+        assert sft.run([str(folder / "recipe.yaml")]) == 130
+    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "1"]) == 0
+
+
+def test_a_run_is_resumed_as_the_same_run_or_not_at_all(folder):
+    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "2"]) == 0
+    record = (folder / "out" / "run.json").read_text()
+    assert json.loads(record)["trainable"].keys() == {"language_model"}
+    resume = ["--resume_from_checkpoint", "true"]
+    message = refused(folder, *resume, "--max_steps", "2")
+    assert "checkpoint-2" in message and "step 2 is the end already" in message
+    assert "lora" in refused(folder, *resume, "--lora_alpha", "7")
+    assert "trainable" in refused(folder, *resume, "--lora_r", "3")
+    parts = ["--train_parts", "language_model", "projector"]
+    assert "trainable" in refused(folder, *resume, *parts)
+    assert "trainable" in refused(folder, *resume, "--use_peft", "false")
+    shutil.copytree(folder / "base", folder / "base2")
+    message = refused(folder, *resume, "--model_name_or_path", str(folder / "base2"))
+    assert "base_model" in message and "base2" in message
+    rows = (folder / "data" / "rows.jsonl").read_text()
+    change_row(folder, 13, lambda row: row["messages"][1]["content"][0].update(text="9"))
+    assert "data" in refused(folder, *resume)
+    (folder / "data" / "rows.jsonl").write_text(rows)
+    assert (folder / "out" / "run.json").read_text() == record
+    named = ["--resume_from_checkpoint", str(folder / "out" / "checkpoint-2")]
+    shutil.copytree(folder / "out", folder / "taken")
+    taken = ["--output_dir", str(folder / "taken")]
+    assert "holds a run already" in refused(folder, *named, *taken)
+    assert sft.main([str(folder / "recipe.yaml"), *resume]) == 0
+    assert len(training.losses(folder / "out")) == 4
 
 
 # --- in processes of their own --------------------------------------------------------------------
