@@ -97,9 +97,16 @@ def test_a_full_run_is_exported_as_it_is(trained, tmp_path):
 def test_merge_options_come_back(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained / "out", run)
+    merge = {"prefix": 0.1, "kernel_size": 5, "normalize": False}
     config = json.loads((run / "config.json").read_text())
-    config["fmtrain"]["merge"] = {"prefix": 0.1, "kernel_size": 5, "normalize": False}
+    config["fmtrain"]["merge"] = merge
     (run / "config.json").write_text(json.dumps(config))
+    refused(run, tmp_path / "exported", r"config.json .* 'v2v\+merge'.* run.json .* 'v2v'")
+    nested = run / "checkpoint-4"
+    (nested / "config.json").write_text(json.dumps(config))
+    refused(nested, tmp_path / "exported", r"config.json .* run.json")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"merge": merge}))
     export(run, tmp_path / "exported")
     model, _ = fmtrain.load(str(tmp_path / "exported"))
     assert fmtrain.attached(model).mask.merge == fmtrain.Merge(
