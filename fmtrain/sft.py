@@ -44,8 +44,9 @@ def main(arguments: list[str]) -> int:
     model, processor = load_model(recipe)
     handle = attach(model, recipe.mask, recipe.masking.attention_backend)
 
-    rows = training_rows(recipe, processor, checkpoint)
-    eval_rows = evaluation_rows(recipe, processor)
+    positions = model.config.get_text_config().max_position_embeddings
+    rows = training_rows(recipe, processor, checkpoint, positions)
+    eval_rows = evaluation_rows(recipe, processor, positions)
     say(f"{rows.size} rows; {rows.dropped} dropped, longer than max_length {training.max_length}")
 
     stop = SaveOnTerm()

@@ -38,23 +38,30 @@ def rows_of(recipe: Recipe, first: int | None = None) -> Rows:
     )
 
 
-def training_rows(recipe: Recipe, processor, checkpoint: str | None = None) -> Rows:
-    """The rows of a recipe, checked; those of a stream from where the checkpoint stopped."""
+def training_rows(
+    recipe: Recipe, processor, checkpoint: str | None = None, positions: int | None = None
+) -> Rows:
+    """The rows of a recipe, checked; those of a stream from where the checkpoint stopped.
+
+    positions: of the model. Raises `ValueError` for bad rows, and for rows that are longer, which
+    only a `max_length` of the recipe drops.
+    """
     data = recipe.data
     if data.streaming:
-        return _resumed_stream(recipe, processor, checkpoint)
+        return _resumed_stream(recipe, processor, checkpoint, positions)
     with recipe.training.main_process_first():
         if not data.datasets:
-            return _checked(recipe, processor, rows_of(recipe), data.dataset_name)
+            return _checked(recipe, processor, rows_of(recipe), data.dataset_name, positions)
         entries, sets = mixing.entries(data.datasets), []
         for entry in entries:
             rows = files.load(entry.path, image_root=entry.image_root)
-            sets.append(_checked(recipe, processor, rows, entry.path))
+            sets.append(_checked(recipe, processor, rows, entry.path, positions))
         return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, recipe.rows_of_run)
 
 
-def evaluation_rows(recipe: Recipe, processor) -> Rows | None:
-    """The rows of `eval_dataset_name`, checked; None where a recipe names none."""
+def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> Rows | None:
+    """The rows of `eval_dataset_name`, checked as those of training; None where a recipe names
+    none."""
     data = recipe.data
     if data.eval_dataset_name is None:
         return None
@@ -66,24 +73,40 @@ def evaluation_rows(recipe: Recipe, processor) -> Rows | None:
             data.image_root,
             recipe.data_seed,
         )
-        return _checked(recipe, processor, rows, data.eval_dataset_name)
+        return _checked(recipe, processor, rows, data.eval_dataset_name, positions)
 
 
-def _checked(recipe: Recipe, processor, rows: Rows, name: str) -> Rows:
+def longest_row(recipe: Recipe, positions: int | None) -> int | None:
+    """How many tokens a row may have: `max_length`, or else as many as the model has positions."""
+    limit = recipe.training.max_length
+    if limit is not None and positions is not None and limit > positions:
+        raise ValueError(f"max_length {limit} is more than the model's {positions} positions")
+    return positions if limit is None else limit
+
+
+def _checked(recipe: Recipe, processor, rows: Rows, name: str, positions: int | None) -> Rows:
     data, training = recipe.data, recipe.training
-    return prepare(
+    checked = prepare(
         rows,
         processor,
         name,
-        max_length=training.max_length,
+        max_length=longest_row(recipe, positions),
         max_pixels=data.max_pixels,
         check_images=data.check_images,
         allow_evaluation_data=data.allow_evaluation_data,
         workers=training.dataset_num_proc,
     )
+    if checked.dropped and training.max_length is None:
+        raise ValueError(
+            f"{name}: {checked.dropped} of {rows.size} rows are longer than the model's "
+            f"{positions} positions; `max_length: {positions}` drops them"
+        )
+    return checked
 
 
-def _resumed_stream(recipe: Recipe, processor, checkpoint: str | None) -> Rows:
+def _resumed_stream(
+    recipe: Recipe, processor, checkpoint: str | None, positions: int | None
+) -> Rows:
     data, training = recipe.data, recipe.training
     if training.max_steps <= 0:
         raise ValueError(
@@ -94,7 +117,7 @@ def _resumed_stream(recipe: Recipe, processor, checkpoint: str | None) -> Rows:
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
         skip = state["global_step"] * training.gradient_accumulation_steps
     check = stream.checker(
-        processor, training.max_length, data.max_pixels, data.allow_evaluation_data
+        processor, longest_row(recipe, positions), data.max_pixels, data.allow_evaluation_data
     )
     sequence = stream.Stream(
         (),

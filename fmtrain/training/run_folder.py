@@ -3,6 +3,7 @@ is resumed."""
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,9 +31,15 @@ def checkpoint_of(recipe: Recipe) -> str | None:
     """The checkpoint to resume from: the one named, or the newest whole one.
 
     Raises `ValueError` if the output folder holds a run and resuming was not asked for, or holds
-    none and it was, and for a checkpoint that was trained with another mask than the recipe's or
-    has all its steps behind it.
+    none and it was, for a checkpoint that was trained with another mask than the recipe's or has
+    all its steps behind it, and for processes that do not know of each other.
     """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != recipe.training.world_size:
+        raise ValueError(
+            f"{started} processes were started, and each would train alone in "
+            f"{recipe.training.output_dir}; on a CPU add --use_cpu true"
+        )
     wanted, folder = recipe.training.resume_from_checkpoint, Path(recipe.training.output_dir)
     checkpoint = None
     if str(wanted) in ("True", "true"):

@@ -243,6 +243,40 @@ def test_recipe_mistakes(folder):
     assert "YAML" in refused(folder) and not Path("pwned").exists()
 
 
+def test_keys_named_twice_and_evaluation_rows_that_no_one_asks_for(folder):
+    recipe = folder / "recipe.yaml"
+    with recipe.open("a") as file:
+        file.write("mask: future\n")
+    assert "names mask twice" in refused(folder)
+    training.write_recipe(folder)
+    with recipe.open("a") as file:
+        file.write("model_init_kwargs: {a: 1, a: 2}\n")
+    assert "names a twice" in refused(folder)
+    training.write_recipe(folder, eval_dataset_name=str(folder / "data" / "rows.jsonl"))
+    assert "eval_strategy" in refused(folder)
+    training.write_recipe(folder, eval_strategy="steps")
+    assert "eval_dataset_name" in refused(folder)
+
+
+def test_rows_longer_than_the_models_positions(folder):
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 512
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    assert "max_length 513" in refused(folder, "--max_length", "513")
+    long = training.assistant("a 7 " * 600)
+    change_row(folder, 3, lambda row: row["messages"].__setitem__(1, long))
+    message = refused(folder)
+    assert "1 of 24 rows" in message and "512 positions" in message and "max_length" in message
+    assert "512" in refused(folder, "--streaming", "true", "--shuffle_buffer", "1")
+    assert sft.main([str(folder / "recipe.yaml"), "--max_length", "512", "--max_steps", "1"]) == 0
+
+
+def test_processes_that_would_each_train_alone(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(folder)
+    assert "2 processes" in message and "--use_cpu true" in message
+
+
 def test_masks_that_would_silently_be_lost(folder):
     assert "flash_attention_2" in refused(folder, "--attn_implementation", "flash_attention_2")
 
