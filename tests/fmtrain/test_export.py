@@ -10,13 +10,14 @@ import pytest
 import torch
 import training
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import fmtrain
 from fmtrain import export as exporting
 from fmtrain import sft
 from fmtrain.data.collator import encode_row
 from fmtrain.export import export
+from fmtrain.patch import unwrap
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +162,55 @@ def test_a_checkpoint_without_a_policy_is_not_loaded_silently(trained):
     assert str(fmtrain.attached(model).mask) == "v2v"
     with pytest.raises(ValueError, match="no such checkpoint"):
         fmtrain.load(str(trained / "nowhere"))
+
+
+def hub_of(base, folder) -> dict:
+    """A cache of the hub that holds `base` as owner/name, at the revision `tried` alone."""
+    repository = folder / "models--owner--name"
+    shutil.copytree(base, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "tried").write_text("a" * 40)
+    return {"cache_dir": str(folder), "revision": "tried"}
+
+
+def test_a_name_on_the_hub_loads_with_the_arguments_of_from_pretrained(
+    trained, tmp_path, monkeypatch
+):
+    original, seen = AutoModelForImageTextToText.from_pretrained, []
+
+    def watched(name, **kwargs):
+        seen.append((name, kwargs.get("device_map"), kwargs.get("revision")))
+        return original(name, **kwargs)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", watched)
+    hub = hub_of(trained / "base", tmp_path)
+    options = {"dtype": torch.bfloat16, "device_map": "cpu"}
+    model, processor = fmtrain.load("owner/name", mask="v2v", **hub, **options)
+    assert str(fmtrain.attached(model).mask) == "v2v" and model.dtype == torch.bfloat16
+    assert seen == [("owner/name", "cpu", "tried")] and processor.tokenizer.pad_token
+    with pytest.raises(ValueError, match=r"owner/name: its config\.json records no mask"):
+        fmtrain.load("owner/name", **hub)
+    with pytest.raises(ValueError, match=r"^owner/name: ") as error:
+        fmtrain.load("owner/name", mask="v2v", cache_dir=str(tmp_path))
+    assert "\n" not in str(error.value)
+    adapted, _ = fmtrain.load(trained / "out", **options)
+    assert unwrap(adapted).dtype == torch.bfloat16
+    assert seen[-1] == (str(trained / "base"), "cpu", None)
+
+
+@pytest.mark.parametrize("name", ["tiny", "fmtrain/tiny", "sft.py", "sft", "gpt2", "recipes/none"])
+def test_what_is_no_name_of_the_hub_never_goes_there(name, monkeypatch):
+    monkeypatch.chdir(training.ROOT / "docs")
+    if name == "recipes/none":
+        monkeypatch.chdir(training.ROOT)
+
+    def asked(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", asked)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", asked)
+    with pytest.raises(ValueError, match="no such checkpoint folder"):
+        fmtrain.load(name, mask="v2v")
 
 
 def test_the_command_line(trained, tmp_path):
