@@ -315,6 +315,25 @@ def test_image_mistakes(folder):
     assert all(part in refused(folder) for part in ("r3", "9000 x 8000", "64000000"))
 
 
+def test_bad_rows_are_named_before_the_weights_are_read(folder, monkeypatch, capsys):
+    (folder / "base" / "model.safetensors").unlink()
+    change_row(folder, 3, lambda row: row.update(images=["img/none.png"] * len(row["images"])))
+    assert all(part in refused(folder) for part in ("r3", "img/none.png"))
+    rows = training.read_rows(folder)
+    for row in rows[2:]:
+        row["messages"][0]["role"] = "tool"
+    training.write_rows(folder, rows)
+    capsys.readouterr()
+    assert sft.run([str(folder / "recipe.yaml")]) == 2
+    head, *lines = capsys.readouterr().err.split("error: ")[1].strip().splitlines()
+    assert "22 of 24 rows cannot be trained on; the first 20" in head
+    assert len(lines) == 20
+    assert [line.split(", row ")[1].split(":")[0] for line in lines] == [
+        f"r{number}" for number in range(2, 22)
+    ]
+    assert not (folder / "out").exists()
+
+
 def test_decompression_bomb(folder):
     """A PNG that claims 60000 x 60000 pixels in a few bytes."""
     import struct
