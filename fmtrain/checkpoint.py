@@ -39,11 +39,29 @@ def base_of(path: str | Path) -> str:
     return json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
+def check_adapter(path: str | Path) -> None:
+    """Raises `ValueError` for an adapter that puts positions of its own before a row, of which no
+    layout knows."""
+    from peft import PeftConfig
+
+    adapter = PeftConfig.from_pretrained(str(path))
+    if adapter.is_prompt_learning:
+        raise ValueError(
+            f"{path}: {adapter.peft_type.value} adds positions that no mask knows; "
+            f"LoRA and the like do not"
+        )
+
+
 def recorded_mask(path: str | Path, trust_remote_code: bool = False, **hub) -> Mask | None:
     """The mask that a checkpoint or adapter carries; None where it carries none. `hub`: where and
-    how to find it, as for `from_pretrained`."""
+    how to find it, as for `from_pretrained`. Raises `ValueError` for a record that is none."""
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **hub)
-    return recorded(config)
+    try:
+        return recorded(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: config.json records no mask under `fmtrain` that can be read: {error!r}"
+        ) from error
 
 
 def load_processor(path: str, config, **kwargs):
@@ -118,6 +136,7 @@ def load_plain(path: str | Path, dtype: str | torch.dtype = "auto", **kwargs):
     keywords as in `load`, those about the hub for the base of an adapter."""
     source, hub = str(path), _of_hub(kwargs)
     if is_adapter(path):
+        check_adapter(path)
         source, hub = base_of(path), {}
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
     if is_adapter(path):

@@ -67,7 +67,7 @@ def _hub(recipe: Recipe) -> dict:
 def _one_line(name: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ImportError) as error:
+    except (OSError, ImportError, TypeError) as error:  # TypeError: of model_init_kwargs
         raise ValueError(f"model {name}: {' '.join(str(error).split())[:400]}") from error
 
 

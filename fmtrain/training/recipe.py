@@ -120,6 +120,31 @@ class DataArguments:
             )
 
 
+# Of `from_pretrained`, by the key of a recipe that says it
+OWN_KEYS = {
+    "attn_implementation": "attn_implementation",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
+    "quantization_config": "load_in_4bit",
+}
+
+
+def check_init(path: Path, kwargs: dict | None) -> None:
+    """Raises `ValueError` for `model_init_kwargs` that are said elsewhere."""
+    for key in kwargs or {}:
+        if key in OWN_KEYS:
+            raise ValueError(
+                f"{path}: model_init_kwargs names {key}, for which a recipe has a key of its own: "
+                f"{OWN_KEYS[key]}"
+            )
+        if key == "device_map":
+            raise ValueError(
+                f"{path}: model_init_kwargs names device_map; the launcher places the model"
+            )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A parsed recipe: the arguments by concept, and `resolved`, every key that was set."""
@@ -185,6 +210,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
         raise ValueError(
             f"{path}: output_dir {training.output_dir!r} names a variable that is not set"
         )
+    check_init(path, training.model_init_kwargs)
     if (data.eval_dataset_name is None) != (training.eval_strategy == "no"):
         raise ValueError(
             f"{path}: eval_dataset_name {data.eval_dataset_name} with eval_strategy "

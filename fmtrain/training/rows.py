@@ -155,6 +155,10 @@ def _resumed_stream(
         )
     skip = 0
     if checkpoint is not None:
+        if training.ignore_data_skip:
+            raise ValueError(
+                f"{recipe.path}: a stream is resumed where it stopped; ignore_data_skip cannot be"
+            )
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
         skip = state["global_step"] * training.gradient_accumulation_steps
     check = stream.checker(

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import training
+from peft import PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -211,6 +212,38 @@ def test_what_is_no_name_of_the_hub_never_goes_there(name, monkeypatch):
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", asked)
     with pytest.raises(ValueError, match="no such checkpoint folder"):
         fmtrain.load(name, mask="v2v")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        [],
+        "v2v",
+        {"version": 1},
+        {"policy": "v2v", "version": 1, "merge": {"size": 3}},
+        {"policy": "v2v", "reveals": [["VISUAL", "WORD"]], "within_image": False, "version": 1},
+        {"policy": "v2v", "reveals": 3, "within_image": False, "version": 1},
+    ],
+)
+def test_a_malformed_record_of_the_mask(trained, tmp_path, section):
+    config = json.loads((trained / "base" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"fmtrain": section}))
+    with pytest.raises(ValueError, match=r"config\.json .*fmtrain") as error:
+        fmtrain.load(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_adapters_that_add_positions_are_refused(trained, tmp_path, kind):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "out", run)
+    base = str(trained / "base")
+    adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=4, base_model_name_or_path=base)
+    adapter.save_pretrained(run)
+    with pytest.raises(ValueError, match=f"{adapter.peft_type.value}.* LoRA") as error:
+        fmtrain.load(run)
+    assert "\n" not in str(error.value)
+    refused(run, tmp_path / "exported", "LoRA")
 
 
 def test_the_command_line(trained, tmp_path):

@@ -277,6 +277,28 @@ def test_processes_that_would_each_train_alone(folder, monkeypatch):
     assert "2 processes" in message and "--use_cpu true" in message
 
 
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("attn_implementation", ["attn_implementation", "own"]),
+        ("torch_dtype", ["torch_dtype", "own", "dtype"]),
+        ("device_map", ["device_map", "launcher"]),
+        ("unheard_of", ["unheard_of"]),
+    ],
+)
+def test_model_init_kwargs_that_do_not_fit(folder, key, words):
+    training.write_recipe(folder, model_init_kwargs={key: "sdpa"})
+    message = refused(folder)
+    assert all(word in message for word in words)
+
+
+def test_a_stream_cannot_resume_without_skipping(folder):
+    stream = ["--streaming", "true", "--shuffle_buffer", "1"]
+    assert sft.main([str(folder / "recipe.yaml"), *stream, "--max_steps", "2"]) == 0
+    resume = ["--resume_from_checkpoint", "true", "--ignore_data_skip", "true"]
+    assert "ignore_data_skip" in refused(folder, *stream, *resume)
+
+
 def test_masks_that_would_silently_be_lost(folder):
     assert "flash_attention_2" in refused(folder, "--attn_implementation", "flash_attention_2")
 
