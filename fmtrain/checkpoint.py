@@ -5,15 +5,29 @@ such a `config.json` beside it.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from fmtrain.command_line import one_line
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
 from fmtrain.patch import attach, recorded
 from fmtrain.policies import Policy
+
+# What `from_pretrained` takes about where and how to find a checkpoint
+HUB = (
+    "revision",
+    "cache_dir",
+    "token",
+    "trust_remote_code",
+    "code_revision",
+    "local_files_only",
+    "force_download",
+    "subfolder",
+)
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -25,9 +39,29 @@ def base_of(path: str | Path) -> str:
     return json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
 
 
-def recorded_mask(path: str | Path, trust_remote_code: bool = False) -> Mask | None:
-    """The mask that a checkpoint or adapter carries; None where it carries none."""
-    return recorded(AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code))
+def check_adapter(path: str | Path) -> None:
+    """Raises `ValueError` for an adapter that puts positions of its own before a row, of which no
+    layout knows."""
+    from peft import PeftConfig
+
+    adapter = PeftConfig.from_pretrained(str(path))
+    if adapter.is_prompt_learning:
+        raise ValueError(
+            f"{path}: {adapter.peft_type.value} adds positions that no mask knows; "
+            f"LoRA and the like do not"
+        )
+
+
+def recorded_mask(path: str | Path, trust_remote_code: bool = False, **hub) -> Mask | None:
+    """The mask that a checkpoint or adapter carries; None where it carries none. `hub`: where and
+    how to find it, as for `from_pretrained`. Raises `ValueError` for a record that is none."""
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **hub)
+    try:
+        return recorded(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path}: config.json records no mask under `fmtrain` that can be read: {error!r}"
+        ) from error
 
 
 def load_processor(path: str, config, **kwargs):
@@ -57,32 +91,55 @@ def load(
     merge: Merge | None = None,
     backend: str = "auto",
     dtype: str | torch.dtype = "auto",
+    **kwargs,
 ):
-    """(model, processor) of an exported checkpoint, or of a run with an adapter, with its mask
-    attached.
+    """(model, processor) of an exported checkpoint, of a run with an adapter, or of a model on the
+    hub (`owner/name`), with its mask attached.
 
-    mask (and merge, the options of its light form) replaces what the checkpoint carries. Raises
+    mask (and merge, the options of its light form) replaces what the checkpoint carries. dtype and
+    the further keywords (`device_map`, `revision`, ..) are those of `from_pretrained`. Raises
     `ValueError` where there is no checkpoint, and where it carries no mask and none is given.
     """
-    if not Path(path).is_dir():
+    if not Path(path).is_dir() and not names_hub(str(path)):
         raise ValueError(f"{path}: no such checkpoint folder")
-    mask = recorded_mask(path) if mask is None else mask
+    try:
+        mask = recorded_mask(path, **_of_hub(kwargs)) if mask is None else mask
+        if mask is not None:
+            model, processor = load_plain(path, dtype, **kwargs)
+    except OSError as error:
+        raise ValueError(f"{path}: {one_line(error)[:400]}") from error
     if mask is None:
         raise ValueError(
             f"{path}: its config.json records no mask; say which one it is to run under, e.g. "
             "mask='causal'"
         )
-    model, processor = load_plain(path, dtype)
     attach(model, mask, backend, merge)
     return model, processor
 
 
-def load_plain(path: str | Path, dtype: str | torch.dtype = "auto"):
-    """(model, processor) of a checkpoint or of a run with an adapter, with nothing attached."""
-    source = base_of(path) if is_adapter(path) else str(path)
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+def names_hub(name: str) -> bool:
+    """Whether a name that is no folder can be one of the hub: `owner/name`, where the owner is no
+    folder here and the whole nothing of this package (`fmtrain/tiny`)."""
+    ours = (Path(__file__).parents[1] / name).exists()
+    if ours or Path(name).parent.is_dir():
+        return False
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def _of_hub(kwargs: dict) -> dict:
+    return {key: value for key, value in kwargs.items() if key in HUB}
+
+
+def load_plain(path: str | Path, dtype: str | torch.dtype = "auto", **kwargs):
+    """(model, processor) of a checkpoint or of a run with an adapter, with nothing attached;
+    keywords as in `load`, those about the hub for the base of an adapter."""
+    source, hub = str(path), _of_hub(kwargs)
+    if is_adapter(path):
+        check_adapter(path)
+        source, hub = base_of(path), {}
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
     if is_adapter(path):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(path))
-    return model.eval(), load_processor(str(path), model.config)
+    return model.eval(), load_processor(str(path), model.config, **hub)

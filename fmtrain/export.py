@@ -173,6 +173,18 @@ Trained by fmtrain at revision {record.get("git_revision")} ({versions or "versi
 """
 
 
+def check_record(run: Path, mask: Mask) -> None:
+    """Raises `ValueError` where a checkpoint's config.json names another mask than the run that it
+    is of, or is in."""
+    record = read_record(run) or read_record(run.parent)
+    trained = Mask.from_record(record) if "policy" in record else mask
+    if trained != mask:
+        raise ValueError(
+            f"{run}: config.json records the mask '{mask}' ({mask.record()}), the run's run.json "
+            f"'{trained}' ({trained.record()}); nothing was written"
+        )
+
+
 def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
     """Write the checkpoint `out` from the run (or checkpoint of a run) `run`. Raises `ValueError`,
     writing nothing."""
@@ -191,11 +203,12 @@ def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
         else read_record(run).get("base_model") or AutoConfig.from_pretrained(run)._name_or_path
     )
     model, processor = load(run, backend=backend, dtype=torch.float32)
+    mask = attached(model).mask
+    check_record(run, mask)
     rows, root = rows_at_hand(run)
     expected = None
     if adapter:
         model, expected = fold(model, processor, rows, root)
-    mask = attached(model).mask
     dtype = next(tensor.dtype for _, tensor in tensors(base_folder(base)))
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))

@@ -2,7 +2,7 @@
 
     accelerate launch fmtrain/sft.py recipes/llava7b_v2v_lora.yaml [--any_trl_argument value]
 
-Reads top to bottom: recipe, run folder, model, mask, rows, trainer, training (which audits a real
+Reads top to bottom: recipe, run folder, rows, model, mask, trainer, training (which audits a real
 batch first), saving.
 """
 
@@ -21,9 +21,9 @@ from fmtrain.command_line import quiet
 from fmtrain.patch import attach
 from fmtrain.training import recipe as recipes
 from fmtrain.training import trainable
-from fmtrain.training.model import load_model
+from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import evaluation_rows, training_rows
-from fmtrain.training.run_folder import checkpoint_of, write_record
+from fmtrain.training.run_folder import check_resumed, checkpoint_of, record_of, recorded
 from fmtrain.training.tracking import prepare_tracking, say
 from fmtrain.training.trainer import SaveOnTerm, build_trainer
 
@@ -40,20 +40,22 @@ def main(arguments: list[str]) -> int:
     checkpoint = checkpoint_of(recipe)
     prepare_tracking(training.report_to)
 
-    model, processor = load_model(recipe)
-    handle = attach(model, recipe.mask, recipe.masking.attention_backend)
-
-    rows = training_rows(recipe, processor, checkpoint)
-    eval_rows = evaluation_rows(recipe, processor)
+    processor, config = load_processor_of(recipe)
+    positions = config.get_text_config().max_position_embeddings
+    rows = training_rows(recipe, processor, checkpoint, positions)
+    eval_rows = evaluation_rows(recipe, processor, positions)
     say(f"{rows.size} rows; {rows.dropped} dropped, longer than max_length {training.max_length}")
 
+    model = load_weights(recipe)
+    handle = attach(model, recipe.mask, recipe.masking.attention_backend)
     stop = SaveOnTerm()
     trainer = build_trainer(recipe, model, processor, rows, eval_rows, stop)
     say(trainable.summary(trainer.model))
-    if trainer.is_world_process_zero():
-        write_record(recipe, handle, rows)
+    record = record_of(recipe, handle, rows, trainer.model)
+    check_resumed(checkpoint, record)
 
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with recorded(recipe, record, trainer.is_world_process_zero()):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if stop.asked:
         step = trainer.state.global_step
         say(f"stopped by SIGTERM at step {step}; resume with --resume_from_checkpoint true")
@@ -65,17 +67,20 @@ def main(arguments: list[str]) -> int:
 
 
 def run(arguments: list[str]) -> int:
-    """`main`, with errors of one line and exit code 2."""
+    """`main`, with errors of one line (of bad rows a line each) and exit code 2."""
     quiet()
     datasets.logging.set_verbosity_error()
     try:
         status = main(arguments)
     except ValueError as error:
-        lines = str(error).strip().splitlines() or [
-            ""
-        ]  # a data worker's error is its traceback, the message last
-        say(f"[bold red]error:[/] {escape(lines[-1].removeprefix('ValueError: '))}")
+        message = str(error).strip()
+        if "Traceback (most recent call last)" in message:  # of a data worker; its message is last
+            message = message.splitlines()[-1].removeprefix("ValueError: ")
+        say(f"[bold red]error:[/] {escape(message)}")
         status = 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        status = 130
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return status

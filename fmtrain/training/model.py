@@ -1,7 +1,10 @@
 """The model that a run starts from."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from accelerate import PartialState
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 from trl import get_quantization_config
 
 from fmtrain.checkpoint import load_processor, recorded_mask
@@ -12,31 +15,59 @@ from fmtrain.training.recipe import Recipe
 def load_model(recipe: Recipe):
     """The starting model and its processor, before anything is attached. Raises `ValueError` for
     what does not fit."""
-    arguments, training = recipe.model, recipe.training
-    name = arguments.model_name_or_path
+    processor, _ = load_processor_of(recipe)
+    return load_weights(recipe), processor
+
+
+def load_processor_of(recipe: Recipe):
+    """The processor and the config of the starting model: all that rows are checked with. Raises
+    `ValueError` for a start that does not fit the recipe."""
+    name = recipe.model.model_name_or_path
     if name is None:
         raise ValueError(
             f"{recipe.path}: names no model; add e.g. `model_name_or_path: "
             f"llava-hf/llava-1.5-7b-hf`"
         )
-    check_implementation(recipe.mask, arguments.attn_implementation or "")
-    hub = dict(revision=arguments.model_revision, trust_remote_code=training.trust_remote_code)
-    try:
+    check_implementation(recipe.mask, recipe.model.attn_implementation or "")
+    with _one_line(name):
         check_start(recipe)
+        config = AutoConfig.from_pretrained(name, **_hub(recipe))
+        return load_processor(name, config, **_hub(recipe)), config
+
+
+def load_weights(recipe: Recipe):
+    """The starting model, of a start that `load_processor_of` has let pass."""
+    arguments, training = recipe.model, recipe.training
+    name = arguments.model_name_or_path
+    with _one_line(name):
         quantization = get_quantization_config(arguments)
+        placed = {"": PartialState().local_process_index}
         model = AutoModelForImageTextToText.from_pretrained(
             name,
             dtype=arguments.dtype,
             attn_implementation=arguments.attn_implementation,
             quantization_config=quantization,
-            device_map={"": PartialState().local_process_index}
-            if quantization is not None
-            else None,
-            **hub,
+            device_map=placed if quantization is not None else None,
+            **_hub(recipe),
             **(training.model_init_kwargs or {}),
         )
-        return model, load_processor(name, model.config, **hub)
-    except (OSError, ImportError) as error:
+    # Under ZeRO-3 transformers keeps renamings that it did not use, and a checkpoint would be
+    # saved under names that neither the hub nor the model knows.
+    used = [one for one in getattr(model, "_weight_conversions", ()) if one.was_used()]
+    model._weight_conversions = used
+    return model
+
+
+def _hub(recipe: Recipe) -> dict:
+    remote = recipe.training.trust_remote_code
+    return dict(revision=recipe.model.model_revision, trust_remote_code=remote)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ImportError, TypeError) as error:  # TypeError: of model_init_kwargs
         raise ValueError(f"model {name}: {' '.join(str(error).split())[:400]}") from error
 
 

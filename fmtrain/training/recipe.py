@@ -120,6 +120,31 @@ class DataArguments:
             )
 
 
+# Of `from_pretrained`, by the key of a recipe that says it
+OWN_KEYS = {
+    "attn_implementation": "attn_implementation",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "revision": "model_revision",
+    "trust_remote_code": "trust_remote_code",
+    "quantization_config": "load_in_4bit",
+}
+
+
+def check_init(path: Path, kwargs: dict | None) -> None:
+    """Raises `ValueError` for `model_init_kwargs` that are said elsewhere."""
+    for key in kwargs or {}:
+        if key in OWN_KEYS:
+            raise ValueError(
+                f"{path}: model_init_kwargs names {key}, for which a recipe has a key of its own: "
+                f"{OWN_KEYS[key]}"
+            )
+        if key == "device_map":
+            raise ValueError(
+                f"{path}: model_init_kwargs names device_map; the launcher places the model"
+            )
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A parsed recipe: the arguments by concept, and `resolved`, every key that was set."""
@@ -150,6 +175,17 @@ class _Parser(TrlParser):
         raise ValueError(message)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key named twice is an error; PyYAML keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"names {key} twice ({node.start_mark})")
+        return super().construct_mapping(node, deep)
+
+
 # Where a vision-language run differs from TRL's defaults: rows are never cut, so there is no
 # default length limit; the collator needs all columns; nothing is tokenized ahead.
 DEFAULTS = {
@@ -173,6 +209,12 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     if "$" in training.output_dir:
         raise ValueError(
             f"{path}: output_dir {training.output_dir!r} names a variable that is not set"
+        )
+    check_init(path, training.model_init_kwargs)
+    if (data.eval_dataset_name is None) != (training.eval_strategy == "no"):
+        raise ValueError(
+            f"{path}: eval_dataset_name {data.eval_dataset_name} with eval_strategy "
+            f"{training.eval_strategy.value}; evaluating takes both (eval_strategy: steps or epoch)"
         )
     mask = masking.parse()
     pooling = sorted(key for key in {*values, *changed} if key.startswith("merge_"))
@@ -217,7 +259,7 @@ def shipped() -> dict[str, Path]:
 def load_values(path: str | os.PathLike) -> dict:
     """The keys and values of a YAML file. Raises `ValueError` for anything else."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"{path}: no such recipe") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

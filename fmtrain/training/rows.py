@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 from fmtrain.data import files, mixing, stream
-from fmtrain.data.checks import prepare
+from fmtrain.data.checks import examine, prepare
 from fmtrain.data.files import Rows
 from fmtrain.training.recipe import Recipe
+
+NAMED = 20  # bad rows in an error
 
 
 def rows_of(recipe: Recipe, first: int | None = None) -> Rows:
@@ -38,23 +40,30 @@ def rows_of(recipe: Recipe, first: int | None = None) -> Rows:
     )
 
 
-def training_rows(recipe: Recipe, processor, checkpoint: str | None = None) -> Rows:
-    """The rows of a recipe, checked; those of a stream from where the checkpoint stopped."""
+def training_rows(
+    recipe: Recipe, processor, checkpoint: str | None = None, positions: int | None = None
+) -> Rows:
+    """The rows of a recipe, checked; those of a stream from where the checkpoint stopped.
+
+    positions: of the model. Raises `ValueError` for bad rows, and for rows that are longer, which
+    only a `max_length` of the recipe drops.
+    """
     data = recipe.data
     if data.streaming:
-        return _resumed_stream(recipe, processor, checkpoint)
+        return _resumed_stream(recipe, processor, checkpoint, positions)
     with recipe.training.main_process_first():
         if not data.datasets:
-            return _checked(recipe, processor, rows_of(recipe), data.dataset_name)
+            return _checked(recipe, processor, rows_of(recipe), data.dataset_name, positions)
         entries, sets = mixing.entries(data.datasets), []
         for entry in entries:
             rows = files.load(entry.path, image_root=entry.image_root)
-            sets.append(_checked(recipe, processor, rows, entry.path))
+            sets.append(_checked(recipe, processor, rows, entry.path, positions))
         return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, recipe.rows_of_run)
 
 
-def evaluation_rows(recipe: Recipe, processor) -> Rows | None:
-    """The rows of `eval_dataset_name`, checked; None where a recipe names none."""
+def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> Rows | None:
+    """The rows of `eval_dataset_name`, checked as those of training; None where a recipe names
+    none."""
     data = recipe.data
     if data.eval_dataset_name is None:
         return None
@@ -67,24 +76,79 @@ def evaluation_rows(recipe: Recipe, processor) -> Rows | None:
             recipe.data_seed,
             held_out=True,
         )
-        return _checked(recipe, processor, rows.rooted(), data.eval_dataset_name)
+        return _checked(recipe, processor, rows.rooted(), data.eval_dataset_name, positions)
 
 
-def _checked(recipe: Recipe, processor, rows: Rows, name: str) -> Rows:
+def longest_row(recipe: Recipe, positions: int | None) -> int | None:
+    """How many tokens a row may have: `max_length`, or else as many as the model has positions."""
+    limit = recipe.training.max_length
+    if limit is not None and positions is not None and limit > positions:
+        raise ValueError(f"max_length {limit} is more than the model's {positions} positions")
+    return positions if limit is None else limit
+
+
+def _checked(recipe: Recipe, processor, rows: Rows, name: str, positions: int | None) -> Rows:
     data, training = recipe.data, recipe.training
-    return prepare(
-        rows,
-        processor,
-        name,
-        max_length=training.max_length,
-        max_pixels=data.max_pixels,
-        check_images=data.check_images,
-        allow_evaluation_data=data.allow_evaluation_data,
-        workers=training.dataset_num_proc,
+    limit = longest_row(recipe, positions)
+    try:
+        checked = prepare(
+            rows,
+            processor,
+            name,
+            max_length=limit,
+            max_pixels=data.max_pixels,
+            check_images=data.check_images,
+            allow_evaluation_data=data.allow_evaluation_data,
+            workers=training.dataset_num_proc,
+        )
+    except ValueError as error:
+        reasons = _reasons(recipe, processor, rows, name)
+        if len(reasons) < 2:
+            raise
+        named = reasons[:NAMED]
+        head = f"{len(reasons)} of {rows.size} rows cannot be trained on; the first {len(named)}:"
+        raise ValueError("\n".join([f"{name}: {head}", *named])) from error
+    if checked.dropped and training.max_length is None:
+        raise ValueError(
+            f"{name}: {checked.dropped} of {rows.size} rows are longer than the model's "
+            f"{positions} positions; `max_length: {positions}` drops them"
+        )
+    return checked
+
+
+def _reasons(recipe: Recipe, processor, rows: Rows, name: str) -> list[str]:
+    """What is wrong with each of the bad rows, in one line."""
+    how = dict(
+        processor=processor,
+        name=name,
+        root=rows.image_root,
+        max_pixels=recipe.data.max_pixels,
+        decode=recipe.data.check_images,
+        count=True,
+        evaluation=recipe.data.allow_evaluation_data,
     )
+    reasons = rows.rows.map(
+        _reason,
+        fn_kwargs=how,
+        remove_columns=rows.rows.column_names,
+        num_proc=recipe.training.dataset_num_proc,
+        desc="naming bad rows",
+        load_from_cache_file=False,
+    )["reason"]
+    return [reason for reason in reasons if reason]
 
 
-def _resumed_stream(recipe: Recipe, processor, checkpoint: str | None) -> Rows:
+def _reason(row: dict, **how) -> dict[str, str]:
+    try:
+        examine(row, **how)
+    except ValueError as error:
+        return {"reason": str(error)}
+    return {"reason": ""}
+
+
+def _resumed_stream(
+    recipe: Recipe, processor, checkpoint: str | None, positions: int | None
+) -> Rows:
     data, training = recipe.data, recipe.training
     if training.max_steps <= 0:
         raise ValueError(
@@ -92,10 +156,14 @@ def _resumed_stream(recipe: Recipe, processor, checkpoint: str | None) -> Rows:
         )
     skip = 0
     if checkpoint is not None:
+        if training.ignore_data_skip:
+            raise ValueError(
+                f"{recipe.path}: a stream is resumed where it stopped; ignore_data_skip cannot be"
+            )
         state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
         skip = state["global_step"] * training.gradient_accumulation_steps
     check = stream.checker(
-        processor, training.max_length, data.max_pixels, data.allow_evaluation_data
+        processor, longest_row(recipe, positions), data.max_pixels, data.allow_evaluation_data
     )
     sequence = stream.Stream(
         (),

@@ -1,71 +1,169 @@
 """The output folder of a run: what it was made with, whether it may be written, and from where it
 is resumed."""
 
+import hashlib
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 import yaml
+from torch import nn
+from trl import get_peft_config
 
 from fmtrain.checkpoint import recorded_mask
 from fmtrain.command_line import write_whole
 from fmtrain.data.files import Rows
 from fmtrain.patch import Handle
 from fmtrain.provenance import revision, versions
+from fmtrain.training import trainable
 from fmtrain.training.recipe import Recipe
 
 RECORD, RECIPE = "run.json", "recipe.yaml"
+STATE = "trainer_state.json"  # a checkpoint's last file
+# What a run cannot change when it is resumed; the mask is checked before anything is loaded.
+FIXED = ("base_model", "data", "trainable", "lora")
 
 
 def checkpoint_of(recipe: Recipe) -> str | None:
-    """The checkpoint to resume from: the one named, or the newest whole one (its trainer state is
-    written last).
+    """The checkpoint to resume from: the one named, or the newest whole one.
 
     Raises `ValueError` if the output folder holds a run and resuming was not asked for, or holds
-    none and it was, and for a checkpoint that was trained with another mask than the recipe's.
+    none and it was, for a checkpoint that was trained with another mask than the recipe's or has
+    all its steps behind it, and for processes that do not know of each other.
     """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != recipe.training.world_size:
+        raise ValueError(
+            f"{started} processes were started, and each would train alone in "
+            f"{recipe.training.output_dir}; on a CPU add --use_cpu true"
+        )
     wanted, folder = recipe.training.resume_from_checkpoint, Path(recipe.training.output_dir)
-    if wanted in (None, "False", "false", False):
-        if (folder / RECORD).exists() or any(folder.glob("checkpoint-*")):
-            raise ValueError(
-                f"{folder}: holds a run already; resume it (--resume_from_checkpoint true) or name "
-                f"another output_dir"
-            )
+    checkpoint = None
+    if str(wanted) in ("True", "true"):
+        checkpoint = _newest(folder)
+    elif str(wanted) not in ("None", "False", "false"):
+        checkpoint = str(wanted)
+    if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
+        _check_free(folder)
+    if checkpoint is None:
         return None
-    checkpoint = str(wanted) if str(wanted) not in ("True", "true") else _newest(folder)
     if not (Path(checkpoint) / "config.json").is_file():
         raise ValueError(f"{checkpoint}: not a checkpoint of a run")
     recorded = recorded_mask(checkpoint)
     if recorded != recipe.mask:
         raise ValueError(f"{checkpoint} records the mask {recorded}, the recipe says {recipe.mask}")
+    _check_unfinished(recipe, Path(checkpoint))
     return checkpoint
 
 
+def _check_free(folder: Path) -> None:
+    if not (folder / RECORD).exists() and not any(folder.glob("checkpoint-*")):
+        return
+    advice = "resume it (--resume_from_checkpoint true)"
+    if not _whole(folder):
+        advice = "it has no whole checkpoint, so remove it"
+    raise ValueError(f"{folder}: holds a run already; {advice} or name another output_dir")
+
+
+def _whole(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("checkpoint-*") if (path / STATE).is_file()]
+
+
 def _newest(folder: Path) -> str:
-    whole = [
-        path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()
-    ]
+    whole = _whole(folder)
     if not whole:
         raise ValueError(f"{folder}: no whole checkpoint to resume from")
     return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
 
 
-def write_record(recipe: Recipe, handle: Handle, rows: Rows) -> None:
-    """The resolved recipe and what the run was made with, in the output folder."""
-    folder = Path(recipe.training.output_dir)
-    run = {
+def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
+    """The trainer would take one step more from the checkpoint of a finished run."""
+    if not (checkpoint / STATE).is_file():
+        raise ValueError(f"{checkpoint}: not a whole checkpoint (no {STATE})")
+    state, training = json.loads((checkpoint / STATE).read_text()), recipe.training
+    if training.max_steps > 0:
+        done, end = state["global_step"], f"max_steps {training.max_steps}"
+        left = training.max_steps - done
+    else:
+        done, end = state["global_step"], f"num_train_epochs {training.num_train_epochs:g}"
+        left = training.num_train_epochs - (state["epoch"] or 0)
+    if left <= 0:
+        raise ValueError(f"{checkpoint}: step {done} is the end already ({end}); nothing to resume")
+
+
+def record_of(recipe: Recipe, handle: Handle, rows: Rows, model: nn.Module) -> dict:
+    """What a run is made with."""
+    lora = get_peft_config(recipe.model)
+    return {
         **handle.mask.record(),
         "backend": "host" if handle.host else handle.backend.__name__.rpartition(".")[2],
         "base_model": recipe.model.model_name_or_path,
         "recipe": recipe.path,
         "rows": rows.size,
         "rows_dropped": rows.dropped,
+        "data": fingerprint(rows),
+        "trainable": trainable.counts(model),
+        "lora": None if lora is None else {"rank": lora.r, "alpha": lora.lora_alpha},
         "versions": versions(),
         "git_revision": revision(),
     }
-    write_whole(folder / RECIPE, yaml.safe_dump(recipe.resolved, sort_keys=False))
-    write_whole(folder / RECORD, json.dumps(run, indent=2) + "\n")
+
+
+def fingerprint(rows: Rows) -> str:
+    """A hash of all rows, wherever their folder is, with the names of images that are files; of a
+    stream, of how many rows a pass has."""
+    seen = hashlib.sha256(str(rows.size).encode())
+    if rows.passes is None:
+        kind = rows.rows.features.arrow_schema.field("images").type
+        embedded = pa.types.is_nested(kind) and pa.types.is_struct(kind.value_type)
+        unread = {"image_root", "images"} if embedded else {"image_root"}
+        columns = [name for name in rows.rows.column_names if name not in unread]
+        for batch in rows.rows.select_columns(columns).iter(batch_size=1000):
+            seen.update(json.dumps(batch, sort_keys=True).encode())
+    return seen.hexdigest()[:16]
+
+
+def check_resumed(checkpoint: str | None, record: dict) -> None:
+    """Raises `ValueError` if a run that is resumed differs from its record in what it cannot
+    change."""
+    if checkpoint is None:
+        return
+    before = read_record(Path(checkpoint).parent)
+    for key in FIXED:
+        if key in before and before[key] != record[key]:
+            raise ValueError(
+                f"{checkpoint}: the run has {key} {_short(before[key])}, "
+                f"the recipe makes it {_short(record[key])}; that is another run"
+            )
+
+
+def _short(value) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@contextmanager
+def recorded(recipe: Recipe, record: dict, first_process: bool) -> Iterator[None]:
+    """The resolved recipe and the record stand in the output folder while the block runs and
+    afterwards; a block that raises before the first checkpoint leaves neither, and the folder
+    free."""
+    folder = Path(recipe.training.output_dir)
+    if first_process:
+        write_whole(folder / RECIPE, yaml.safe_dump(recipe.resolved, sort_keys=False))
+        write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
+    try:
+        yield
+    except BaseException:
+        if first_process and not any(folder.glob("checkpoint-*")):
+            (folder / RECORD).unlink(missing_ok=True)
+            (folder / RECIPE).unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        raise
 
 
 def read_record(run: Path) -> dict:
-    """What `write_record` wrote; nothing where it did not."""
+    """What a run wrote about itself; nothing where it did not."""
     return json.loads((run / RECORD).read_text()) if (run / RECORD).is_file() else {}

@@ -147,6 +147,16 @@ def summary(model: nn.Module) -> Table:
     return table
 
 
+def counts(model: nn.Module) -> dict[str, int]:
+    """How many parameters of each part learn."""
+    learning: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            size = getattr(parameter, "ds_numel", parameter.numel())
+            learning[part_of(name)] = learning.get(part_of(name), 0) + size
+    return learning
+
+
 class EveryParameterLearns(TrainerCallback):
     """Stops the run after its first step if a trainable parameter has had no gradient, and names
     it.

@@ -5,6 +5,7 @@ import copy
 import signal
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_peft_config
 
@@ -33,6 +34,23 @@ class MaskedSFTTrainer(SFTTrainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
+
+    def _load_best_model(self) -> None:
+        """`load_best_model_at_end`, with the names that a checkpoint has on disk (see above)."""
+        best = self.state.best_model_checkpoint
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or is_adapter(best):
+            return super()._load_best_model()
+        self._load_from_checkpoint(best)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        """TRL's loss reads the head's weight past the head's forward. FSDP2, which wraps the head
+        by itself, then leaves it sharded, and its gradient is never summed over the ranks. So have
+        it whole first."""
+        head = unwrap(self.model).get_output_embeddings()
+        if isinstance(head, FSDPModule):
+            head.unshard()
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

@@ -9,14 +9,16 @@ import sys
 import pytest
 import torch
 import training
+from peft import PrefixTuningConfig, PromptTuningConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import fmtrain
 from fmtrain import export as exporting
 from fmtrain import sft
 from fmtrain.data.collator import encode_row
 from fmtrain.export import export
+from fmtrain.patch import unwrap
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +99,16 @@ def test_a_full_run_is_exported_as_it_is(trained, tmp_path):
 def test_merge_options_come_back(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained / "out", run)
+    merge = {"prefix": 0.1, "kernel_size": 5, "normalize": False}
     config = json.loads((run / "config.json").read_text())
-    config["fmtrain"]["merge"] = {"prefix": 0.1, "kernel_size": 5, "normalize": False}
+    config["fmtrain"]["merge"] = merge
     (run / "config.json").write_text(json.dumps(config))
+    refused(run, tmp_path / "exported", r"config.json .* 'v2v\+merge'.* run.json .* 'v2v'")
+    nested = run / "checkpoint-4"
+    (nested / "config.json").write_text(json.dumps(config))
+    refused(nested, tmp_path / "exported", r"config.json .* run.json")
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"merge": merge}))
     export(run, tmp_path / "exported")
     model, _ = fmtrain.load(str(tmp_path / "exported"))
     assert fmtrain.attached(model).mask.merge == fmtrain.Merge(
@@ -154,6 +163,87 @@ def test_a_checkpoint_without_a_policy_is_not_loaded_silently(trained):
     assert str(fmtrain.attached(model).mask) == "v2v"
     with pytest.raises(ValueError, match="no such checkpoint"):
         fmtrain.load(str(trained / "nowhere"))
+
+
+def hub_of(base, folder) -> dict:
+    """A cache of the hub that holds `base` as owner/name, at the revision `tried` alone."""
+    repository = folder / "models--owner--name"
+    shutil.copytree(base, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "tried").write_text("a" * 40)
+    return {"cache_dir": str(folder), "revision": "tried"}
+
+
+def test_a_name_on_the_hub_loads_with_the_arguments_of_from_pretrained(
+    trained, tmp_path, monkeypatch
+):
+    original, seen = AutoModelForImageTextToText.from_pretrained, []
+
+    def watched(name, **kwargs):
+        seen.append((name, kwargs.get("device_map"), kwargs.get("revision")))
+        return original(name, **kwargs)
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", watched)
+    hub = hub_of(trained / "base", tmp_path)
+    options = {"dtype": torch.bfloat16, "device_map": "cpu"}
+    model, processor = fmtrain.load("owner/name", mask="v2v", **hub, **options)
+    assert str(fmtrain.attached(model).mask) == "v2v" and model.dtype == torch.bfloat16
+    assert seen == [("owner/name", "cpu", "tried")] and processor.tokenizer.pad_token
+    with pytest.raises(ValueError, match=r"owner/name: its config\.json records no mask"):
+        fmtrain.load("owner/name", **hub)
+    with pytest.raises(ValueError, match=r"^owner/name: ") as error:
+        fmtrain.load("owner/name", mask="v2v", cache_dir=str(tmp_path))
+    assert "\n" not in str(error.value)
+    adapted, _ = fmtrain.load(trained / "out", **options)
+    assert unwrap(adapted).dtype == torch.bfloat16
+    assert seen[-1] == (str(trained / "base"), "cpu", None)
+
+
+@pytest.mark.parametrize("name", ["tiny", "fmtrain/tiny", "sft.py", "sft", "gpt2", "recipes/none"])
+def test_what_is_no_name_of_the_hub_never_goes_there(name, monkeypatch):
+    monkeypatch.chdir(training.ROOT / "docs")
+    if name == "recipes/none":
+        monkeypatch.chdir(training.ROOT)
+
+    def asked(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", asked)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", asked)
+    with pytest.raises(ValueError, match="no such checkpoint folder"):
+        fmtrain.load(name, mask="v2v")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        [],
+        "v2v",
+        {"version": 1},
+        {"policy": "v2v", "version": 1, "merge": {"size": 3}},
+        {"policy": "v2v", "reveals": [["VISUAL", "WORD"]], "within_image": False, "version": 1},
+        {"policy": "v2v", "reveals": 3, "within_image": False, "version": 1},
+    ],
+)
+def test_a_malformed_record_of_the_mask(trained, tmp_path, section):
+    config = json.loads((trained / "base" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"fmtrain": section}))
+    with pytest.raises(ValueError, match=r"config\.json .*fmtrain") as error:
+        fmtrain.load(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_adapters_that_add_positions_are_refused(trained, tmp_path, kind):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "out", run)
+    base = str(trained / "base")
+    adapter = kind(task_type="CAUSAL_LM", num_virtual_tokens=4, base_model_name_or_path=base)
+    adapter.save_pretrained(run)
+    with pytest.raises(ValueError, match=f"{adapter.peft_type.value}.* LoRA") as error:
+        fmtrain.load(run)
+    assert "\n" not in str(error.value)
+    refused(run, tmp_path / "exported", "LoRA")
 
 
 def test_the_command_line(trained, tmp_path):

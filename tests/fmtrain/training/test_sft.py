@@ -19,6 +19,7 @@ from fmtrain.patch import unwrap
 from fmtrain.training import trainable
 from fmtrain.training.recipe import read
 from fmtrain.training.run_folder import checkpoint_of
+from fmtrain.training.trainer import AuditFirstBatch
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,28 @@ def test_a_parameter_that_gets_no_gradient_stops_the_run_by_name(folder):
         trainable.set_trainable = original
 
 
+@pytest.mark.parametrize("peft", ["true", "false"], ids=["lora", "full"])
+def test_the_best_checkpoint_is_what_a_run_ends_with(folder, peft):
+    """Here the highest evaluation loss counts as best, which is that of the first step."""
+    from safetensors.torch import load_file
+
+    rows = str(folder / "data" / "rows.jsonl")
+    best = ["--load_best_model_at_end", "true", "--eval_strategy", "steps", "--eval_steps", "1"]
+    best += ["--metric_for_best_model", "loss", "--greater_is_better", "true"]
+    steps = ["--max_steps", "3", "--save_steps", "1", "--use_peft", peft]
+    arguments = [str(folder / "recipe.yaml"), "--eval_dataset_name", rows, *best, *steps]
+    assert sft.main(arguments) == 0
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    chosen = Path(state["best_model_checkpoint"])
+    assert chosen.name == "checkpoint-1"
+    [file] = [path.name for path in chosen.glob("*.safetensors")]
+    expected, last = load_file(chosen / file), load_file(folder / "out" / "checkpoint-3" / file)
+    saved = load_file(folder / "out" / file)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[name], expected[name]) for name in saved)
+    assert not all(torch.equal(saved[name], last[name]) for name in saved)
+
+
 # --- what a run refuses ---------------------------------------------------------------------------
 
 
@@ -218,6 +241,62 @@ def test_recipe_mistakes(folder):
     assert "YAML" in refused(folder)
     recipe.write_text("mask: !!python/object/apply:os.system ['touch pwned']\n")
     assert "YAML" in refused(folder) and not Path("pwned").exists()
+
+
+def test_keys_named_twice_and_evaluation_rows_that_no_one_asks_for(folder):
+    recipe = folder / "recipe.yaml"
+    with recipe.open("a") as file:
+        file.write("mask: future\n")
+    assert "names mask twice" in refused(folder)
+    training.write_recipe(folder)
+    with recipe.open("a") as file:
+        file.write("model_init_kwargs: {a: 1, a: 2}\n")
+    assert "names a twice" in refused(folder)
+    training.write_recipe(folder, eval_dataset_name=str(folder / "data" / "rows.jsonl"))
+    assert "eval_strategy" in refused(folder)
+    training.write_recipe(folder, eval_strategy="steps")
+    assert "eval_dataset_name" in refused(folder)
+
+
+def test_rows_longer_than_the_models_positions(folder):
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 512
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    assert "max_length 513" in refused(folder, "--max_length", "513")
+    long = training.assistant("a 7 " * 600)
+    change_row(folder, 3, lambda row: row["messages"].__setitem__(1, long))
+    message = refused(folder)
+    assert "1 of 24 rows" in message and "512 positions" in message and "max_length" in message
+    assert "512" in refused(folder, "--streaming", "true", "--shuffle_buffer", "1")
+    assert sft.main([str(folder / "recipe.yaml"), "--max_length", "512", "--max_steps", "1"]) == 0
+
+
+def test_processes_that_would_each_train_alone(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = refused(folder)
+    assert "2 processes" in message and "--use_cpu true" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("attn_implementation", ["attn_implementation", "own"]),
+        ("torch_dtype", ["torch_dtype", "own", "dtype"]),
+        ("device_map", ["device_map", "launcher"]),
+        ("unheard_of", ["unheard_of"]),
+    ],
+)
+def test_model_init_kwargs_that_do_not_fit(folder, key, words):
+    training.write_recipe(folder, model_init_kwargs={key: "sdpa"})
+    message = refused(folder)
+    assert all(word in message for word in words)
+
+
+def test_a_stream_cannot_resume_without_skipping(folder):
+    stream = ["--streaming", "true", "--shuffle_buffer", "1"]
+    assert sft.main([str(folder / "recipe.yaml"), *stream, "--max_steps", "2"]) == 0
+    resume = ["--resume_from_checkpoint", "true", "--ignore_data_skip", "true"]
+    assert "ignore_data_skip" in refused(folder, *stream, *resume)
 
 
 def test_masks_that_would_silently_be_lost(folder):
@@ -256,6 +335,25 @@ def test_image_mistakes(folder):
     Image.new("L", (9000, 8000)).save(data / "img" / "huge.png")
     change_row(folder, 3, lambda row: row.update(images=["img/huge.png"] * len(row["images"])))
     assert all(part in refused(folder) for part in ("r3", "9000 x 8000", "64000000"))
+
+
+def test_bad_rows_are_named_before_the_weights_are_read(folder, monkeypatch, capsys):
+    (folder / "base" / "model.safetensors").unlink()
+    change_row(folder, 3, lambda row: row.update(images=["img/none.png"] * len(row["images"])))
+    assert all(part in refused(folder) for part in ("r3", "img/none.png"))
+    rows = training.read_rows(folder)
+    for row in rows[2:]:
+        row["messages"][0]["role"] = "tool"
+    training.write_rows(folder, rows)
+    capsys.readouterr()
+    assert sft.run([str(folder / "recipe.yaml")]) == 2
+    head, *lines = capsys.readouterr().err.split("error: ")[1].strip().splitlines()
+    assert "22 of 24 rows cannot be trained on; the first 20" in head
+    assert len(lines) == 20
+    assert [line.split(", row ")[1].split(":")[0] for line in lines] == [
+        f"r{number}" for number in range(2, 22)
+    ]
+    assert not (folder / "out").exists()
 
 
 def test_decompression_bomb(folder):
@@ -356,6 +454,46 @@ def test_output_folders_and_recorded_policies(folder):
         sft.main([str(folder / "recipe.yaml"), *other, "--max_steps", "1", "--base_mask", "mma"])
         == 0
     )
+
+
+def test_a_failed_start_leaves_its_folder_free(folder, monkeypatch):
+    assert "learning rate: nan" in refused(folder, "--learning_rate", "nan")
+
+    def stopped(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AuditFirstBatch, "on_train_begin", stopped)
+        assert sft.run([str(folder / "recipe.yaml")]) == 130
+    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "1"]) == 0
+
+
+def test_a_run_is_resumed_as_the_same_run_or_not_at_all(folder):
+    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "2"]) == 0
+    record = (folder / "out" / "run.json").read_text()
+    assert json.loads(record)["trainable"].keys() == {"language_model"}
+    resume = ["--resume_from_checkpoint", "true"]
+    message = refused(folder, *resume, "--max_steps", "2")
+    assert "checkpoint-2" in message and "step 2 is the end already" in message
+    assert "lora" in refused(folder, *resume, "--lora_alpha", "7")
+    assert "trainable" in refused(folder, *resume, "--lora_r", "3")
+    parts = ["--train_parts", "language_model", "projector"]
+    assert "trainable" in refused(folder, *resume, *parts)
+    assert "trainable" in refused(folder, *resume, "--use_peft", "false")
+    shutil.copytree(folder / "base", folder / "base2")
+    message = refused(folder, *resume, "--model_name_or_path", str(folder / "base2"))
+    assert "base_model" in message and "base2" in message
+    rows = (folder / "data" / "rows.jsonl").read_text()
+    change_row(folder, 13, lambda row: row["messages"][1]["content"][0].update(text="9"))
+    assert "data" in refused(folder, *resume)
+    (folder / "data" / "rows.jsonl").write_text(rows)
+    assert (folder / "out" / "run.json").read_text() == record
+    named = ["--resume_from_checkpoint", str(folder / "out" / "checkpoint-2")]
+    shutil.copytree(folder / "out", folder / "taken")
+    taken = ["--output_dir", str(folder / "taken")]
+    assert "holds a run already" in refused(folder, *named, *taken)
+    assert sft.main([str(folder / "recipe.yaml"), *resume]) == 0
+    assert len(training.losses(folder / "out")) == 4
 
 
 # --- in processes of their own --------------------------------------------------------------------
