@@ -22,7 +22,7 @@ from fmtrain.training import trainable
 from fmtrain.training.recipe import Recipe
 
 RECORD, RECIPE = "run.json", "recipe.yaml"
-STATE = "trainer_state.json"  # a checkpoint's last file
+STATE = "trainer_state.json"  # the last file of a checkpoint, and of a run
 # What a run cannot change when it is resumed; the mask is checked before anything is loaded.
 FIXED = ("base_model", "data", "trainable", "lora")
 
@@ -80,7 +80,8 @@ def _newest(folder: Path) -> str:
 
 
 def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
-    """The trainer would take one step more from the checkpoint of a finished run."""
+    """The trainer would take one step more from the last checkpoint of a finished run. (One that
+    was killed between its last checkpoint and its end may go on, and saves its weights.)"""
     if not (checkpoint / STATE).is_file():
         raise ValueError(f"{checkpoint}: not a whole checkpoint (no {STATE})")
     state, training = json.loads((checkpoint / STATE).read_text()), recipe.training
@@ -90,7 +91,7 @@ def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
     else:
         done, end = state["global_step"], f"num_train_epochs {training.num_train_epochs:g}"
         left = training.num_train_epochs - (state["epoch"] or 0)
-    if left <= 0:
+    if left <= 0 and (checkpoint.parent / STATE).is_file():
         raise ValueError(f"{checkpoint}: step {done} is the end already ({end}); nothing to resume")
 
 

@@ -492,6 +492,12 @@ def test_a_run_is_resumed_as_the_same_run_or_not_at_all(folder):
     shutil.copytree(folder / "out", folder / "taken")
     taken = ["--output_dir", str(folder / "taken")]
     assert "holds a run already" in refused(folder, *named, *taken)
+    shutil.copytree(folder / "out", folder / "killed")  # after its last checkpoint, while saving
+    for name in ("trainer_state.json", "adapter_model.safetensors"):
+        (folder / "killed" / name).unlink()
+    killed = ["--output_dir", str(folder / "killed"), "--max_steps", "2"]
+    assert sft.main([str(folder / "recipe.yaml"), *resume, *killed]) == 0
+    assert (folder / "killed" / "adapter_model.safetensors").is_file()
     assert sft.main([str(folder / "recipe.yaml"), *resume]) == 0
     assert len(training.losses(folder / "out")) == 4
 
