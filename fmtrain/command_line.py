@@ -2,10 +2,11 @@
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
@@ -42,6 +43,11 @@ def one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return printable(f"{error.filename}: {error.strerror}")
     return printable(" ".join(str(error).split()))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like this one, for an error about an unknown one."""
+    return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
 
 
 def guarded(command: Callable[[], int | None]) -> int:

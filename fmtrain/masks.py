@@ -8,7 +8,6 @@ the first positions (`fmtrain.merge`). Shape names: B rows, Q queries, K keys, T
 the last Q of the K tokens; the ones before them are in a cache.
 """
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
@@ -16,6 +15,7 @@ from enum import IntEnum
 import torch
 
 from fmtrain import policies
+from fmtrain.command_line import nearest
 from fmtrain.layout import Layout, Role
 from fmtrain.merge import Merge
 from fmtrain.policies import POLICIES, Policy, get_policy
@@ -55,9 +55,9 @@ class Mask:
         """
         if "+" in name.removesuffix(LIGHT):
             names = [*POLICIES, *(each + LIGHT for each in POLICIES)]
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0)
+            near = nearest(name, names)
             raise ValueError(
-                f"mask {name!r} is neither a policy nor POLICY{LIGHT}; the nearest is {near[0]!r}"
+                f"mask {name!r} is neither a policy nor POLICY{LIGHT}; the nearest is {near!r}"
             )
         policy = get_policy(name.removesuffix(LIGHT))
         if name.endswith(LIGHT):

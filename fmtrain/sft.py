@@ -17,7 +17,7 @@ import datasets
 import torch
 from rich.markup import escape
 
-from fmtrain.command_line import quiet
+from fmtrain.command_line import one_line, quiet
 from fmtrain.patch import attach
 from fmtrain.training import recipe as recipes
 from fmtrain.training import trainable
@@ -72,8 +72,8 @@ def run(arguments: list[str]) -> int:
     datasets.logging.set_verbosity_error()
     try:
         status = main(arguments)
-    except ValueError as error:
-        message = str(error).strip()
+    except (ValueError, OSError) as error:
+        message = one_line(error) if isinstance(error, OSError) else str(error).strip()
         if "Traceback (most recent call last)" in message:  # of a data worker; its message is last
             message = message.splitlines()[-1].removeprefix("ValueError: ")
         say(f"[bold red]error:[/] {escape(message)}")

@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from fmtrain.command_line import one_line
+from fmtrain.command_line import nearest, one_line
 from fmtrain.masks import Mask, parse_masks
-from fmtrain.training.recipe import load_values, nearest
+from fmtrain.training.recipe import load_values
 
 USAGE = "usage: python -m eval.matrix RECIPE.yaml | CHECKPOINT .. [--KEY VALUE ..] [--wandb]"
 

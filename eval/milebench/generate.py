@@ -11,7 +11,6 @@ Decoding is greedy.
 """
 
 import argparse
-import difflib
 import hashlib
 import os
 import sys
@@ -35,7 +34,7 @@ from eval.milebench.tasks import Sample, Task, batches, read_task
 from eval.provenance import fingerprint
 from fmtrain.attention import BACKENDS
 from fmtrain.checkpoint import base_of, is_adapter, load, recorded_mask
-from fmtrain.command_line import Parser, one_line
+from fmtrain.command_line import Parser, nearest, one_line
 from fmtrain.consistency import TOLERANCE
 from fmtrain.decoding import Decoder
 from fmtrain.masks import VERSION, Mask, parse_masks
@@ -62,7 +61,7 @@ def read_tasks(data: Path, names: Sequence[str] | None, combined: int | None) ->
         raise ValueError(f"{data}: holds no <task>/<task>.json")
     for name in names or ():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+            near = nearest(name, known)
             raise ValueError(
                 f"unknown task {name!r}; the nearest in {data} is {near!r}, "
                 f"there are {', '.join(known)}"

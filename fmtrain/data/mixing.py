@@ -12,7 +12,6 @@ make up the rest. Weights alone are relative to each other; a pass is then as lo
 are drawn, in another order.
 """
 
-import difflib
 import math
 from dataclasses import asdict, dataclass, fields
 
@@ -20,6 +19,7 @@ import datasets
 import numpy as np
 import yaml
 
+from fmtrain.command_line import nearest
 from fmtrain.data.row_format import COLUMNS, features
 
 
@@ -65,7 +65,7 @@ def _entry(place: str, value: str | dict) -> Entry:
         raise ValueError(f"{place}: {value!r:.100} is not a mapping such as {example}")
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0)[0]
+            near = nearest(str(key), known)
             raise ValueError(f"{place}: unknown key {key!r}; the nearest known one is {near!r}")
     for key in ("path", "image_root"):
         if (key in value or key == "path") and not (isinstance(value.get(key), str) and value[key]):

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from fmtrain.command_line import nearest
 from fmtrain.layout import Layout, Role
 
 T, V = Role.TEXT, Role.VISUAL
@@ -61,13 +62,8 @@ def get_policy(policy: "str | Policy") -> Policy:
     if isinstance(policy, Policy):
         return policy
     if policy not in POLICIES:
-        from difflib import get_close_matches
-
-        near = get_close_matches(str(policy), POLICIES, n=1, cutoff=0)
-        known = ", ".join(POLICIES)
-        raise ValueError(
-            f"unknown policy {policy!r}; the nearest is {near[0]!r}, known are {known}"
-        )
+        known = f"the nearest is {nearest(policy, POLICIES)!r}, known are {', '.join(POLICIES)}"
+        raise ValueError(f"unknown policy {policy!r}; {known}")
     return POLICIES[policy]
 
 

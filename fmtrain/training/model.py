@@ -25,8 +25,8 @@ def load_processor_of(recipe: Recipe):
     name = recipe.model.model_name_or_path
     if name is None:
         raise ValueError(
-            f"{recipe.path}: names no model; add e.g. `model_name_or_path: "
-            f"llava-hf/llava-1.5-7b-hf`"
+            f"{recipe.path}: names no model; add e.g. "
+            "`model_name_or_path: llava-hf/llava-1.5-7b-hf`"
         )
     check_implementation(recipe.mask, recipe.model.attn_implementation or "")
     with _one_line(name):
@@ -76,14 +76,9 @@ def check_start(recipe: Recipe) -> None:
     the recipe says so."""
     name = recipe.model.model_name_or_path
     start = recorded_mask(name, recipe.training.trust_remote_code)
-    if (
-        start is None
-        or start == recipe.mask
-        or start.policy.name in ("causal", recipe.masking.base_mask)
-    ):
+    if start is None or start == recipe.mask or str(start) in ("causal", recipe.masking.base_mask):
         return
     raise ValueError(
         f"{name} records the mask {str(start)!r}, the recipe says {str(recipe.mask)!r}; if that is "
-        f"meant, "
-        f"say `base_mask: {start.policy.name}`"
+        f"meant, say `base_mask: {start}`"
     )

@@ -6,10 +6,8 @@ errors that name the nearest known one, and every value goes through TRL's parse
 is an error as well.
 """
 
-import difflib
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -19,6 +17,7 @@ import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
 import fmtrain
+from fmtrain.command_line import nearest
 from fmtrain.data.images import MAX_PIXELS
 from fmtrain.data.mixing import entries
 from fmtrain.masks import LIGHT, Mask, parse_masks
@@ -217,20 +216,22 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
             f"{training.eval_strategy.value}; evaluating takes both (eval_strategy: steps or epoch)"
         )
     mask = masking.parse()
+    if masking.base_mask is not None:
+        parse_masks([masking.base_mask])
     pooling = sorted(key for key in {*values, *changed} if key.startswith("merge_"))
     if pooling and mask.merge is None:
         raise ValueError(
             f"{path}: {', '.join(pooling)} belong to the light form, but the mask is '{mask}', not "
             f"'{mask}{LIGHT}'"
         )
-    if model.model_name_or_path == EMBEDDED:
-        model.model_name_or_path = str(CHECKPOINT)
     resolved = {}
     for key in [*values, *changed]:
         for group in arguments:
             if hasattr(group, key):
                 value = getattr(group, key)
                 resolved[key] = value.value if isinstance(value, Enum) else value
+    if model.model_name_or_path == EMBEDDED:
+        model.model_name_or_path = str(CHECKPOINT)
     return Recipe(str(path), mask, masking, data, training, model, resolved)
 
 
@@ -303,7 +304,3 @@ def _as_words(key: str, value) -> list[str]:
         items = [json.dumps(item) if isinstance(item, dict) else str(item) for item in value]
         return [f"--{key}", *items]
     return [f"--{key}={json.dumps(value) if isinstance(value, (dict, bool)) else value}"]
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(key, known, n=1, cutoff=0)[0]

@@ -1,6 +1,7 @@
 """The rows of a recipe, for whoever reads one: training, preview, audit and export."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from fmtrain.data import files, mixing, stream
@@ -12,32 +13,18 @@ NAMED = 20  # bad rows in an error
 
 
 def rows_of(recipe: Recipe, first: int | None = None) -> Rows:
-    """The rows that a recipe trains on, unchecked; with `first` only so many of them, and of a
-    stream no more is read.
+    """The rows that a recipe trains on, in their order, but unchecked: those over `max_length` are
+    still among them. With `first` only so many, and of a stream no more is read.
 
     Raises `ValueError` for a recipe without data, and for data that cannot be read.
     """
     data = recipe.data
-    if data.streaming:
-        if first is None:
-            raise ValueError(f"{recipe.path}: a stream has no end; say how many rows are wanted")
-        return _stream(
-            recipe,
-            stream.Stream((), recipe.data_seed, data.shuffle_buffer, 1, stream.unchecked),
-            first,
-        )
-    if data.datasets:
-        entries = mixing.entries(data.datasets)
-        sets = [files.load(entry.path, image_root=entry.image_root) for entry in entries]
-        return files.mix(sets, entries, recipe.data_seed, data.dataset_rows).head(first)
-    return files.load(
-        data.dataset_name,
-        data.dataset_config,
-        data.dataset_rows,
-        data.image_root,
-        recipe.data_seed,
-        first,
-    )
+    if not data.streaming:
+        return _mixed(recipe, lambda rows, name: rows, first)
+    if first is None:
+        raise ValueError(f"{recipe.path}: a stream has no end; say how many rows are wanted")
+    sequence = stream.Stream((), recipe.data_seed, data.shuffle_buffer, 1, stream.unchecked)
+    return _stream(recipe, sequence, first)
 
 
 def training_rows(
@@ -48,17 +35,26 @@ def training_rows(
     positions: of the model. Raises `ValueError` for bad rows, and for rows that are longer, which
     only a `max_length` of the recipe drops.
     """
-    data = recipe.data
-    if data.streaming:
+    if recipe.data.streaming:
         return _resumed_stream(recipe, processor, checkpoint, positions)
     with recipe.training.main_process_first():
-        if not data.datasets:
-            return _checked(recipe, processor, rows_of(recipe), data.dataset_name, positions)
-        entries, sets = mixing.entries(data.datasets), []
-        for entry in entries:
-            rows = files.load(entry.path, image_root=entry.image_root)
-            sets.append(_checked(recipe, processor, rows, entry.path, positions))
-        return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, recipe.rows_of_run)
+        return _mixed(recipe, lambda rows, name: _checked(recipe, processor, rows, name, positions))
+
+
+def _mixed(
+    recipe: Recipe, check: Callable[[Rows, str | None], Rows], first: int | None = None
+) -> Rows:
+    """The rows of the one set, or of the mix; `check` looks at each set, called by its name."""
+    data = recipe.data
+    if not data.datasets:
+        name, count, seed = data.dataset_name, data.dataset_rows, recipe.data_seed
+        rows = files.load(name, data.dataset_config, count, data.image_root, seed, first)
+        return check(rows, name)
+    entries, sets = mixing.entries(data.datasets), []
+    for entry in entries:
+        sets.append(check(files.load(entry.path, image_root=entry.image_root), entry.path))
+    run = recipe.rows_of_run
+    return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, run).head(first)
 
 
 def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> Rows | None:

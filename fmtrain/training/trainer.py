@@ -74,14 +74,16 @@ class AuditFirstBatch(TrainerCallback):
         encoded = Encoded(inputs, layout)
         training = model.training
         model.eval()
-        results = [consistency.leaks(model, encoded)]
-        if not handle.host:
-            results += [consistency.effect(model, encoded), *consistency.layers(model, encoded)]
-        with torch.no_grad():
-            loss = model(**encoded.kwargs(), labels=labels).loss.item()
-            with handle.under("causal"):
-                causal = model(**encoded.kwargs(), labels=labels).loss.item()
-        model.train(training)
+        try:
+            results = [consistency.leaks(model, encoded)]
+            if not handle.host:
+                results += [consistency.effect(model, encoded), *consistency.layers(model, encoded)]
+            with torch.no_grad():
+                loss = model(**encoded.kwargs(), labels=labels).loss.item()
+                with handle.under("causal"):
+                    causal = model(**encoded.kwargs(), labels=labels).loss.item()
+        finally:
+            model.train(training)
         losses = f"loss {loss:.4f} under {handle.mask}, {causal:.4f} causal"
         say(f"audit of the first {len(self.rows)} rows: {len(results)} checks; {losses}")
         for result in results:

@@ -22,7 +22,7 @@ from fmtrain.data import mixing, stream
 from fmtrain.data.collator import encode_row
 from fmtrain.tiny import digits
 from fmtrain.training.recipe import read
-from fmtrain.training.rows import evaluation_rows, training_rows
+from fmtrain.training.rows import evaluation_rows, rows_of, training_rows
 from fmtrain.training.trainer import SaveOnTerm, build_trainer
 
 own_cache = test_data.own_cache
@@ -212,7 +212,9 @@ def test_the_evaluation_loss_opens_the_pictures_of_its_own_set(place, tmp_path, 
     changes = {"datasets": [entry(place, "a")]}
     if training_set != "mix":
         changes = {"dataset_name": str(place / "a"), "streaming": training_set == "stream"}
-    recipe = recipe_of(place, tmp_path, eval_dataset_name=str(place / "b"), **changes)
+    recipe = recipe_of(
+        place, tmp_path, eval_dataset_name=str(place / "b"), eval_strategy="steps", **changes
+    )
     processor, model = families.processor("llava"), families.model("llava")
     rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
     trainer = build_trainer(recipe, model, processor, rows, held_out, SaveOnTerm())
@@ -227,6 +229,7 @@ def test_the_evaluation_loss_opens_the_pictures_of_its_own_set(place, tmp_path, 
 @pytest.mark.parametrize("config", [None, "read+count", "curriculum"])
 def test_digits_for_the_evaluation_loss_are_those_of_the_test_split(place, tmp_path, config):
     changes = {"dataset_name": "digits", "eval_dataset_name": "digits", "dataset_config": config}
+    changes["eval_strategy"] = "steps"
     recipe = recipe_of(place, tmp_path, dataset_rows=20, **changes)
     processor = families.processor("llava")
     rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
@@ -234,6 +237,15 @@ def test_digits_for_the_evaluation_loss_are_those_of_the_test_split(place, tmp_p
     assert {name.split("-")[0] for name in ids(held_out.rows)} == {"test"}
     tasks = "read+count" if config == "read+count" else "+".join(digits.TASKS)
     assert set(held_out.rows["task"]) == set(tasks.split("+")) and held_out.size == 20
+
+
+def test_what_looks_at_a_recipe_reads_the_rows_of_training(place, tmp_path):
+    """Preview, audit and export read what training does, also of weights with a number of steps."""
+    mixture = [entry(place, "a", weight=0.7), entry(place, "b", weight=0.3)]
+    recipe = recipe_of(place, tmp_path, datasets=mixture, max_steps=5)
+    trained = ids(training_rows(recipe, families.processor("llava")).rows)
+    assert ids(rows_of(recipe).rows) == trained and len(trained) == 20
+    assert ids(rows_of(recipe, 6).rows) == trained[:6]
 
 
 # --- the same order, whatever the workers ---------------------------------------------------------
