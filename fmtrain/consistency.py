@@ -2,9 +2,9 @@
 real rows.
 
 The prompt ids of training are those of generation; teacher-forced logits equal those of prefill and
-cached decoding; changing any later token leaves earlier logits bit-identical; and what every layer
-computes is the reference attention of the mask, in training mode, in evaluation and inside
-`generate`.
+cached decoding; changing any later token leaves earlier logits bit-identical; a mask that reveals
+something changes the logits; and what every layer computes is the reference attention of the mask,
+in training mode, in evaluation and inside `generate`.
 """
 
 import contextlib
@@ -227,7 +227,7 @@ def check(model, processor, rows: list[dict], image_root: str = ".") -> list[Res
         decoding(model, processor, rows, image_root),
     ]
     encoded = batch(processor, [encode_row(processor, row, image_root) for row in rows]).to(model)
-    results.append(leaks(model, encoded))
+    results += [leaks(model, encoded), effect(model, encoded)]
     first = [encode_prompt(processor, row, turns(row)[0], image_root) for row in rows]
     results += layers(model, encoded, batch(processor, first, padding_side="left").to(model))
     model.train(was_training)

@@ -183,8 +183,8 @@ def load(
     """The rows of the entries through `stream` (without its sources), for a loader with so many
     workers; `run`: see `mixing.shares`.
 
-    The rows are counted here, the first `head` of them are read. Raises `ValueError` as `data.load`
-    and for a bad one of these few.
+    The rows are counted here, the first `head` of them are read. Raises `ValueError` as
+    `files.load` and for a bad one of these few.
     """
     files = [tuple(row_files(entry.path)) for entry in entries]
     sizes = []
@@ -211,8 +211,8 @@ def unchecked(row: dict, path: str) -> None:
 def checker(
     processor, max_length: int | None, max_pixels: int, allow_evaluation_data: bool
 ) -> Callable[[dict, str], None]:
-    """What a stream does with every row: the checks of `data.prepare`, but images are opened later,
-    when they are needed.
+    """What a stream does with every row: the checks of `checks.prepare`, but images are opened
+    later, when they are needed.
 
     A row over `max_length` is refused: dropping it would shift the batches of one worker against
     those of the others.

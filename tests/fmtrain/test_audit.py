@@ -29,7 +29,7 @@ def results(family, policy, merge=None):
 @pytest.mark.parametrize("policy", ["causal", "v2v", "prefix_lm"])
 def test_sound_models_pass(family, policy):
     found = results(family, policy)
-    assert len(found) == 6 and all(result.passed for result in found.values()), found
+    assert len(found) == 7 and all(result.passed for result in found.values()), found
 
 
 def test_a_merged_policy_passes():
@@ -127,7 +127,7 @@ def test_the_command_line_on_checkpoint_and_recipe(tmp_path):
     run = subprocess.run([*path, str(recipe), "--json", "found.json"], **options)
     assert run.returncode == 0, run.stderr[-1000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["passed"] and found["policy"] == "v2v" and len(found["checks"]) == 6
+    assert found["passed"] and found["policy"] == "v2v" and len(found["checks"]) == 7
     run = subprocess.run([*path, str(tmp_path / "base")], **options)
     assert run.returncode == 2 and "records no mask" in run.stderr and "Traceback" not in run.stderr
     model, processor = load(str(tmp_path / "base"), mask="v2v")
