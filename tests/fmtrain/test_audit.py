@@ -63,8 +63,10 @@ def test_a_lost_mask_is_found_in_each_mode(monkeypatch):
     prepare, causal = sdpa.prepare, fmtrain.Mask.parse("causal")
     monkeypatch.setattr(sdpa, "prepare", lambda layout, mask, start: prepare(layout, causal, start))
     found = results("llava", "v2v")
+    modes = ("training mode", "evaluation", "generate")
     assert [name for name, result in found.items() if not result.passed] == [
-        f"mask in each layer: {mode}" for mode in ("training mode", "evaluation", "generate")
+        "effect: the mask changes the logits",
+        *(f"mask in each layer: {mode}" for mode in modes),
     ]
 
 
