@@ -58,10 +58,8 @@ def recorded_mask(path: str | Path, trust_remote_code: bool = False, **hub) -> M
     config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code, **hub)
     try:
         return recorded(config)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: config.json records no mask under `fmtrain` that can be read: {error!r}"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: its config.json under `fmtrain`: {error}") from error
 
 
 def load_processor(path: str, config, **kwargs):

@@ -107,6 +107,8 @@ class Mask:
 
         Raises `ValueError` for one that was written under other mask definitions than these.
         """
+        if not isinstance(record, dict):
+            raise ValueError(f"the record of the mask is malformed: {record!r:.80} is no mapping")
         if record.get("version") != VERSION:
             raise ValueError(
                 f"the checkpoint's mask definitions have version {record.get('version')}, this "

@@ -134,6 +134,8 @@ def test_three_steps_on_fixtures(path, prepare, tmp_path, monkeypatch):
         "dtype": "float32",
         "output_dir": tmp_path / "out",
     }
+    positions = families.model(family).config.get_text_config().max_position_embeddings
+    small["max_length"] = min(recipe.training.max_length, positions)
     small |= {"model_name_or_path": tmp_path / "base"}
     assert sft.main([str(path), *data, *(f"--{key}={value}" for key, value in small.items())]) == 0
     losses = training.losses(tmp_path / "out")
