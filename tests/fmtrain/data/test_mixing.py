@@ -248,6 +248,18 @@ def test_what_looks_at_a_recipe_reads_the_rows_of_training(place, tmp_path):
     assert ids(rows_of(recipe, 6).rows) == trained[:6]
 
 
+def test_of_a_stream_no_more_is_read_than_is_looked_at(place, tmp_path, monkeypatch):
+    """Previewing one must not copy the whole set into a cache."""
+    mixture = [entry(place, "a"), entry(place, "c")]
+    recipe = recipe_of(place, tmp_path, datasets=mixture, streaming=True, max_steps=3)
+    monkeypatch.setattr(datasets, "load_dataset", None)
+    trained = training_rows(recipe, families.processor("llava")).first(3)
+    assert ids(rows_of(recipe, 3).first(3)) == ids(trained) and len(trained) == 3
+    assert len(rows_of(recipe, 9).first(9)) == 9
+    with pytest.raises(ValueError, match="a stream has no end"):
+        rows_of(recipe)
+
+
 # --- the same order, whatever the workers ---------------------------------------------------------
 
 

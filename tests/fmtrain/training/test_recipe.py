@@ -79,6 +79,12 @@ def test_bad_merge_options_say_what_is_allowed(recipe, changes, words):
     assert all(word in str(error.value) for word in words)
 
 
+def test_zero_is_a_seed(recipe):
+    path = recipe()
+    assert read(path, ["--seed", "3", "--data_seed", "0"]).data_seed == 0
+    assert read(path, ["--seed", "3"]).data_seed == 3
+
+
 def test_unused_and_unset(recipe):
     with pytest.raises(ValueError, match="merge_kernel_size belong to the light form"):
         read(recipe(mask="v2v", merge_kernel_size=5))

@@ -10,6 +10,8 @@ import fmtrain
 from fmtrain import sft
 from fmtrain.data.collator import encode_row
 from fmtrain.export import export
+from fmtrain.layout import Layout
+from fmtrain.masks import EXAMPLE, picture
 
 VV, VT = ["VISUAL", "VISUAL"], ["VISUAL", "TEXT"]
 REVEALS = {"causal": [], "future": [VT, VV], "v2v": [VV], "v2t": [VT]}
@@ -48,6 +50,11 @@ def test_trains_exports_and_reloads(folder, mask):
     merge = {"prefix": 2, "kernel_size": 5, "normalize": True} if "+" in mask else None
     table = {"policy": mask.partition("+")[0], "reveals": REVEALS[mask.partition("+")[0]]}
     assert section == table | {"within_image": False, "merge": merge, "version": 1}
+
+    card = (exported / "README.md").read_text()
+    options = ", merge=fmtrain.Merge(prefix=2, kernel_size=5, normalize=True)" if merge else ""
+    assert f'`fmtrain.attach(model, "{mask}"{options})`' in card
+    assert picture(mask, Layout.parse(EXAMPLE)) in card
 
     model, processor = fmtrain.load(str(exported))
     row = training.read_rows(folder)[1]  # two images
