@@ -8,14 +8,13 @@
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from eval import held_out
 from eval.held_out import HeldOut, right
-from fmtrain.checkpoint import load, recorded_mask
+from fmtrain.checkpoint import check_folder, load, recorded_mask
 from fmtrain.command_line import Parser, guarded
 from fmtrain.decoding import Decoder
 from fmtrain.masks import Mask
@@ -84,8 +83,7 @@ def tasks_of(data: HeldOut) -> list[str]:
 def compare(options: Namespace) -> None:
     """Answer with both checkpoints and print the tables."""
     for checkpoint in (options.before, options.after):
-        if not Path(checkpoint).is_dir():
-            raise ValueError(f"{checkpoint}: no such checkpoint folder")
+        check_folder(checkpoint)
     before = recorded_mask(options.before) or Mask.parse("causal")
     after = recorded_mask(options.after) or Mask.parse("causal")
     where = options.data, options.tasks, options.count, options.image_root, options.seed

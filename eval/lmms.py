@@ -16,7 +16,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from eval.milebench.fitting import joined
-from fmtrain.checkpoint import load, recorded_mask
+from fmtrain.checkpoint import check_folder, load, recorded_mask
 from fmtrain.command_line import one_line
 from fmtrain.data.encode import Encoded, encode
 from fmtrain.data.images import open_image
@@ -70,8 +69,7 @@ class Fmtrain(lmms):
             raise ValueError(
                 "fmtrain has no automatic batch size: give --batch_size, not --max_batch_size"
             )
-        if not Path(pretrained).is_dir():
-            raise ValueError(f"{pretrained}: no such checkpoint folder")
+        check_folder(pretrained)
         merge = {"prefix": str(merge_prefix), "kernel_size": int(merge_kernel_size)}
         attached_mask = recorded_mask(pretrained)
         if mask is not None:

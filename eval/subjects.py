@@ -15,7 +15,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from fmtrain.checkpoint import load_plain
+from fmtrain.checkpoint import check_folder, load_plain
 from fmtrain.data import noise
 from fmtrain.host import unwrap
 from fmtrain.tiny import model as tiny_model
@@ -119,8 +119,7 @@ def subject(name: str, size: str, device: str | torch.device, dtype: torch.dtype
     """The model called `name`: "random" (of that size) or a checkpoint folder."""
     if name == "random":
         return random_llava(size, device, dtype)
-    if not Path(name).is_dir():
-        raise ValueError(f"{name}: no such checkpoint folder")
+    check_folder(name)
     model, processor = load_plain(name, dtype)
     return Subject(Path(name).name, model.to(device), processor)
 

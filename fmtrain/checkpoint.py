@@ -30,6 +30,12 @@ HUB = (
 )
 
 
+def check_folder(path: str | Path) -> None:
+    """Raises `ValueError` where there is no checkpoint on disk."""
+    if not Path(path).is_dir():
+        raise ValueError(f"{path}: no such checkpoint folder")
+
+
 def is_adapter(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
@@ -98,8 +104,8 @@ def load(
     the further keywords (`device_map`, `revision`, ..) are those of `from_pretrained`. Raises
     `ValueError` where there is no checkpoint, and where it carries no mask and none is given.
     """
-    if not Path(path).is_dir() and not names_hub(str(path)):
-        raise ValueError(f"{path}: no such checkpoint folder")
+    if not names_hub(str(path)):
+        check_folder(path)
     try:
         mask = recorded_mask(path, **_of_hub(kwargs)) if mask is None else mask
         if mask is not None:

@@ -42,7 +42,12 @@ def one_line(error: Exception) -> str:
     """What an error says, on one line; of the system's errors the file and the reason."""
     if isinstance(error, OSError) and error.filename:
         return printable(f"{error.filename}: {error.strerror}")
-    return printable(" ".join(str(error).split()))
+    return printable(folded(error))
+
+
+def folded(error: BaseException) -> str:
+    """The message of an error without its line breaks, for use within another message."""
+    return " ".join(str(error).split())
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

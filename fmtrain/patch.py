@@ -117,7 +117,6 @@ class Handle:
         check_implementation(mask, self._before or "")
         if not self.host:
             check_layers(inner)
-        if not self.host:
             inner.set_attn_implementation({"text_config": ATTENTION})
         # Out of a compiled graph: it asks tensors for numbers, and decides by them.
         plan: Any = torch.compiler.disable(self._before_forward)

@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 
 from eval.matrix.recipe import MatrixRecipe
-from fmtrain.checkpoint import recorded_mask
+from fmtrain.checkpoint import check_folder, recorded_mask
 from fmtrain.command_line import write_whole
 from fmtrain.masks import Mask
 from fmtrain.training import recipe as training_recipe
@@ -79,8 +79,7 @@ def plan(recipe: MatrixRecipe) -> list[MatrixRun]:
 
 def _run(folder: str, row: str, otherwise: Mask | None = None) -> MatrixRun:
     """A checkpoint that is there; `otherwise`: the mask of one that records none."""
-    if not Path(folder).is_dir():
-        raise ValueError(f"{folder}: no such checkpoint folder")
+    check_folder(folder)
     mask = recorded_mask(folder) or otherwise
     if mask is None:
         raise ValueError(

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from eval.merge_study.study import Study, encode_rows, study
 from eval.tables import Table
-from fmtrain.checkpoint import load_plain, recorded_mask
+from fmtrain.checkpoint import check_folder, load_plain, recorded_mask
 from fmtrain.command_line import Parser, guarded, replacing, write_whole
 from fmtrain.data import files
 from fmtrain.masks import Mask
@@ -130,8 +130,7 @@ def study_checkpoint(options: argparse.Namespace) -> None:
     """Study a checkpoint on rows, print the tables and write the results."""
     if options.rows < 1:
         raise ValueError(f"--rows {options.rows}: it is 1 or more")
-    if not Path(options.checkpoint).is_dir():
-        raise ValueError(f"{options.checkpoint}: no such checkpoint folder")
+    check_folder(options.checkpoint)
     mask = studied_mask(options)
     if options.dataset == "digits":
         loaded = files.Rows(digits.rows("test", list(digits.TASKS), options.rows), ".")

@@ -33,7 +33,7 @@ from eval.milebench.prompt import require_inputs
 from eval.milebench.tasks import Sample, Task, batches, read_task
 from eval.provenance import fingerprint
 from fmtrain.attention import BACKENDS
-from fmtrain.checkpoint import base_of, is_adapter, load, recorded_mask
+from fmtrain.checkpoint import base_of, check_folder, is_adapter, load, recorded_mask
 from fmtrain.command_line import Parser, nearest, one_line
 from fmtrain.consistency import TOLERANCE
 from fmtrain.decoding import Decoder
@@ -108,8 +108,7 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], dict[str, Mask], int]:
     if any(count is not None and count < 1 for count in counts):
         raise ValueError("--max_new_tokens, --batch_images, --window and --combine are 1 or more")
     tasks = read_tasks(options.data, options.tasks, options.combine)
-    if not options.model.is_dir():
-        raise ValueError(f"{options.model}: no such checkpoint folder")
+    check_folder(options.model)
     masks = masks_by_suffix(
         options.model, options.masks, options.merge_prefix, options.merge_kernel_size
     )

@@ -1,6 +1,7 @@
 """Rows checked as training will read them, before anything is trained: all of them, or a stream's
 one by one."""
 
+from fmtrain.command_line import folded
 from fmtrain.data.encode import placed, render
 from fmtrain.data.files import Rows
 from fmtrain.data.images import MAX_PIXELS, image_size, open_image
@@ -82,5 +83,5 @@ def examine(
             raise ValueError("no assistant's turn, so there is nothing to learn from it")
         return segments_length(processor, messages, segments, sizes) if count else 0
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        reason = f"no key {error}" if isinstance(error, KeyError) else folded(error)
         raise ValueError(f"{name}, row {row.get('id', '?')}: {reason}") from None

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from fmtrain.command_line import folded
 from fmtrain.data import json_rows, mixing
 from fmtrain.data.dialogue import typed
 from fmtrain.data.row_format import (
@@ -143,7 +144,7 @@ def _read(name: str, kind: str, files: list[Path]) -> datasets.Dataset:
     ) as error:
         # Arrow counts rows from the start of a block, and names no file.
         reason = json_rows.first_broken(files) if kind == "json" else None
-        reason = reason or " ".join(str(error.__cause__ or error).split())
+        reason = reason or folded(error.__cause__ or error)
         raise ValueError(f"{name}: not readable as rows: {reason[:300]}") from error
 
 
@@ -254,6 +255,6 @@ def mix(
         mixed = mixing.mix([rows.rows for rows in sets], roots, shares, seed)
     except (ValueError, TypeError, pa.ArrowException) as error:
         names = ", ".join(entry.path for entry in entries)
-        reason = " ".join(str(error).split())[:300]
+        reason = folded(error)[:300]
         raise ValueError(f"{names}: the rows are of different types: {reason}") from error
     return Rows(mixed, ".", sum(rows.dropped for rows in sets)).head(count or None)

@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 import yaml
 
-from fmtrain.command_line import nearest
+from fmtrain.command_line import folded, nearest
 from fmtrain.data.row_format import COLUMNS, features
 
 
@@ -58,7 +58,7 @@ def _entry(place: str, value: str | dict) -> Entry:
         try:
             value = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"{place}: not readable: {' '.join(str(error).split())}") from error
+            raise ValueError(f"{place}: not readable: {folded(error)}") from error
     known = [field.name for field in fields(Entry)]
     if not isinstance(value, dict):
         example = "{path: data/vqav2, epochs: 1}"

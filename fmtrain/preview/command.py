@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from transformers import logging as transformers_logging
 
 from fmtrain.checkpoint import load_processor
-from fmtrain.command_line import Parser, guarded, quiet
+from fmtrain.command_line import Parser, folded, guarded, quiet
 from fmtrain.data import files
 from fmtrain.data.collator import encode_row
 from fmtrain.data.images import MAX_PIXELS
@@ -91,7 +91,7 @@ def _processor(name: str, **hub):
     try:
         return load_processor(name, AutoConfig.from_pretrained(name, **hub), **hub)
     except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"processor {name}: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"processor {name}: {folded(error)[:300]}") from error
 
 
 def encode(subject: Subject, numbers: list[int]) -> EncodedRow:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from trl import get_quantization_config
 
 from fmtrain.checkpoint import load_processor, recorded_mask
+from fmtrain.command_line import folded
 from fmtrain.host import check_implementation
 from fmtrain.training.recipe import Recipe
 
@@ -68,7 +69,7 @@ def _one_line(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ImportError, TypeError) as error:  # TypeError: of model_init_kwargs
-        raise ValueError(f"model {name}: {' '.join(str(error).split())[:400]}") from error
+        raise ValueError(f"model {name}: {folded(error)[:400]}") from error
 
 
 def check_start(recipe: Recipe) -> None:

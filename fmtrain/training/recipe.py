@@ -17,7 +17,7 @@ import yaml
 from trl import ModelConfig, SFTConfig, TrlParser
 
 import fmtrain
-from fmtrain.command_line import nearest
+from fmtrain.command_line import folded, nearest
 from fmtrain.data.images import MAX_PIXELS
 from fmtrain.data.mixing import entries
 from fmtrain.masks import LIGHT, Mask, parse_masks
@@ -264,7 +264,7 @@ def load_values(path: str | os.PathLike) -> dict:
     except OSError as error:
         raise ValueError(f"{path}: no such recipe") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: not readable as YAML: {folded(error)}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ValueError(f"{path}: a recipe is a mapping of keys to values")
     return values
@@ -291,7 +291,7 @@ def _parsed(path: Path, values: dict, overrides: list[str]) -> list:
             [*words, *overrides], return_remaining_strings=True
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: {folded(error)}") from error
     if unknown:
         near = nearest(unknown[0].lstrip("-").split("=")[0], known)
         raise ValueError(f"unknown argument {unknown[0]!r}; the nearest known one is '--{near}'")

@@ -8,6 +8,7 @@ from fmtrain.data import files, mixing, stream
 from fmtrain.data.checks import examine, prepare
 from fmtrain.data.files import Rows
 from fmtrain.training.recipe import Recipe
+from fmtrain.training.run_folder import STATE
 
 NAMED = 20  # bad rows in an error
 
@@ -156,7 +157,7 @@ def _resumed_stream(
             raise ValueError(
                 f"{recipe.path}: a stream is resumed where it stopped; ignore_data_skip cannot be"
             )
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+        state = json.loads((Path(checkpoint) / STATE).read_text())
         skip = state["global_step"] * training.gradient_accumulation_steps
     check = stream.checker(
         processor, longest_row(recipe, positions), data.max_pixels, data.allow_evaluation_data

@@ -85,12 +85,12 @@ def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
     if not (checkpoint / STATE).is_file():
         raise ValueError(f"{checkpoint}: not a whole checkpoint (no {STATE})")
     state, training = json.loads((checkpoint / STATE).read_text()), recipe.training
+    done = state["global_step"]
     if training.max_steps > 0:
-        done, end = state["global_step"], f"max_steps {training.max_steps}"
-        left = training.max_steps - done
+        left, end = training.max_steps - done, f"max_steps {training.max_steps}"
     else:
-        done, end = state["global_step"], f"num_train_epochs {training.num_train_epochs:g}"
         left = training.num_train_epochs - (state["epoch"] or 0)
+        end = f"num_train_epochs {training.num_train_epochs:g}"
     if left <= 0 and (checkpoint.parent / STATE).is_file():
         raise ValueError(f"{checkpoint}: step {done} is the end already ({end}); nothing to resume")
 
