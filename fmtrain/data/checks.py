@@ -8,6 +8,8 @@ from fmtrain.data.images import MAX_PIXELS, image_size, open_image
 from fmtrain.data.length import segments_length
 from fmtrain.data.row_format import EVALUATION_ONLY
 
+NAMED = 20  # bad rows in an error
+
 
 def prepare(
     loaded: Rows,
@@ -21,10 +23,10 @@ def prepare(
 ) -> Rows:
     """Every row checked as training will read it; those over `max_length` tokens dropped.
 
-    Raises `ValueError` naming the set, the row and the reason for the first bad row, and if no row
-    is left.
+    Raises `ValueError` naming the set, the row and the reason for each of the first bad rows, and
+    if no row is left.
     """
-    lengths = loaded.rows.map(
+    checked = loaded.rows.map(
         _length,
         fn_kwargs=dict(
             processor=processor,
@@ -39,9 +41,13 @@ def prepare(
         num_proc=workers,
         desc="checking rows",
         load_from_cache_file=False,
-    )["length"]
+    )
+    reasons = [reason for reason in checked["reason"] if reason]
+    if reasons:
+        raise ValueError(_named(name, reasons, loaded.size))
     if max_length is None:
         return loaded
+    lengths = checked["length"]
     short = [index for index, length in enumerate(lengths) if length <= max_length]
     if not short:
         raise ValueError(
@@ -51,8 +57,20 @@ def prepare(
     return Rows(loaded.rows.select(short), loaded.image_root, len(lengths) - len(short))
 
 
-def _length(row: dict, **how) -> dict[str, int]:
-    return {"length": examine(row, **how)}
+def _length(row: dict, **how) -> dict[str, int | str]:
+    """The length of a row, or the reason why it is a bad one."""
+    try:
+        return {"length": examine(row, **how), "reason": ""}
+    except ValueError as error:
+        return {"length": 0, "reason": str(error)}
+
+
+def _named(name: str, reasons: list[str], rows: int) -> str:
+    if len(reasons) == 1:
+        return reasons[0]
+    named = reasons[:NAMED]
+    head = f"{len(reasons)} of {rows} rows cannot be trained on; the first {len(named)}:"
+    return "\n".join([f"{name}: {head}", *named])
 
 
 def examine(

@@ -5,12 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fmtrain.data import files, mixing, stream
-from fmtrain.data.checks import examine, prepare
+from fmtrain.data.checks import prepare
 from fmtrain.data.files import Rows
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.run_folder import STATE
-
-NAMED = 20  # bad rows in an error
 
 
 def rows_of(recipe: Recipe, first: int | None = None) -> Rows:
@@ -87,60 +85,22 @@ def longest_row(recipe: Recipe, positions: int | None) -> int | None:
 def _checked(recipe: Recipe, processor, rows: Rows, name: str, positions: int | None) -> Rows:
     data, training = recipe.data, recipe.training
     limit = longest_row(recipe, positions)
-    try:
-        checked = prepare(
-            rows,
-            processor,
-            name,
-            max_length=limit,
-            max_pixels=data.max_pixels,
-            check_images=data.check_images,
-            allow_evaluation_data=data.allow_evaluation_data,
-            workers=training.dataset_num_proc,
-        )
-    except ValueError as error:
-        reasons = _reasons(recipe, processor, rows, name)
-        if len(reasons) < 2:
-            raise
-        named = reasons[:NAMED]
-        head = f"{len(reasons)} of {rows.size} rows cannot be trained on; the first {len(named)}:"
-        raise ValueError("\n".join([f"{name}: {head}", *named])) from error
+    checked = prepare(
+        rows,
+        processor,
+        name,
+        max_length=limit,
+        max_pixels=data.max_pixels,
+        check_images=data.check_images,
+        allow_evaluation_data=data.allow_evaluation_data,
+        workers=training.dataset_num_proc,
+    )
     if checked.dropped and training.max_length is None:
         raise ValueError(
             f"{name}: {checked.dropped} of {rows.size} rows are longer than the model's "
             f"{positions} positions; `max_length: {positions}` drops them"
         )
     return checked
-
-
-def _reasons(recipe: Recipe, processor, rows: Rows, name: str) -> list[str]:
-    """What is wrong with each of the bad rows, in one line."""
-    how = dict(
-        processor=processor,
-        name=name,
-        root=rows.image_root,
-        max_pixels=recipe.data.max_pixels,
-        decode=recipe.data.check_images,
-        count=True,
-        evaluation=recipe.data.allow_evaluation_data,
-    )
-    reasons = rows.rows.map(
-        _reason,
-        fn_kwargs=how,
-        remove_columns=rows.rows.column_names,
-        num_proc=recipe.training.dataset_num_proc,
-        desc="naming bad rows",
-        load_from_cache_file=False,
-    )["reason"]
-    return [reason for reason in reasons if reason]
-
-
-def _reason(row: dict, **how) -> dict[str, str]:
-    try:
-        examine(row, **how)
-    except ValueError as error:
-        return {"reason": str(error)}
-    return {"reason": ""}
 
 
 def _resumed_stream(
