@@ -25,6 +25,7 @@ from fmtrain.attention import BACKENDS
 from fmtrain.checkpoint import base_of, is_adapter, load
 from fmtrain.command_line import Parser, guarded
 from fmtrain.data import noise
+from fmtrain.data.aspect import aspect_of
 from fmtrain.data.collator import batch, encode_row
 from fmtrain.layout import Layout
 from fmtrain.masks import EXAMPLE, Mask, picture
@@ -173,15 +174,21 @@ Trained by fmtrain at revision {record.get("git_revision")} ({versions or "versi
 """
 
 
-def check_record(run: Path, mask: Mask) -> None:
+def check_record(run: Path, mask: Mask, processor) -> None:
     """Raises `ValueError` where a checkpoint's config.json names another mask than the run that it
-    is of, or is in."""
+    is of, or is in, or its processor shows images in another way."""
     record = read_record(run) or read_record(run.parent)
     trained = Mask.from_record(record) if "policy" in record else mask
     if trained != mask:
         raise ValueError(
             f"{run}: config.json records the mask '{mask}' ({mask.record()}), the run's run.json "
             f"'{trained}' ({trained.record()}); nothing was written"
+        )
+    aspect = aspect_of(processor)
+    if record.get("image_aspect", aspect) != aspect:
+        raise ValueError(
+            f"{run}: its processor has image_aspect {aspect}, the run was trained with "
+            f"{record['image_aspect']} (run.json); nothing was written"
         )
 
 
@@ -204,7 +211,7 @@ def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
     )
     model, processor = load(run, backend=backend, dtype=torch.float32)
     mask = attached(model).mask
-    check_record(run, mask)
+    check_record(run, mask, processor)
     rows, root = rows_at_hand(run)
     expected = None
     if adapter:

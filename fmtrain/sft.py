@@ -18,6 +18,7 @@ import torch
 from rich.markup import escape
 
 from fmtrain.command_line import one_line, quiet
+from fmtrain.data.aspect import described
 from fmtrain.patch import attach
 from fmtrain.training import recipe as recipes
 from fmtrain.training import trainable
@@ -41,6 +42,7 @@ def main(arguments: list[str]) -> int:
     prepare_tracking(training.report_to)
 
     processor, config = load_processor_of(recipe)
+    say(described(processor))
     positions = config.get_text_config().max_position_embeddings
     rows = training_rows(recipe, processor, checkpoint, positions)
     eval_rows = evaluation_rows(recipe, processor, positions)
@@ -51,7 +53,7 @@ def main(arguments: list[str]) -> int:
     stop = SaveOnTerm()
     trainer = build_trainer(recipe, model, processor, rows, eval_rows, stop)
     say(trainable.summary(trainer.model))
-    record = record_of(recipe, handle, rows, trainer.model)
+    record = record_of(recipe, handle, processor, rows, trainer.model)
     check_resumed(checkpoint, record)
 
     with recorded(recipe, record, trainer.is_world_process_zero()):

@@ -9,6 +9,7 @@ from trl import get_quantization_config
 
 from fmtrain.checkpoint import load_processor, recorded_mask
 from fmtrain.command_line import folded
+from fmtrain.data.aspect import with_aspect
 from fmtrain.host import check_implementation
 from fmtrain.training.recipe import Recipe
 
@@ -21,8 +22,8 @@ def load_model(recipe: Recipe):
 
 
 def load_processor_of(recipe: Recipe):
-    """The processor and the config of the starting model: all that rows are checked with. Raises
-    `ValueError` for a start that does not fit the recipe."""
+    """The processor of the starting model, which shows images as the recipe says, and its config:
+    all that rows are checked with. Raises `ValueError` for a start that does not fit the recipe."""
     name = recipe.model.model_name_or_path
     if name is None:
         raise ValueError(
@@ -33,7 +34,8 @@ def load_processor_of(recipe: Recipe):
     with _one_line(name):
         check_start(recipe)
         config = AutoConfig.from_pretrained(name, **_hub(recipe))
-        return load_processor(name, config, **_hub(recipe)), config
+        processor = load_processor(name, config, **_hub(recipe))
+    return with_aspect(processor, recipe.data.image_aspect), config
 
 
 def load_weights(recipe: Recipe):

@@ -18,6 +18,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 import fmtrain
 from fmtrain.command_line import folded, nearest
+from fmtrain.data.aspect import ASPECTS
 from fmtrain.data.images import MAX_PIXELS
 from fmtrain.data.mixing import entries
 from fmtrain.masks import LIGHT, Mask, parse_masks
@@ -91,6 +92,11 @@ class DataArguments:
     image_root: str | None = _argument(
         None, "Folder of the images; by default the one of dataset_name."
     )
+    image_aspect: str | None = _argument(
+        None,
+        "Of LLaVA-1.5: pad images to a square, as LLaVA trains, or crop them, as llava-hf's "
+        "processors do; by default as the processor does already.",
+    )
     max_pixels: int = _argument(MAX_PIXELS, "Images with more pixels are refused.")
     check_images: bool = _argument(True, "Decode every image once before training starts.")
     allow_evaluation_data: bool = _argument(False, "Train on rows marked as evaluation data.")
@@ -102,6 +108,8 @@ class DataArguments:
         for part in self.train_parts or ():
             if part not in PARTS:
                 raise ValueError(f"train_parts names {part!r}; known are {', '.join(PARTS)}")
+        if self.image_aspect not in (None, *ASPECTS):
+            raise ValueError(f"image_aspect is {self.image_aspect!r}; known are pad, crop")
         if self.datasets is not None:
             self.datasets = [entry.plain() for entry in entries(self.datasets)]
             if {self.dataset_name, self.image_root, self.dataset_config} != {None}:

@@ -15,6 +15,7 @@ from trl import get_peft_config
 
 from fmtrain.checkpoint import recorded_mask
 from fmtrain.command_line import write_whole
+from fmtrain.data.aspect import aspect_of
 from fmtrain.data.files import Rows
 from fmtrain.patch import Handle
 from fmtrain.provenance import revision, versions
@@ -24,7 +25,7 @@ from fmtrain.training.recipe import Recipe
 RECORD, RECIPE = "run.json", "recipe.yaml"
 STATE = "trainer_state.json"  # the last file of a checkpoint, and of a run
 # What a run cannot change when it is resumed; the mask is checked before anything is loaded.
-FIXED = ("base_model", "data", "trainable", "lora")
+FIXED = ("base_model", "data", "image_aspect", "trainable", "lora")
 
 
 def checkpoint_of(recipe: Recipe) -> str | None:
@@ -95,7 +96,7 @@ def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint}: step {done} is the end already ({end}); nothing to resume")
 
 
-def record_of(recipe: Recipe, handle: Handle, rows: Rows, model: nn.Module) -> dict:
+def record_of(recipe: Recipe, handle: Handle, processor, rows: Rows, model: nn.Module) -> dict:
     """What a run is made with."""
     lora = get_peft_config(recipe.model)
     return {
@@ -106,6 +107,7 @@ def record_of(recipe: Recipe, handle: Handle, rows: Rows, model: nn.Module) -> d
         "rows": rows.size,
         "rows_dropped": rows.dropped,
         "data": fingerprint(rows),
+        "image_aspect": aspect_of(processor),
         "trainable": trainable.counts(model),
         "lora": None if lora is None else {"rank": lora.r, "alpha": lora.lora_alpha},
         "versions": versions(),
