@@ -22,12 +22,14 @@ from transformers import logging as transformers_logging
 from fmtrain.checkpoint import load_processor
 from fmtrain.command_line import Parser, folded, guarded, quiet
 from fmtrain.data import files
+from fmtrain.data.aspect import with_aspect
 from fmtrain.data.collator import encode_row
 from fmtrain.data.images import MAX_PIXELS
 from fmtrain.layout import Layout
 from fmtrain.masks import Mask
 from fmtrain.policies import POLICIES
 from fmtrain.preview.drawing import draw_masks, draw_row
+from fmtrain.preview.pictures import pictures, shown
 from fmtrain.preview.spans import figures
 from fmtrain.preview.terminal import EncodedRow, report, visible
 from fmtrain.training import recipe as recipes
@@ -62,7 +64,7 @@ def from_recipe(path: str, overrides: list[str], processor: str | None, first: i
     source = recipe.data.dataset_name or path  # a mix has no name of its own
     return Subject(
         source,
-        _processor(name, **hub),
+        with_aspect(_processor(name, **hub), recipe.data.image_aspect),
         rows_of(recipe, first),
         recipe.mask,
         training.max_length,
@@ -98,7 +100,7 @@ def encode(subject: Subject, numbers: list[int]) -> EncodedRow:
     """The rows of these numbers as the model gets them, several packed into one behind one
     another."""
     rows = subject.rows.first(max(numbers) + 1)
-    ids, layouts = [], []
+    ids, layouts, images = [], [], []
     for sample, number in enumerate(numbers):
         if not 0 <= number < len(rows):
             raise ValueError(
@@ -106,20 +108,20 @@ def encode(subject: Subject, numbers: list[int]) -> EncodedRow:
                 f"{number}"
             )
         row = rows[number]
+        place = subject.rows.image_root, subject.max_pixels
         try:
-            encoded = encode_row(
-                subject.processor, row, subject.rows.image_root, subject.max_pixels
-            )
+            encoded = encode_row(subject.processor, row, *place)
         except (KeyError, TypeError) as error:
             name = row.get("id", number)
             raise ValueError(f"row {name}: messages are not as they should be: {error}") from error
+        images += pictures(subject.processor, row, encoded, *place)
         ids.append(encoded.inputs["input_ids"])
         layouts.append(replace(encoded.layout, sample=torch.full_like(ids[-1], sample)))
     source = Path(subject.name).name
     name = f"row {numbers[0]} of {source} ({row['id']})"
     if len(numbers) > 1:
         name = f"rows {', '.join(map(str, numbers))} of {source}, packed into one"
-    return EncodedRow(visible(name), torch.cat(ids, 1), Layout.cat(layouts, 1))
+    return EncodedRow(visible(name), torch.cat(ids, 1), Layout.cat(layouts, 1), tuple(images))
 
 
 def preview(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
@@ -141,6 +143,8 @@ def preview(options: argparse.Namespace, overrides: list[str], console: Console)
     row = encode(subject, options.row)
     tokenizer = subject.processor.tokenizer
     console.print(report(row, subject.mask, tokenizer, subject.max_length, options.full))
+    if row.pictures:
+        console.print(shown(subject.processor, row.pictures, console.color_system is not None))
     if options.png:
         counts = figures(row.ids, row.layout, subject.mask)
         verb = "pooled" if subject.mask.merge else "revealed"

@@ -14,6 +14,7 @@ from fmtrain.data.encode import IGNORED, labels
 from fmtrain.layout import Layout, Role
 from fmtrain.masks import Mask, picture
 from fmtrain.preview.drawing import in_words
+from fmtrain.preview.pictures import Picture
 from fmtrain.preview.spans import Figures, Span, figures, spans
 
 STYLES = {
@@ -30,11 +31,12 @@ HEAD, TAIL = 320, 160  # characters of a long text that are shown
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row as the model gets it: token ids [1, T] and their layout [1, T]."""
+    """A row as the model gets it: token ids [1, T], their layout [1, T], and its pictures."""
 
     name: str
     ids: torch.Tensor
     layout: Layout
+    pictures: tuple[Picture, ...] = ()
 
 
 def visible(words: str) -> str:
