@@ -4,7 +4,7 @@ of LLaVA-1.5.
 The form of LLaVA-Instruct, but images are named with their folder, one of five (coco/train2017,
 gqa/images, ocr_vqa/images, textvqa/train_images, vg/VG_100K and VG_100K_2), and about 40,000
 dialogues (ShareGPT) have no image. The image root is the folder that holds the five. A row's source
-names its folder, or `text`.
+names its folder, or `text`. Boxes in its texts (Visual Genome, RefCOCO) are kept as they are.
 """
 
 from collections.abc import Iterator
@@ -38,7 +38,7 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     yield {"id": row_id, "source": f"llava_mix665k/{kind}", "messages": messages, "images": images}
 
 
-CONVERTER = Converter("llava_mix665k", __doc__, files, records, rows)
+CONVERTER = Converter("llava_mix665k", __doc__, files, records, rows, box_frame="square")
 
 if __name__ == "__main__":
     run(CONVERTER)

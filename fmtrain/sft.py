@@ -23,7 +23,7 @@ from fmtrain.patch import attach
 from fmtrain.training import recipe as recipes
 from fmtrain.training import trainable
 from fmtrain.training.model import load_processor_of, load_weights
-from fmtrain.training.rows import evaluation_rows, training_rows
+from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
 from fmtrain.training.run_folder import check_resumed, checkpoint_of, record_of, recorded
 from fmtrain.training.tracking import prepare_tracking, say
 from fmtrain.training.trainer import SaveOnTerm, build_trainer
@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     prepare_tracking(training.report_to)
 
     processor, config = load_processor_of(recipe)
-    say(described(processor))
+    for line in [described(processor), *check_boxes(recipe, processor)]:
+        say(line)
     positions = config.get_text_config().max_position_embeddings
     rows = training_rows(recipe, processor, checkpoint, positions)
     eval_rows = evaluation_rows(recipe, processor, positions)

@@ -1,9 +1,10 @@
 """Boxes as text, the way LLaVA-1.5's files write them: [x1, y1, x2, y2] in [0, 1] rounded to two
 decimals.
 
-LLaVA-1.5 pads an image to a square before it is resized, and its boxes are relative to that square
-(LLaVA issue 606), so `square` is what a LLaVA-1.5 sees. Processors that resize without padding want
-`image`.
+LLaVA's own code pads an image to a square before it is resized, and the boxes of its mix are
+relative to that square (LLaVA issue 606): `square` is for a LLaVA-1.5 trained with `image_aspect:
+pad`. Processors that resize an image whole, whatever its shape, want `image`; where an image is
+cropped, neither is what the model sees.
 """
 
 from argparse import ArgumentParser
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 
 from data_prep.converting.prompts import DESCRIBE, LOCATE
 from data_prep.converting.rows import Message, assistant, user
+from fmtrain.data.row_format import BOX_FRAMES
 
-FRAMES = ("square", "image")
 TASKS = ("locate", "describe", "both")
 
 
@@ -22,7 +23,7 @@ def add_box_options(parser: ArgumentParser) -> None:
         "--task", choices=TASKS, default="locate", help="phrase to box, box to phrase, or both"
     )
     parser.add_argument(
-        "--box_frame", choices=FRAMES, default="square", help="what boxes are relative to"
+        "--box_frame", choices=BOX_FRAMES, default="square", help="what boxes are relative to"
     )
 
 
@@ -41,7 +42,7 @@ def normalised(box: Sequence[float], size: tuple[float, float], frame: str) -> s
         )
     if frame == "square":
         side = max(width, height)
-        dx, dy = (side - width) / 2, (side - height) / 2
+        dx, dy = (side - width) // 2, (side - height) // 2  # of an odd rest, as it is padded
         left, right, top, bottom = left + dx, right + dx, top + dy, bottom + dy
         width = height = side
     edges = (left / width, top / height, right / width, bottom / height)

@@ -59,6 +59,7 @@ class Converter:
     add_options: Callable[[argparse.ArgumentParser], None] = no_options
     image_folder: str | None = None  # where images lie below the image root; None: the records say
     evaluation_only: bool = False
+    box_frame: str | None = None  # of boxes in the source's own texts; else --box_frame says it
 
 
 def source_file(source: Path, name: str) -> Path:
@@ -133,7 +134,8 @@ def convert(converter: Converter, options: Options) -> None:
                 counts.rejected += 1
                 reject.write(_reject_entry(record, reason) + b"\n")
         images = image_digest(staging, options.image_root) if options.embed_images else None
-        write_manifest(staging, fingerprint, counts, images, marked)
+        boxes = vars(options).get("box_frame", converter.box_frame)
+        write_manifest(staging, fingerprint, counts, images, marked, boxes)
     _report(options, counts)
 
 

@@ -15,9 +15,10 @@ from typing import Any, Self
 
 import pyarrow.parquet as pq
 
-from data_prep.converting.writing import MANIFEST, write_json
+from data_prep.converting.writing import write_json
+from fmtrain.data.row_format import MANIFEST
 
-ROW_FORMAT = 1  # raised when converters write different rows from the same source
+ROW_FORMAT = 2  # raised when converters write different rows from the same source
 _PLACES = ("source", "out", "reject")  # options that say where, not what
 
 
@@ -107,9 +108,10 @@ def write_manifest(
     counts: ConversionCounts,
     images: str | None,
     evaluation_only: bool,
+    box_frame: str | None,
 ) -> None:
     """Write the manifest of a folder whose rows are complete; `images` is its `image_digest` if
-    they are embedded."""
+    they are embedded, `box_frame` what their boxes are relative to if they have any."""
     manifest = {
         "fingerprint": vars(fingerprint),
         "rows": counts.rows.total(),
@@ -117,6 +119,7 @@ def write_manifest(
         "rejected": counts.rejected,
         "left_out": dict(sorted(counts.left_out.items())),
         "evaluation_only": evaluation_only,
+        "box_frame": box_frame,
         "files": file_sizes(folder),
         "images": images,
     }

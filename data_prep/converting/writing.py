@@ -22,11 +22,8 @@ import pyarrow.parquet as pq
 
 from data_prep.converting.rows import Problem, Row
 from fmtrain.command_line import write_whole
-from fmtrain.data.row_format import arrow_schema
+from fmtrain.data.row_format import MANIFEST, arrow_schema
 
-MANIFEST = (
-    "_manifest"  # JSON; `datasets` passes over names that begin so and over ones without an ending
-)
 SHARD_ROWS = 100_000  # rows a Parquet shard
 SHARD_BYTES = 500_000_000  # bytes of embedded images a Parquet shard
 _GROUP_ROWS, _GROUP_BYTES = 2_000, 64_000_000  # what is buffered before it is written

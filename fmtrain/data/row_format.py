@@ -21,6 +21,9 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+MANIFEST = "_manifest"  # JSON; `datasets` passes over names that begin so or have no ending
+# What the boxes in texts may be relative to, as a converter's option calls it
+BOX_FRAMES = {"square": "the image padded to a square", "image": "the image"}
 EVALUATION_ONLY = "evaluation_only/"  # how `source` begins in rows that must not be trained on
 
 
@@ -76,6 +79,18 @@ def require_no_other_media(row: dict[str, Any], key: str) -> None:
                 f"it has {str(other)!r}, which would be left out; only images are shown to a "
                 f"model, those under {key!r}"
             )
+
+
+def box_frame(path: str | Path) -> str | None:
+    """What the boxes in the texts of prepared rows are relative to, a key of `BOX_FRAMES`, as the
+    manifest of their folder says; None for rows of which it does not speak."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    try:
+        return json.loads((folder / MANIFEST).read_bytes()).get("box_frame")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / MANIFEST}: no manifest of prepared rows: {error}") from error
 
 
 def row_files(path: str | Path | None) -> list[Path]:

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fmtrain.data import files, mixing, stream
+from fmtrain.data.aspect import aspect_of
 from fmtrain.data.checks import prepare
 from fmtrain.data.files import Rows
+from fmtrain.data.row_format import BOX_FRAMES, box_frame
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.run_folder import STATE
 
@@ -38,6 +40,30 @@ def training_rows(
         return _resumed_stream(recipe, processor, checkpoint, positions)
     with recipe.training.main_process_first():
         return _mixed(recipe, lambda rows, name: _checked(recipe, processor, rows, name, positions))
+
+
+def check_boxes(recipe: Recipe, processor) -> list[str]:
+    """A line for each prepared set whose boxes are not relative to what the processor shows.
+
+    Raises `ValueError`, with that line, unless the recipe says how it shows images.
+    """
+    data, aspect, lines = recipe.data, aspect_of(processor), []
+    names = [entry.path for entry in mixing.entries(data.datasets)] if data.datasets else []
+    for name in [*names, data.dataset_name, data.eval_dataset_name]:
+        frame = None if name in (None, "digits") else box_frame(name)
+        if aspect is None or frame is None or (aspect, frame) == ("pad", "square"):
+            continue
+        line = (
+            f"{name}: its boxes are relative to {BOX_FRAMES[frame]}, but the processor shows "
+            f"images by image_aspect {aspect}"
+        )
+        if data.image_aspect is None:
+            raise ValueError(
+                f"{line}; boxes relative to the padded image go with `image_aspect: pad`, and if "
+                f"this is meant, say `image_aspect: {aspect}`"
+            )
+        lines.append(line)
+    return lines
 
 
 def _mixed(
