@@ -8,6 +8,10 @@ import torch
 from fmtrain.layout import Layout, Role
 from fmtrain.masks import Mask
 
+# Of a forward, what carries videos or sounds: parts of its keywords' names, tokens of the config
+OTHER_INPUTS = ("video", "audio", "input_features")
+OTHER_TOKENS = ("video_token_id", "audio_token_id")
+
 
 def padded(kwargs: dict) -> bool:
     """Whether the padding mask among a forward's keywords closes any token."""
@@ -31,6 +35,27 @@ def check_padding(layout: Layout, mask: torch.Tensor | None) -> None:
         raise ValueError(
             f"row {row}, token {token}: the layout and the 2D padding mask say different things "
             f"about padding ({len(wrong)} tokens in all)"
+        )
+
+
+def check_media(kwargs: dict, config, mask: Mask, layout: Layout) -> None:
+    """Raises `ValueError` for a forward with videos or sounds under a mask that looks ahead, which
+    would take them for text; `layout` is that of the forward's own tokens."""
+    if not mask.looks_ahead:
+        return
+    given = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor)]
+    ahead = kwargs.get("mm_encoder_outputs") or {}  # computed ahead, as `generate` does
+    given += [f"{name} features" for name, value in ahead.items() if value is not None]
+    found = [name for name in given if any(word in name for word in OTHER_INPUTS)]
+    ids = kwargs.get("input_ids")
+    for medium in OTHER_TOKENS if ids is not None and not found else ():
+        token = getattr(config, medium, None)
+        if token is not None and bool(((ids == token) & ~layout.answer).any()):
+            found.append(f"the config's {medium} ({token}) among its ids")
+    if found:
+        raise ValueError(
+            f"mask '{mask}' with {found[0]}: only images are told from text; videos and sounds are "
+            "served under causal alone"
         )
 
 

@@ -25,7 +25,7 @@ from fmtrain.host import (
     check_layers,
     unwrap,
 )
-from fmtrain.infer import check_padding, infer, padded, repeated
+from fmtrain.infer import check_media, check_padding, infer, padded, repeated
 from fmtrain.layout import PREFIX, Layout
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
@@ -235,6 +235,7 @@ class Handle:
                 f"+ {new} new tokens"
             )
         layout = layout.to(source.device)
+        check_media(kwargs, self._inner.config, self.mask, layout[:, seen:])
         if kwargs.get("position_ids") is None and layout.packed:
             kwargs["position_ids"] = layout.positions()[:, seen:]
         kwargs[PLAN] = attention.plan(layout, self.mask, self.backend, start=seen)

@@ -20,6 +20,7 @@ from fmtrain.data.dialogue import typed
 from fmtrain.layout import Layout, Role
 
 IGNORED = -100  # the label that cross entropy skips
+PLACEHOLDERS = ("image_token", "video_token", "audio_token")  # of a processor
 
 
 class Processor(Protocol):
@@ -201,12 +202,13 @@ def placed(processor: Processor, messages: list[dict], images: int) -> list[dict
     what `encode` says it does.
     """
     messages = typed(messages, images)
-    for message in messages:
-        if any(processor.image_token in part.get("text", "") for part in message["content"]):
-            raise ValueError(
-                f"a text contains the placeholder {processor.image_token!r}; an image is a part of "
-                f"its own"
-            )
+    for token in filter(None, (vars(processor).get(name) for name in PLACEHOLDERS)):
+        for message in messages:
+            if any(token in part.get("text", "") for part in message["content"]):
+                raise ValueError(
+                    f"a text contains the placeholder {token!r}; an image is a part of its own, "
+                    "and nothing else is shown to the model"
+                )
     return [_in_place(processor, message) for message in messages]
 
 
