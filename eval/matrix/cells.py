@@ -23,6 +23,7 @@ from eval.held_out import HeldOut, right
 from eval.provenance import fingerprint
 from fmtrain.checkpoint import load
 from fmtrain.command_line import quiet, write_whole
+from fmtrain.data.aspect import with_aspect
 from fmtrain.decoding import Decoder
 from fmtrain.masks import VERSION, Mask
 
@@ -33,9 +34,16 @@ def cell_path(folder: Path, run: str, mask: str | Mask) -> Path:
     return folder / "cells" / run / f"{mask}.json"
 
 
-def cell_keys(checkpoint: Path, masks: Sequence[Mask], data: HeldOut, max_new_tokens: int) -> Keys:
+def cell_keys(
+    checkpoint: Path,
+    masks: Sequence[Mask],
+    data: HeldOut,
+    max_new_tokens: int,
+    image_aspect: str | None = None,
+) -> Keys:
     """What the answers of each cell depend on: if any of it changes, the cell is made again."""
     digest, keys = fingerprint(checkpoint), {}
+    shown = {"image_aspect": image_aspect} if image_aspect else {}
     for mask in masks:
         keys[str(mask)] = {
             "checkpoint": digest,
@@ -44,6 +52,7 @@ def cell_keys(checkpoint: Path, masks: Sequence[Mask], data: HeldOut, max_new_to
             "mask_definitions": VERSION,
             "questions": data.digest,
             "max_new_tokens": max_new_tokens,
+            **shown,
         }
     return keys
 
@@ -82,13 +91,15 @@ def evaluate(
     source: tuple,
     batch_size: int,
     max_new_tokens: int,
+    image_aspect: str | None = None,
 ) -> int:
     """Answer all questions of `held_out.by_task(*source)` with one checkpoint under every mask.
 
-    Runs in a worker process. The model is loaded once. Returns how many cells were made.
+    image_aspect: how it is shown images, if not as its processor does. Runs in a worker process.
+    The model is loaded once. Returns how many cells were made.
     """
     data = held_out.by_task(*source)
-    keys = missing(folder, run, cell_keys(checkpoint, masks, data, max_new_tokens))
+    keys = missing(folder, run, cell_keys(checkpoint, masks, data, max_new_tokens, image_aspect))
     if not keys:
         return 0
     masks = [mask for mask in masks if str(mask) in keys]
@@ -97,6 +108,7 @@ def evaluate(
     answers = before["answers"] if before else {mask: [None] * len(data.questions) for mask in keys}
     open_questions = [k for k, text in enumerate(answers[str(masks[0])]) if text is None]
     model, processor = load(str(checkpoint), "causal", backend="sdpa")
+    processor = with_aspect(processor, image_aspect)
     decoder = Decoder(model.to("cuda" if torch.cuda.is_available() else "cpu"), processor)
     all_prompts = data.prompts(processor)
     prompts = [all_prompts[k] for k in open_questions]

@@ -82,10 +82,11 @@ class Work:
         recipe, done = self.recipe, []
         if run.recipe is not None and runs.train(run, recipe, self.started):
             done.append("trained")
-        keys = cells.cell_keys(run.folder, self.masks, self.data, recipe.max_new_tokens)
+        settings = recipe.max_new_tokens, run.image_aspect
+        keys = cells.cell_keys(run.folder, self.masks, self.data, *settings)
         if cells.missing(recipe.folder, run.name, keys):
             work = (recipe.folder, run.name, run.folder, self.masks, source(recipe))
-            work += (recipe.batch_size, recipe.max_new_tokens)
+            work += (recipe.batch_size, *settings)
             made = pool.submit(cells.evaluate, *work).result() if pool else cells.evaluate(*work)
             done.append(f"{made} cells evaluated")
         return ", ".join(done) or "finished before"

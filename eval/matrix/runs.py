@@ -15,7 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -32,13 +32,18 @@ WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.
 
 @dataclass(frozen=True)
 class MatrixRun:
-    """One checkpoint: the row it belongs to, the mask it was trained with, and where it is."""
+    """One checkpoint: the row it belongs to, the mask it was trained with, and where it is.
+
+    image_aspect: how the base is shown images, where the training recipe says it, or its row would
+    differ from the others by more than training.
+    """
 
     name: str
     row: str
     mask: Mask
     folder: Path
     recipe: Path | None = None  # None: a checkpoint that was trained elsewhere
+    image_aspect: str | None = None
 
 
 def plan(recipe: MatrixRecipe) -> list[MatrixRun]:
@@ -58,7 +63,8 @@ def plan(recipe: MatrixRecipe) -> list[MatrixRun]:
             if recipe.scores is None:
                 _write_recipe(recipe, runs[-1], seed)
         if recipe.scores is None:
-            training_recipe.read(runs[-1].recipe)
+            aspect = training_recipe.read(runs[-1].recipe).data.image_aspect
+            runs = [replace(run, image_aspect=aspect) if run.row == "base" else run for run in runs]
     for row, folders in recipe.checkpoints.items():
         of_row = [_run(folder, row) for folder in folders]
         if len({run.mask for run in of_row}) > 1:

@@ -25,6 +25,7 @@ from eval.matrix import command as matrix
 from eval.matrix import recipe as matrix_recipe
 from fmtrain import POLICIES, Mask, Policy, attach, attached
 from fmtrain.checkpoint import load, recorded_mask
+from fmtrain.data.aspect import with_aspect
 from fmtrain.decoding import Decoder
 
 
@@ -209,6 +210,30 @@ def test_a_cell_is_made_again_when_what_it_depends_on_changes(folder):
     cells.cell_path(work, "base", "causal").write_text('{"key": ')
     with pytest.raises(ValueError, match=r"causal\.json: not JSON"):
         missing(masks, data, 2)
+
+
+def test_the_base_is_shown_images_as_the_trained_rows_are(folder):
+    """Its row is that of a base whose own processor pads, where the training recipe pads."""
+    recipe = matrix_recipe.read(write(folder, overrides={"image_aspect": "pad"}))
+    [base, *trained] = runs.plan(recipe)
+    assert base.image_aspect == "pad" and {run.image_aspect for run in trained} == {None}
+    padded = folder / "padded"
+    shutil.copytree(folder / "base", padded)
+    with_aspect(load(padded, "causal")[1], "pad").save_pretrained(padded)
+    source, masks = (str(folder / "data" / "rows.jsonl"), (), 8, None), [Mask.parse("v2v")]
+    answers = {}
+    for name, place, aspect in (
+        ("shown", folder / "base", base.image_aspect),
+        ("saved", padded, None),
+        ("own", folder / "base", None),
+    ):
+        cells.evaluate(folder / "work", name, place, masks, source, 8, 6, aspect)
+        cell = cells.read_cell(cells.cell_path(folder / "work", name, "v2v"))
+        answers[name] = cell["answers"]
+        assert cell["key"].get("image_aspect") == aspect
+    assert answers["shown"] == answers["saved"] != answers["own"]
+    recipe = matrix_recipe.read(write(folder, work=str(folder / "other")))
+    assert {run.image_aspect for run in runs.plan(recipe)} == {None}
 
 
 def test_a_killed_evaluation_goes_on_with_the_next_batch(folder, monkeypatch):
