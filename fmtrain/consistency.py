@@ -19,6 +19,7 @@ from fmtrain.data.collator import batch, encode_prompt, encode_row
 from fmtrain.data.dialogue import turns
 from fmtrain.data.encode import Encoded
 from fmtrain.host import unwrap
+from fmtrain.infer import OTHER_TOKENS
 from fmtrain.layout import Layout, Role
 from fmtrain.masks import Allowed
 from fmtrain.patch import attached
@@ -103,6 +104,13 @@ def decoding(model, processor, rows: list[dict], image_root: str = ".") -> Resul
     return Result("logits: teacher-forced == prefill + decode", worst <= limit, figure)
 
 
+def _placeholders(inner) -> torch.Tensor:
+    """The tokens that stand for images, videos and sounds: neighbours in many vocabularies."""
+    names = ("image_token_id", *OTHER_TOKENS)
+    tokens = [getattr(inner.config, name, None) for name in names]
+    return torch.tensor([token for token in tokens if token is not None], device=inner.device)
+
+
 @torch.no_grad()
 def leaks(model, encoded: Encoded) -> Result:
     """Change every token from the start of each answer on, and look whether any earlier logit moves
@@ -114,13 +122,14 @@ def leaks(model, encoded: Encoded) -> Result:
     before = model(**encoded.kwargs()).logits
     ids, moved, cuts = inputs["input_ids"], 0, 0
     inner = unwrap(model)  # `model` may be wrapped for several processes
-    vocabulary, visual_id = inner.get_input_embeddings().num_embeddings, inner.config.image_token_id
+    vocabulary, placeholders = inner.get_input_embeddings().num_embeddings, _placeholders(inner)
     starts = layout.answer
     starts[:, 1:] &= ~layout.answer[:, :-1]
     for turn in range(int(starts.sum(1).max())):
         behind = (starts.cumsum(1) > turn) & layout.real  # from this turn's answer on
-        shifted = (ids + 1) % vocabulary
-        other = torch.where(shifted == visual_id, (shifted + 1) % vocabulary, shifted)
+        other = (ids + 1) % vocabulary
+        while bool((among := torch.isin(other, placeholders)).any()):
+            other = torch.where(among, (other + 1) % vocabulary, other)
         changed = torch.where(behind & ~layout.visual, other, ids)
         after = model(**Encoded({**inputs, "input_ids": changed}, layout).kwargs()).logits
         protected = ~behind & layout.real

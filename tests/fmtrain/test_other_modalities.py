@@ -7,6 +7,8 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from fmtrain import POLICIES, Layout, attach, encode
+from fmtrain.consistency import leaks
+from fmtrain.data.collator import encode_row
 from fmtrain.data.length import token_count
 
 FRAMES = 3
@@ -124,6 +126,18 @@ def test_an_answer_may_hold_such_a_token(model):
         one_more = Layout.parse("T" * (before + 1) + "A" * (rest - 1))
         with pytest.raises(ValueError, match="'future' with the config's video_token_id"):
             model(**inputs, **one_more.model_inputs())
+
+
+def test_the_check_for_leaks_puts_no_placeholder_in_a_text(model):
+    """OneVision's end of a turn, its image and its video are neighbours in the vocabulary."""
+    row = {"id": "r", "images": [families.photo(1)]}
+    row["messages"] = [families.user(families.IMAGE, "what?"), families.assistant("a")]
+    row["messages"] += [families.user("and now?"), families.assistant("b")]
+    encoded, config = encode_row(processor(), row), model.config
+    end = processor().tokenizer.eos_token_id
+    assert [end + 1, end + 2] == sorted([config.image_token_id, config.video_token_id])
+    with attach(model, "future"):
+        assert leaks(model, encoded).passed
 
 
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
