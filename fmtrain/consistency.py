@@ -203,7 +203,8 @@ def effect(model, encoded: Encoded) -> Result:
 
 def _compare(model, calls: list[tuple], layout: Layout, mode: str) -> Result:
     handle, worst, off, limit = attached(model), 0.0, set(), 0.0
-    for layer, query, key, value, scale, out in calls:
+    for layer, *inputs, scale, out in calls:
+        query, key, value = (each.to(out.dtype) for each in inputs)  # as autocast rounds them
         grown = key.shape[2] - layout.shape[1]
         real = layout.pad(right=grown)
         if grown:  # tokens decoded since are answers of the row's only sample

@@ -1,5 +1,6 @@
 """A launcher for tests: `strategy.py OUT SCRIPT ARGUMENTS` runs a script of the trainer as it is,
-and writes to OUT which strategy ran and the gradients of the first step.
+and writes to OUT which strategy ran, the gradients of the first step, and what was still waiting
+for a gradient after it. `SABOTAGE` in the environment breaks the run in one way (see `SABOTAGES`).
 
 With a CPU, accelerate leaves its FSDP branch out and runs DistributedDataParallel instead. Here a
 configuration that asks for FSDP gets it: after `AcceleratorState.__init__`, the state is given the
@@ -69,7 +70,18 @@ def watch(out: Path) -> None:
 
         return step
 
+    def step_end(original):
+        def judged(self, args, state, *rest, **kwargs):
+            original(self, args, state, *rest, **kwargs)
+            if state.global_step == 1 and int(os.environ.get("RANK", "0")) == 0:
+                torch.save(torch.load(out) | {"waiting": sorted(self.waiting)}, out)
+
+        return judged
+
+    from fmtrain.training.trainable import EveryParameterLearns
+
     SFTTrainer.training_step = training_step
+    EveryParameterLearns.on_step_end = step_end(EveryParameterLearns.on_step_end)
     Accelerator.clip_grad_norm_ = before(Accelerator.clip_grad_norm_)
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         import deepspeed
@@ -82,14 +94,33 @@ def write(model: torch.nn.Module, out: Path) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             whole = gradient(parameter)  # every rank takes part
-            gradients[name.removeprefix("module.")] = whole.detach().clone()
+            if whole is not None:
+                gradients[name.removeprefix("module.")] = whole.detach().clone()
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(strategy(model) | {"gradients": gradients}, out)
 
 
+def show_later_tokens() -> None:
+    """Every token sees all of its row, as a backend that forgot the causal mask would have it."""
+    from fmtrain.attention import sdpa
+
+    sdpa.prepare = lambda layout, mask, start: sdpa.Prepared(None, False)
+
+
+def forget_unreachable() -> None:
+    """The tower's last layer, which LLaVA does not read, is taken for one that learns."""
+    from fmtrain.training import trainable
+
+    trainable.unreachable = lambda model, pixels: []
+
+
+SABOTAGES = {"leak": show_later_tokens, "no gradient": forget_unreachable}
+
+
 if __name__ == "__main__":
+    out, *sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).parents[1])  # that of fmtrain
     shard_on_cpu()
-    watch(Path(sys.argv[1]))
-    sys.argv = sys.argv[2:]
-    sys.path[0] = str(Path(sys.argv[0]).parent)  # as Python does for a script
+    watch(Path(out))
+    SABOTAGES.get(os.environ.get("SABOTAGE", ""), lambda: None)()
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,7 +1,9 @@
 """Two processes on the CPU give the gradients and losses of one, with text-only batches on one
-rank: DDP, FSDP2, ZeRO-2, ZeRO-3."""
+rank: DDP, FSDP2, ZeRO-2, ZeRO-3. They resume, export, and stop as one does."""
 
 import json
+import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,9 @@ import pytest
 import torch
 import training
 from safetensors.torch import load_file
+
+from fmtrain import consistency, export, load
+from fmtrain.data import noise
 
 BIN = Path(sys.executable).parent
 CONFIGS = training.ROOT / "recipes" / "accelerate"
@@ -24,21 +29,39 @@ STRATEGIES = {
 SCRIPTS = [str(training.ROOT / "tests/support/strategy.py"), str(training.ROOT / "fmtrain/sft.py")]
 
 
-def run(folder: Path, kind: str, start: list[str], *overrides: str) -> Path:
-    """A run under the launcher of the tests; returns its output folder."""
-    out = folder / kind
+def start_of(kind: str) -> list[str]:
+    """What starts two processes of a strategy."""
+    if kind == "ddp":
+        return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--standalone"]
+    start = [str(BIN / "accelerate"), "launch", "--config_file", str(CONFIGS / f"{kind}.yaml")]
+    return [*start, "--num_processes", "2", "--main_process_port", str(free_port())]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def launch(
+    folder: Path, out: Path, start: list[str], *overrides: str, **environment: str
+) -> subprocess.CompletedProcess:
+    """A run under the launcher of the tests, which writes what it saw beside the output folder."""
     launcher, trainer = SCRIPTS
-    script = [launcher, str(folder / f"{kind}.pt"), trainer, str(folder / "recipe.yaml")]
-    done = subprocess.run(
+    script = [launcher, f"{out}.pt", trainer, str(folder / "recipe.yaml")]
+    return subprocess.run(
         [*start, *script, "--use_cpu", "true", "--output_dir", str(out), *overrides],
-        env=training.environment(DS_ACCELERATOR="cpu"),
+        env=training.environment(DS_ACCELERATOR="cpu", **environment),
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=180,
     )
+
+
+def whole(done: subprocess.CompletedProcess) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
-    return out
+    assert "audit of the first 2 rows: 4 checks" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +87,26 @@ def folder(tmp_path_factory):
         train_sampling_strategy="sequential",
         per_device_train_batch_size=2,
     )
-    run(folder, "alone", [sys.executable], "--per_device_train_batch_size", "4")
+    done = launch(folder, folder / "alone", [sys.executable], "--per_device_train_batch_size", "4")
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
+
+
+def trained(folder: Path, kind: str) -> Path:
+    """The output folder of a whole run of two processes."""
+    out = folder / kind
+    if not out.exists():
+        whole(launch(folder, out, start_of(kind)))
+    return out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_two_processes_give_the_gradients_and_losses_of_one(folder, kind):
-    if kind == "ddp":
-        start = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--standalone"]
-    else:
-        start = [str(BIN / "accelerate"), "launch", "--config_file", str(CONFIGS / f"{kind}.yaml")]
-        port = str(29600 + list(STRATEGIES).index(kind))
-        start += ["--num_processes", "2", "--main_process_port", port]
-    out = run(folder, kind, start)
-    seen, alone = torch.load(folder / f"{kind}.pt"), torch.load(folder / "alone.pt")
+    out = trained(folder, kind)
+    seen, alone = torch.load(f"{out}.pt"), torch.load(folder / "alone.pt")
     found, expected = seen.pop("gradients"), alone.pop("gradients")
-    assert seen == STRATEGIES[kind]
+    assert seen == STRATEGIES[kind] | {"waiting": []}
     assert found.keys() == expected.keys() and len(found) > 20
     for name, gradient in expected.items():
         # of float32 sums in another order
@@ -94,3 +120,39 @@ def test_two_processes_give_the_gradients_and_losses_of_one(folder, kind):
     assert saved.keys() == expected.keys()  # the hub's names
     for name, tensor in expected.items():
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=TOLERANCE, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_a_run_of_two_processes_is_resumed_and_exported(folder, kind, tmp_path):
+    """From its second step on, as if it had been killed there: the rest is the same, bit for
+    bit."""
+    before, out = trained(folder, kind), tmp_path / kind
+    shutil.copytree(before / "checkpoint-2", out / "checkpoint-2")
+    for name in ("run.json", "recipe.yaml"):
+        shutil.copy(before / name, out)
+    whole(launch(folder, out, start_of(kind), "--resume_from_checkpoint", "true"))
+    assert training.losses(out) == training.losses(before)
+    ours, theirs = (load_file(path / "model.safetensors") for path in (out, before))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert export.main([str(out), "--out", str(tmp_path / "exported")]) == 0
+    model, processor = load(str(tmp_path / "exported"))
+    found = consistency.check(model, processor, noise.rows())
+    assert len(found) == 7 and all(result.passed for result in found), found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sabotage, error",
+    [
+        ("leak", "the audit before step 0 fails: leaks: later tokens move no earlier logit"),
+        ("no gradient", "trainable parameters have had no gradient: model.vision_tower"),
+    ],
+)
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_two_processes_stop_together(folder, kind, sabotage, error, tmp_path):
+    parts = ["--train_parts", "language_model", "projector", "vision_tower"]
+    done = launch(folder, tmp_path / kind, start_of(kind), *parts, SABOTAGE=sabotage)
+    assert done.returncode != 0
+    assert error in " ".join(done.stderr.split()), done.stderr[-3000:]

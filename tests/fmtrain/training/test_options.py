@@ -1,0 +1,154 @@
+"""Whatever options a run is given, its first step learns under the recipe's mask.
+
+The oracle of the loss is transformers alone: its eager attention, fed the mask that the table of
+the design spells out, pair by pair. That of the gradients, for what is recomputed in the backward
+pass, is the same run without options.
+"""
+
+import functools
+import json
+import os
+from itertools import chain
+
+import families
+import oracle
+import pytest
+import torch
+import torch.nn.functional as F
+import training
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForImageTextToText
+
+from fmtrain import attach, sft
+from fmtrain.data.collator import Collator
+from fmtrain.data.encode import Encoded
+
+LOUD = 3.0  # the layers' weights are multiplied by it, so that every mask moves the loss
+MASKS = [*oracle.REVEALS, "v2v+merge", "prefix_lm+merge"]
+PRECISIONS = {  # options, relative tolerance of the loss: of float32, and of 8 bits of bfloat16
+    "float32": ([], 1e-5),
+    "autocast": (["--use_cpu", "true", "--bf16", "true"], 2e-2),
+}
+CHECKPOINTING = {
+    "none": [],
+    "reentrant": ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'],
+    "non-reentrant": ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}'],
+}
+COMPILED = ["--torch_compile", "true", "--torch_compile_backend", "eager"]
+OTHERS = [
+    ["--dataloader_num_workers", "1"],
+    ["--max_grad_norm", "0.1"],
+    ["--optim", "adafactor"],
+    ["--auto_find_batch_size", "true"],
+    ["--include_num_input_tokens_seen", "true"],
+    ["--torch_empty_cache_steps", "1"],
+]
+ROWS = 4
+EXAMPLES = int(os.environ.get("OPTION_EXAMPLES", "12"))
+
+
+@pytest.fixture(scope="module", params=["llava", "llava_next"])
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    training.workplace(folder, request.param, rows=ROWS)
+    training.write_recipe(folder, lora_dropout=0.0)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.model.language_model.named_parameters():
+            if name.startswith("layers.") and parameter.ndim == 2:
+                parameter.mul_(LOUD)
+    model.save_pretrained(folder / "base")
+    return folder
+
+
+def first_step(folder, mask: str, *options: str) -> dict[str, float]:
+    """What the trainer logs of its first step."""
+    out = folder / f"run{len(list(folder.glob('run*')))}"
+    words = ["--mask", mask, "--output_dir", str(out), "--max_steps", "1", *options]
+    torch._dynamo.reset()
+    assert sft.main([str(folder / "recipe.yaml"), *words]) == 0
+    [first, *_] = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    return first
+
+
+@functools.cache
+def expected(folder, mask: str) -> float:
+    """The loss of all rows: the mean over the tokens of their answers."""
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder / "base", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    loaded = Collator(families.processor(folder.name.rstrip("0123456789")), str(folder / "data"))(
+        training.read_rows(folder)
+    )
+    inputs, layout = Encoded.from_batch(loaded)
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        if "+" in mask:  # the definition in float32; its own oracle is in test_merge
+            with attach(model, mask, "reference"):
+                logits = model(**Encoded(inputs, layout).kwargs()).logits
+        else:
+            allowed = oracle.allowed(mask, layout)[:, None]
+            inputs["attention_mask"] = torch.zeros(allowed.shape).masked_fill(~allowed, -1e30)
+            logits = model(**inputs, position_ids=layout.positions()).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+
+
+@functools.cache
+def plain_gradient(folder, mask: str, *options: str) -> float:
+    """The norm of the gradient of all rows in one batch, without anything that is optional."""
+    return float(first_step(folder, mask, *sizes(ROWS), *options)["grad_norm"])
+
+
+def sizes(batch: int) -> list[str]:
+    return [
+        *("--per_device_train_batch_size", str(batch)),
+        *("--gradient_accumulation_steps", str(ROWS // batch)),
+    ]
+
+
+@pytest.mark.slow
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    mask=st.sampled_from(MASKS),
+    backend=st.sampled_from(["auto", "sdpa", "reference"]),
+    batch=st.sampled_from([1, 2, 4]),
+    peft=st.booleans(),
+    precision=st.sampled_from(list(PRECISIONS)),
+    checkpointing=st.sampled_from(list(CHECKPOINTING)),
+    compiled=st.sampled_from([COMPILED] + 7 * [[]]),  # each takes ten seconds
+    others=st.lists(st.sampled_from(OTHERS), max_size=2, unique_by=tuple),
+)
+def test_options_do_not_change_the_mask(
+    folder, mask, backend, batch, peft, precision, checkpointing, compiled, others
+):
+    precise, tolerance = PRECISIONS[precision]
+    fixed = [
+        "--use_peft",
+        str(peft),
+        "--lora_dropout",
+        "0",
+        "--attention_backend",
+        backend,
+        *precise,
+    ]
+    options = [*CHECKPOINTING[checkpointing], *compiled, *chain.from_iterable(others)]
+    options += ["--gradient_checkpointing", str(checkpointing != "none")]
+    step = first_step(folder, mask, *sizes(batch), *fixed, *options)
+    assert float(step["loss"]) == pytest.approx(expected(folder, mask), rel=tolerance)
+    assert float(step["grad_norm"]) == pytest.approx(
+        plain_gradient(folder, mask, *fixed), rel=10 * tolerance
+    )
+
+
+@pytest.mark.parametrize("mask", MASKS[1:])
+def test_every_mask_moves_the_loss(folder, mask):
+    """Or a lost mask would not be noticed above."""
+    apart = abs(expected(folder, mask) - expected(folder, "causal"))
+    assert apart > 10 * PRECISIONS["float32"][1] * expected(folder, mask)
