@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from fmtrain.command_line import folded, nearest
-from fmtrain.data.row_format import COLUMNS, features
+from fmtrain.data.row_format import COLUMNS, LENGTH, features
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,10 @@ def _alike(sets: list[datasets.Dataset], roots: list[str]) -> list[datasets.Data
         for column in COLUMNS:
             if column not in rows.column_names:
                 rows = rows.add_column(column, [None] * len(rows), feature=wanted[column])
-        rows = rows.select_columns(list(COLUMNS))
-        if rows.features != wanted:
-            rows = rows.cast(wanted)
+        counted = [LENGTH] if LENGTH in rows.column_names else []  # of rows that are checked
+        rows = rows.select_columns([*COLUMNS, *counted])
+        types = wanted | {column: rows.features[column] for column in counted}
+        if rows.features != types:
+            rows = rows.cast(datasets.Features(types))
         alike.append(rows.add_column("image_root", [root] * len(rows)))
     return alike

@@ -14,6 +14,7 @@ import pyarrow as pa
 from fmtrain.data.dialogue import OTHER_MEDIA
 
 COLUMNS = ("id", "source", "messages", "images")
+LENGTH = "length"  # the column with the tokens of checked rows; samplers know it by this name
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
 # Words of a file's name that say its split; the hub knows the same ones.
 _SPLITS = {

@@ -209,19 +209,29 @@ def unchecked(row: dict, path: str) -> None:
 
 
 def checker(
-    processor, max_length: int | None, max_pixels: int, allow_evaluation_data: bool
+    processor,
+    longest: int | None,
+    max_pixels: int,
+    allow_evaluation_data: bool,
+    limit: str = "the limit",
 ) -> Callable[[dict, str], None]:
     """What a stream does with every row: the checks of `checks.prepare`, but images are opened
     later, when they are needed.
 
-    A row over `max_length` is refused: dropping it would shift the batches of one worker against
-    those of the others.
+    A row over `longest` tokens, which errors call `limit`, is refused: dropping it would shift the
+    batches of one worker against those of the others.
     """
-    return partial(_check, processor, max_length, max_pixels, allow_evaluation_data)
+    return partial(_check, processor, longest, max_pixels, allow_evaluation_data, limit)
 
 
 def _check(
-    processor, max_length: int | None, max_pixels: int, evaluation: bool, row: dict, path: str
+    processor,
+    longest: int | None,
+    max_pixels: int,
+    evaluation: bool,
+    limit: str,
+    row: dict,
+    path: str,
 ) -> None:
     length = examine(
         row,
@@ -230,12 +240,11 @@ def _check(
         root=row["image_root"],
         max_pixels=max_pixels,
         decode=False,
-        count=max_length is not None,
         evaluation=evaluation,
     )
-    if max_length is not None and length > max_length:
+    if longest is not None and length > longest:
         raise ValueError(
-            f"{path}, row {row['id']}: {length} tokens, over max_length {max_length}; "
-            "a stream drops no row, so take long ones out first "
+            f"{path}, row {row['id']}: {length} tokens, longer than {limit}; a stream drops no "
+            "row, so take long ones out first "
             "(python -m data_prep.check ROWS --processor DIR --max_length N --reject FILE)"
         )

@@ -98,6 +98,9 @@ class DataArguments:
         "processors do; by default as the processor does already.",
     )
     max_pixels: int = _argument(MAX_PIXELS, "Images with more pixels are refused.")
+    max_dropped: float = _argument(
+        0.1, "Share of a set's rows that may be longer than max_length; if more are, no run starts."
+    )
     check_images: bool = _argument(True, "Decode every image once before training starts.")
     allow_evaluation_data: bool = _argument(False, "Train on rows marked as evaluation data.")
     train_parts: list[str] | None = _argument(
@@ -121,6 +124,8 @@ class DataArguments:
             raise ValueError(
                 "streaming reads files, all of them; it goes with neither dataset_rows nor `digits`"
             )
+        if not 0 <= self.max_dropped <= 1:
+            raise ValueError(f"max_dropped {self.max_dropped:g} is not a share from 0 to 1")
         if self.shuffle_buffer < 1:
             raise ValueError(
                 f"shuffle_buffer {self.shuffle_buffer} is less than 1, which keeps the files' order"

@@ -4,13 +4,17 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from rich.markup import escape
+
 from fmtrain.data import files, mixing, stream
 from fmtrain.data.aspect import aspect_of
 from fmtrain.data.checks import prepare
 from fmtrain.data.files import Rows
-from fmtrain.data.row_format import BOX_FRAMES, box_frame
+from fmtrain.data.row_format import BOX_FRAMES, LENGTH, box_frame
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.run_folder import STATE
+from fmtrain.training.tracking import say
 
 
 def rows_of(recipe: Recipe, first: int | None = None) -> Rows:
@@ -100,31 +104,38 @@ def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> 
         return _checked(recipe, processor, rows.rooted(), data.eval_dataset_name, positions)
 
 
-def longest_row(recipe: Recipe, positions: int | None) -> int | None:
-    """How many tokens a row may have: `max_length`, or else as many as the model has positions."""
+def longest_row(recipe: Recipe, positions: int | None) -> tuple[int | None, str]:
+    """How many tokens a row may have, and what says so: `max_length`, or else the positions of the
+    model. Raises `ValueError` for a `max_length` that is more than these."""
     limit = recipe.training.max_length
-    if limit is not None and positions is not None and limit > positions:
+    if limit is None:
+        return positions, f"the model's {positions} positions"
+    if positions is not None and limit > positions:
         raise ValueError(f"max_length {limit} is more than the model's {positions} positions")
-    return positions if limit is None else limit
+    return limit, f"max_length {limit}"
 
 
 def _checked(recipe: Recipe, processor, rows: Rows, name: str, positions: int | None) -> Rows:
     data, training = recipe.data, recipe.training
-    limit = longest_row(recipe, positions)
+    longest, limit = longest_row(recipe, positions)
     checked = prepare(
         rows,
         processor,
         name,
-        max_length=limit,
+        max_length=training.max_length,
+        max_dropped=data.max_dropped,
         max_pixels=data.max_pixels,
         check_images=data.check_images,
         allow_evaluation_data=data.allow_evaluation_data,
         workers=training.dataset_num_proc,
+        first=training.local_process_index == 0,
+        say=lambda line: say(escape(line)),
     )
-    if checked.dropped and training.max_length is None:
+    long = 0 if longest is None else int((np.array(checked.rows[LENGTH][:]) > longest).sum())
+    if long:
         raise ValueError(
-            f"{name}: {checked.dropped} of {rows.size} rows are longer than the model's "
-            f"{positions} positions; `max_length: {positions}` drops them"
+            f"{name}: {long} of {rows.size} rows are longer than {limit}; `max_length: {longest}` "
+            "drops them"
         )
     return checked
 
@@ -145,9 +156,8 @@ def _resumed_stream(
             )
         state = json.loads((Path(checkpoint) / STATE).read_text())
         skip = state["global_step"] * training.gradient_accumulation_steps
-    check = stream.checker(
-        processor, longest_row(recipe, positions), data.max_pixels, data.allow_evaluation_data
-    )
+    longest, limit = longest_row(recipe, positions)
+    check = stream.checker(processor, longest, data.max_pixels, data.allow_evaluation_data, limit)
     sequence = stream.Stream(
         (),
         recipe.data_seed,

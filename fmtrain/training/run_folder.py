@@ -17,6 +17,7 @@ from fmtrain.checkpoint import recorded_mask
 from fmtrain.command_line import write_whole
 from fmtrain.data.aspect import aspect_of
 from fmtrain.data.files import Rows
+from fmtrain.data.row_format import LENGTH
 from fmtrain.patch import Handle
 from fmtrain.provenance import revision, versions
 from fmtrain.training import trainable
@@ -122,7 +123,7 @@ def fingerprint(rows: Rows) -> str:
     if rows.passes is None:
         kind = rows.rows.features.arrow_schema.field("images").type
         embedded = pa.types.is_nested(kind) and pa.types.is_struct(kind.value_type)
-        unread = {"image_root", "images"} if embedded else {"image_root"}
+        unread = {"image_root", LENGTH, "images"} if embedded else {"image_root", LENGTH}
         columns = [name for name in rows.rows.column_names if name not in unread]
         for batch in rows.rows.select_columns(columns).iter(batch_size=1000):
             seen.update(json.dumps(batch, sort_keys=True).encode())

@@ -193,7 +193,7 @@ def test_long_rows_are_dropped_before_sets_are_mixed(place, tmp_path):
         for row in mixed(mixture).rows
     }
     limit = max(lengths.values()) - 1  # two digits make the longest rows: a10, a11
-    recipe = recipe_of(place, tmp_path, datasets=mixture, max_length=limit)
+    recipe = recipe_of(place, tmp_path, datasets=mixture, max_length=limit, max_dropped=1)
     found = training_rows(recipe, processor)
     kept = [name for name, length in lengths.items() if length <= limit]
     assert found.dropped == len(lengths) - len(kept) > 0 and set(ids(found.rows)) == set(kept)
@@ -353,7 +353,7 @@ def test_what_a_stream_refuses(place, tmp_path):
     assert "rows.jsonl row 1: a row has messages and images" in refused([{"id": "x", "text": "y"}])
     assert "row r9: image '9_0.png' does not exist" in refused([good] * 8 + [test_data.simple(9)])
     assert "row r0: is evaluation data" in refused([good | {"source": "evaluation_only/x"}])
-    assert "over max_length 5; a stream drops no row" in refused([good], max_length=5)
+    assert "longer than max_length 5; a stream drops no row" in refused([good], max_length=5)
     assert "holds no row" in refused("\n")
     assert "not .json" in refused(
         [good], dataset_name=str(test_data.write(tmp_path / "rows.json", [good]))
