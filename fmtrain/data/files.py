@@ -8,10 +8,12 @@ folder, as `image_root`.
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -34,7 +36,8 @@ class Rows:
     """A loaded set of rows, where its images are, and how many rows were too long.
 
     opened, passes: of a stream, whose rows have neither numbers nor an end: the first few, and the
-    rows of one pass.
+    rows of one pass. ordered: they are at random already and just those of the run, so it takes
+    them in this order; a sampler's would depend on how many there are.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -42,6 +45,7 @@ class Rows:
     dropped: int = 0
     opened: tuple[dict, ...] = ()
     passes: int | None = None
+    ordered: bool = False
 
     @property
     def size(self) -> int:
@@ -246,15 +250,26 @@ def mix(
     seed: int,
     count: int | None = None,
     run: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Rows:
-    """One set of rows from several, as the entries say; the first `count` of it. `run` and errors:
-    see `mixing.shares`."""
-    shares = mixing.shares(entries, [rows.size for rows in sets], run)
+    """One set of rows from several, as the entries say; the first `count` of it.
+
+    run: rows that the run takes, if it has a number of steps; those of weights alone are then just
+    these, in their order. say: is told of sets that give none. Errors: see `mixing.shares`.
+    """
+    sizes = [rows.size for rows in sets]
+    order = mixing.order(entries, sizes, seed, count or run)
+    given = np.histogram(order, np.cumsum([0, *sizes]))[0]
+    for entry, taken in zip(entries, given, strict=True):
+        if not taken:
+            say(f"{entry.path}: none of its rows is among the {len(order)} of the mix")
     roots = [rows.image_root for rows in sets]
     try:
-        mixed = mixing.mix([rows.rows for rows in sets], roots, shares, seed)
+        mixed = mixing.mix([rows.rows for rows in sets], roots, order)
     except (ValueError, TypeError, pa.ArrowException) as error:
         names = ", ".join(entry.path for entry in entries)
         reason = folded(error)[:300]
         raise ValueError(f"{names}: the rows are of different types: {reason}") from error
-    return Rows(mixed, ".", sum(rows.dropped for rows in sets)).head(count or None)
+    dropped = sum(rows.dropped for rows in sets)
+    ordered = mixing.only_weights(entries) and not count and run is not None
+    return Rows(mixed, ".", dropped, ordered=ordered).head(count or None)

@@ -7,13 +7,18 @@
 
 `epochs` is how often the rows of a set come in one pass over the mix; `weight` is the share of the
 mix that a set makes up. Beside sets with epochs the weights add up to less than 1 and those sets
-make up the rest. Weights alone are relative to each other; a pass is then as long as the run
-(`max_steps`), or else as it can be without repeating a row; so with another `max_steps` other rows
-are drawn, in another order.
+make up the rest. Weights alone are relative to each other: the mix is then one endless sequence, in
+which every set comes round after round, each time in another order. A run takes as many of its
+first rows as it has steps (`max_steps`), or else as there are without repeating one; so a longer
+run begins with the rows of a shorter one.
 """
 
+import heapq
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import count, islice
+from random import Random
 
 import datasets
 import numpy as np
@@ -89,25 +94,25 @@ def _entry(place: str, value: str | dict) -> Entry:
     return Entry(**value)
 
 
-def shares(mixture: list[Entry], sizes: list[int], run: int | None = None) -> list[int]:
-    """How many rows each set gives to one pass over the mix; one with a weight at least one row.
+def only_weights(mixture: list[Entry]) -> bool:
+    return all(entry.weight is not None for entry in mixture)
 
-    sizes: rows of each set. run: rows that the run takes, if it has a number of steps; used where
-    there are only weights. Raises `ValueError` for epochs that come to no row.
+
+def shares(mixture: list[Entry], sizes: list[int]) -> list[int]:
+    """How many rows each set gives to one pass over a mix in which some have epochs; one with a
+    weight at least one row.
+
+    sizes: rows of each set. Raises `ValueError` for epochs that come to no row.
     """
     epochs = [None if entry.weight is not None else entry.epochs or 1.0 for entry in mixture]
-    weights = [entry.weight or 0.0 for entry in mixture]
     counted = sum(
         size * times for size, times in zip(sizes, epochs, strict=True) if times is not None
     )
-    if any(times is not None for times in epochs):
-        total = counted / (1 - sum(weights))
-    else:
-        weights = [weight / sum(weights) for weight in weights]
-        total = run or min(size / weight for size, weight in zip(sizes, weights, strict=True))
+    total = counted / (1 - sum(entry.weight or 0.0 for entry in mixture))
     counts = []
-    for entry, size, times, weight in zip(mixture, sizes, epochs, weights, strict=True):
-        counts.append(round(size * times) if times is not None else max(1, round(weight * total)))
+    for entry, size, times in zip(mixture, sizes, epochs, strict=True):
+        rows = max(1, round((entry.weight or 0.0) * total))
+        counts.append(rows if times is None else round(size * times))
         if not counts[-1]:
             raise ValueError(
                 f"datasets: epochs {times:g} of {entry.path} with {size} rows is less than one row"
@@ -115,25 +120,67 @@ def shares(mixture: list[Entry], sizes: list[int], run: int | None = None) -> li
     return counts
 
 
-def mix(
-    sets: list[datasets.Dataset], roots: list[str], counts: list[int], seed: int
-) -> datasets.Dataset:
-    """`counts[k]` rows of `sets[k]`, shuffled together, each with its image root in the column
-    `image_root`.
+def turns(weights: list[float], seed: int) -> Iterator[int]:
+    """Which set gives the next row, without an end: of any first n rows, a set with the share w of
+    all weights has w n, give or take a few.
 
-    The rows are the same for the same seed: of `count` rows of a set with `size`, every one comes
-    `count // size` times and `count % size` drawn ones once more. No row is copied; the mix is a
-    list of indices.
+    The k-th row of a set stands at the time (k + u) / weight, 0 <= u < 1 at random.
     """
-    joined = datasets.concatenate_datasets(_alike(sets, roots))
+    return (number for _, number in heapq.merge(*_times(weights, seed)))
+
+
+def _times(weights: list[float], seed: int) -> list[Iterator[tuple[float, int]]]:
+    def of_set(number: int, weight: float) -> Iterator[tuple[float, int]]:
+        chance = Random(f"{seed} turns {number}")
+        for k in count():
+            yield (k + chance.random()) / weight, number
+
+    return [of_set(number, weight) for number, weight in enumerate(weights)]
+
+
+def order(mixture: list[Entry], sizes: list[int], seed: int, run: int | None = None) -> np.ndarray:
+    """The numbers of the rows of a mix, those of the second set counted on from the first one's and
+    so on. It depends on the entries, the sizes and the seed.
+
+    run: how many rows there are to be where there are only weights; None: as many as can be without
+    repeating one. Otherwise a set that gives `count` rows has every one `count // size` times and
+    `count % size` drawn ones once more. Raises `ValueError` as `shares`.
+    """
+    if only_weights(mixture):
+        return _beginning(mixture, sizes, seed, run)
     indices, offset = [], 0
-    for number, (rows, count) in enumerate(zip(sets, counts, strict=True)):
-        rounds, rest = divmod(count, len(rows))
-        drawn = np.random.default_rng([seed, number]).choice(len(rows), rest, replace=False)
-        indices += [offset + np.arange(len(rows))] * rounds + [offset + drawn]
-        offset += len(rows)
-    order = np.random.default_rng([seed, len(sets)])
-    return joined.select(order.permutation(np.concatenate(indices)))
+    for number, (size, rows) in enumerate(zip(sizes, shares(mixture, sizes), strict=True)):
+        rounds, rest = divmod(rows, size)
+        drawn = np.random.default_rng([seed, number]).choice(size, rest, replace=False)
+        indices += [offset + np.arange(size)] * rounds + [offset + drawn]
+        offset += size
+    return np.random.default_rng([seed, len(sizes)]).permutation(np.concatenate(indices))
+
+
+def _beginning(mixture: list[Entry], sizes: list[int], seed: int, run: int | None) -> np.ndarray:
+    """Of the endless sequence that weights alone make."""
+    weights = [entry.weight or 0.0 for entry in mixture]
+    longest = [size * sum(weights) / weight for size, weight in zip(sizes, weights, strict=True)]
+    length = run or math.ceil(min(longest))
+    sets = np.fromiter(islice(turns(weights, seed), length), int, length)
+    indices, offset, end = np.empty(length, int), 0, length
+    for number, size in enumerate(sizes):
+        [own] = np.nonzero(sets == number)
+        rounds = []
+        for k in range(-(-len(own) // size)):
+            rounds.append(np.random.default_rng([seed, number, k]).permutation(size))
+        if rounds:
+            indices[own] = offset + np.concatenate(rounds)[: len(own)]
+        if run is None and len(own) > size:
+            end = min(end, own[size])
+        offset += size
+    return indices[:end]
+
+
+def mix(sets: list[datasets.Dataset], roots: list[str], order: np.ndarray) -> datasets.Dataset:
+    """The rows of all sets in this order (see `order`), each with its image root in the column
+    `image_root`. No row is copied; the mix is a list of indices."""
+    return datasets.concatenate_datasets(_alike(sets, roots)).select(order)
 
 
 def _alike(sets: list[datasets.Dataset], roots: list[str]) -> list[datasets.Dataset]:

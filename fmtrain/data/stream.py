@@ -34,13 +34,15 @@ HEAD = 4  # rows that are read before training starts, for the audit of the firs
 @dataclass(frozen=True)
 class StreamedSet:
     """One set: its files, how many rows they hold, how many of these make up its part of a pass,
-    and its image folder."""
+    and its image folder. weight: in a mix of weights alone, which has no passes but those of its
+    sets."""
 
     path: str
     files: tuple[Path, ...]
     size: int
     share: int
     image_root: str
+    weight: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,13 @@ class Stream:
         return row
 
     def _sequence(self) -> Iterator[tuple[StreamedSet, tuple[Place, Unparsed]]]:
-        """Pass after pass; in each, every set gives exactly its share, spread evenly at random."""
+        """Pass after pass; in each, every set gives exactly its share, spread evenly at random. Of
+        weights alone: the sets in their turns, each pass after pass for itself."""
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        if weights:
+            streams = [self._passes(k) for k in range(len(weights))]
+            for k in mixing.turns(weights, self.seed):
+                yield self.sources[k], next(streams[k])
         for number in count():
             chance = Random(f"{self.seed} {number}")
             left = [source.share for source in self.sources]
@@ -105,6 +113,11 @@ class Stream:
                 [k] = chance.choices(range(len(left)), left)
                 left[k] -= 1
                 yield self.sources[k], next(streams[k])
+
+    def _passes(self, k: int) -> Iterator[tuple[Place, Unparsed]]:
+        for number in count():
+            chance = Random(f"{self.seed} {number} {k}")
+            yield from _picked(self.sources[k], self.buffer, chance)
 
 
 def _picked(source: StreamedSet, buffer: int, chance: Random) -> Iterator[tuple[Place, Unparsed]]:
@@ -177,11 +190,10 @@ def load(
     entries: list[mixing.Entry],
     stream: Stream,
     workers: int,
-    run: int | None = None,
     head: int = HEAD,
 ) -> Rows:
     """The rows of the entries through `stream` (without its sources), for a loader with so many
-    workers; `run`: see `mixing.shares`.
+    workers.
 
     The rows are counted here, the first `head` of them are read. Raises `ValueError` as
     `files.load` and for a bad one of these few.
@@ -192,11 +204,12 @@ def load(
         sizes.append(_size(entry.path, paths))
         if not sizes[-1]:
             raise ValueError(f"{entry.path}: holds no row")
-    shares = mixing.shares(entries, sizes, run)
+    endless = mixing.only_weights(entries)
+    shares = sizes if endless else mixing.shares(entries, sizes)
     sources = []
     for entry, paths, size, share in zip(entries, files, sizes, shares, strict=True):
-        root = image_folder(entry.path, entry.image_root)
-        sources.append(StreamedSet(entry.path, paths, size, share, root))
+        root, weight = image_folder(entry.path, entry.image_root), entry.weight if endless else None
+        sources.append(StreamedSet(entry.path, paths, size, share, root, weight))
     stream = replace(stream, sources=tuple(sources))
     first = tuple(islice(replace(stream, rank=0, world_size=1, skip=0).rows(), head))
     parts = list(range(stream.world_size * max(1, workers)))

@@ -43,7 +43,11 @@ def training_rows(
     if recipe.data.streaming:
         return _resumed_stream(recipe, processor, checkpoint, positions)
     with recipe.training.main_process_first():
-        return _mixed(recipe, lambda rows, name: _checked(recipe, processor, rows, name, positions))
+        return _mixed(
+            recipe,
+            lambda rows, name: _checked(recipe, processor, rows, name, positions),
+            say=_say,
+        )
 
 
 def check_boxes(recipe: Recipe, processor) -> list[str]:
@@ -71,7 +75,10 @@ def check_boxes(recipe: Recipe, processor) -> list[str]:
 
 
 def _mixed(
-    recipe: Recipe, check: Callable[[Rows, str | None], Rows], first: int | None = None
+    recipe: Recipe,
+    check: Callable[[Rows, str | None], Rows],
+    first: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Rows:
     """The rows of the one set, or of the mix; `check` looks at each set, called by its name."""
     data = recipe.data
@@ -83,7 +90,7 @@ def _mixed(
     for entry in entries:
         sets.append(check(files.load(entry.path, image_root=entry.image_root), entry.path))
     run = recipe.rows_of_run
-    return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, run).head(first)
+    return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, run, say).head(first)
 
 
 def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> Rows | None:
@@ -102,6 +109,10 @@ def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> 
             held_out=True,
         )
         return _checked(recipe, processor, rows.rooted(), data.eval_dataset_name, positions)
+
+
+def _say(line: str) -> None:
+    say(escape(line))
 
 
 def longest_row(recipe: Recipe, positions: int | None) -> tuple[int | None, str]:
@@ -129,7 +140,7 @@ def _checked(recipe: Recipe, processor, rows: Rows, name: str, positions: int | 
         allow_evaluation_data=data.allow_evaluation_data,
         workers=training.dataset_num_proc,
         first=training.local_process_index == 0,
-        say=lambda line: say(escape(line)),
+        say=_say,
     )
     long = 0 if longest is None else int((np.array(checked.rows[LENGTH][:]) > longest).sum())
     if long:
@@ -175,6 +186,4 @@ def _stream(recipe: Recipe, sequence: stream.Stream, first: int = stream.HEAD) -
     data = recipe.data
     single = [mixing.Entry(data.dataset_name, data.image_root)]
     entries = mixing.entries(data.datasets) if data.datasets else single
-    return stream.load(
-        entries, sequence, recipe.training.dataloader_num_workers, recipe.rows_of_run, first
-    )
+    return stream.load(entries, sequence, recipe.training.dataloader_num_workers, first)

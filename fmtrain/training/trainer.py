@@ -123,6 +123,8 @@ def build_trainer(
     training = copy.copy(recipe.training)
     training.max_length = None  # rows are dropped whole, before training; TRL would cut them
     training.dataset_kwargs = {"skip_prepare_dataset": True}
+    if rows.ordered and training.train_sampling_strategy == "random":
+        training.train_sampling_strategy = "sequential"
     blank = encode_row(processor, noise.rows()[1]).inputs  # a row with one image
     pixels = {
         name: value for name, value in blank.items() if name not in ("input_ids", "attention_mask")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import families
+import numpy as np
 import pytest
 import test_data
 import torch
@@ -104,22 +105,50 @@ def test_recipe_keys_of_data(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "run", "expected"),
+    ("values", "expected"),
     [
-        ([{}, {}], None, [100, 40]),
-        ([{"epochs": 2.5}, {"epochs": 0.1}], None, [250, 4]),
-        ([{"epochs": 0.6}, {"weight": 0.25}], None, [60, 20]),
-        ([{"weight": 3}, {"weight": 1}], None, [100, 33]),
-        ([{"weight": 0.1}, {"weight": 0.4}], None, [10, 40]),
-        ([{"weight": 1}, {"weight": 4}], 1000, [200, 800]),
-        ([{"weight": 1}, {"weight": 99}], 6, [1, 6]),
-        ([{"epochs": 1}, {"weight": 0.5}], 1000, [100, 100]),
+        ([{}, {}], [100, 40]),
+        ([{"epochs": 2.5}, {"epochs": 0.1}], [250, 4]),
+        ([{"epochs": 0.6}, {"weight": 0.25}], [60, 20]),
+        ([{"epochs": 1}, {"weight": 0.5}], [100, 100]),
+        ([{"epochs": 1}, {"weight": 0.001}], [100, 1]),
     ],
 )
-def test_shares(values, run, expected):
-    assert (
-        mixing.shares([mixing.Entry("s", **value) for value in values], [100, 40], run) == expected
-    )
+def test_shares(values, expected):
+    assert mixing.shares([mixing.Entry("s", **value) for value in values], [100, 40]) == expected
+
+
+@pytest.mark.parametrize("weights", [[3, 1], [0.1, 0.4], [1, 99], [0.103, 0.026, 0.5, 0.047]])
+@pytest.mark.parametrize("seed", [0, 7])
+def test_turns_keep_to_their_weights_from_the_first_row_on(weights, seed):
+    sets = list(islice(mixing.turns(weights, seed), 4000))
+    counts, shares = np.zeros(len(weights)), np.array(weights) / sum(weights)
+    for number, one in enumerate(sets, start=1):
+        counts[one] += 1
+        # within one row at any time; n rows are there at a time that n is off by as many sets
+        assert (abs(counts - shares * number) <= 1 + shares * len(weights)).all()
+    other = list(islice(mixing.turns(weights, seed + 1), 4000))
+    assert sets != other
+    assert len({tuple(sets[k : k + 8]) for k in range(0, 4000, 8)}) > 8, "at random"
+
+
+def test_weights_alone_reshuffle_every_set_in_every_round(place):
+    mixture = mixing.entries([entry(place, "a", weight=3), entry(place, "b", weight=1)])
+    indices = mixing.order(mixture, [12, 8], 5, 400)
+    a, b = indices[indices < 12][:240].reshape(-1, 12), indices[indices >= 12][:80].reshape(-1, 8)
+    assert (np.sort(a) == np.arange(12)).all() and (np.sort(b) == np.arange(12, 20)).all()
+    assert len({tuple(one) for one in a}) == 20 and len({tuple(one) for one in b}) == 10
+
+
+@pytest.mark.parametrize("weights", [[3, 1], [1, 4], [1, 1], [1, 99], [50, 1]])
+@pytest.mark.parametrize("seed", range(5))
+def test_weights_alone_repeat_no_row_in_a_pass(weights, seed):
+    mixture = [mixing.Entry("s", weight=weight) for weight in weights]
+    sizes = [100, 40]
+    indices = mixing.order(mixture, sizes, seed)
+    assert len(set(indices.tolist())) == len(indices)
+    longest = min(size * sum(weights) / weight for size, weight in zip(sizes, weights, strict=True))
+    assert longest - 1 - sum(weights) / min(weights) <= len(indices) <= longest + 1
 
 
 def test_a_set_that_would_give_nothing():
@@ -285,6 +314,54 @@ def test_workers_do_not_change_the_order(place, tmp_path, streaming):
     assert found[0] == found[1] == found[2] and all(len(batch) == 4 for batch in found[0])
 
 
+MIXTURES = {
+    "weights": [("a", {"weight": 0.7}), ("b", {"weight": 0.3})],
+    "both": [("a", {"epochs": 1.5}), ("b", {"weight": 0.3})],
+    "epochs": [("a", {}), ("c", {"epochs": 2})],
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_a_longer_run_begins_with_the_rows_of_a_shorter_one(place, tmp_path, kind, streaming):
+    """24 rows and 48, of sets with 12, 8 and 5: several rounds of each."""
+    mixture, processor = [entry(place, name, **part) for name, part in MIXTURES[kind]], None
+    processor, batches = families.processor("llava"), {}
+    for steps in (3, 6):
+        keys = {"datasets": mixture, "streaming": streaming, "max_steps": steps}
+        recipe = recipe_of(place, tmp_path, gradient_accumulation_steps=2, **keys)
+        rows = training_rows(recipe, processor)
+        trainer = build_trainer(
+            recipe, families.model("llava"), processor, rows, None, SaveOnTerm()
+        )
+        trainer.data_collator = ids
+        found = []
+        while len(found) < 2 * steps:  # a pass over the loader is an epoch
+            trainer_epoch = trainer.get_train_dataloader()
+            found += list(islice(trainer_epoch, 2 * steps - len(found)))
+        batches[steps] = found
+    assert batches[6][:6] == batches[3] and len(batches[3]) == 6
+
+
+@pytest.mark.parametrize("count", [10, 30])
+def test_a_number_of_rows_does_not_depend_on_the_steps(place, tmp_path, count):
+    mixture = [entry(place, "a", weight=0.7), entry(place, "b", weight=0.3)]
+    found = []
+    for steps in (2, 8):
+        recipe = recipe_of(place, tmp_path, datasets=mixture, max_steps=steps, dataset_rows=count)
+        rows = training_rows(recipe, families.processor("llava"))
+        found.append((ids(rows.rows), rows.ordered))
+    assert found[0] == found[1] and len(found[0][0]) == count and not found[0][1]
+
+
+def test_a_set_that_gives_no_row_to_a_run_is_named(place, tmp_path, capsys):
+    mixture = [entry(place, "a", weight=1000), entry(place, "b", weight=1)]
+    recipe = recipe_of(place, tmp_path, datasets=mixture, max_steps=1)
+    found = training_rows(recipe, families.processor("llava"))
+    assert {name[0] for name in ids(found.rows)} == {"a"} and found.size == 4
+    assert f"{place / 'b'}: none of its rows is among the 4 of the mix" in capsys.readouterr().err
+
+
 def a_stream(place: Path, mixture: list[dict], **values) -> stream.Stream:
     options = dict(seed=1, buffer=4, batch_size=3, check=lambda row, path: None) | values
     made = []
@@ -363,9 +440,10 @@ def test_what_a_stream_refuses(place, tmp_path):
 # --- resuming -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["both", "weights"])
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twice(
-    place, tmp_path, monkeypatch, streaming
+    place, tmp_path, monkeypatch, streaming, kind
 ):
     """Counted in the collator, the only place where images are decoded."""
     opened, original = [], fmtrain.data.collator.open_image
@@ -376,7 +454,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twi
         return original(image, root, limit)
 
     monkeypatch.setattr(fmtrain.data.collator, "open_image", count)
-    mixture = [entry(place, "a", epochs=1.5), entry(place, "b")]
+    mixture = [entry(place, name, **part) for name, part in MIXTURES[kind]]
     stream_keys = {"streaming": True, "shuffle_buffer": 5} if streaming else {}
     recipe_of(
         place,
