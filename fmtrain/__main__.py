@@ -12,12 +12,15 @@
 
 import argparse
 import importlib
+import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+
+from fmtrain.command_line import guarded
 
 COMMANDS = {
     "audit": "fmtrain.audit",
@@ -26,22 +29,54 @@ COMMANDS = {
     "policies": "fmtrain.policies.__main__",
 }
 TRAINER = Path(__file__).parent / "sft.py"
+UNSAID = "<N/A>"  # torch's name for the error file of a process that wrote none
 
 
-def launch(arguments: list[str]) -> NoReturn:
-    """Become `accelerate launch fmtrain/sft.py RECIPE ..`; `--config_file` is accelerate's own."""
+def launch(arguments: list[str]) -> int:
+    """Run fmtrain/sft.py, in one process a GPU or as the configuration of `--config_file` says, and
+    return its exit code. accelerate's launcher is called here so that its report of a failure, of
+    some dozens of lines, does not bury the error of the run."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config_file", "--config-file")
     options, words = parser.parse_known_args(arguments)
+    devices = torch.accelerator.device_count()
     if options.config_file:
         launcher = ["--config_file", options.config_file]
-    else:
-        devices = max(1, torch.accelerator.device_count())
-        launcher = ["--num_processes", str(devices), "--num_machines", "1"]
+    elif devices > 1:
+        launcher = ["--multi_gpu", "--num_processes", str(devices), "--num_machines", "1"]
         launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-        launcher += ["--multi_gpu"] if devices > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", *launcher, str(TRAINER)]
-    os.execv(sys.executable, [*command, *words])
+    else:  # one process needs no launcher
+        os.execv(sys.executable, [sys.executable, str(TRAINER), *words])
+
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args([*launcher, str(TRAINER), *words]))
+    except subprocess.CalledProcessError as error:
+        return shell_code(error.returncode)
+    except ChildFailedError as error:
+        return reported(error.failures, *error.get_first_failure())
+    except SignalException as error:
+        return shell_code(-error.sigval)
+    return 0
+
+
+def shell_code(status: int) -> int:
+    """The exit code that a shell gives to a process that ended so; below 0, by a signal."""
+    return status if status >= 0 else 128 - status
+
+
+def reported(failures: dict, rank: int, failure) -> int:
+    """Say why the first of several processes failed, unless the one with the terminal has said so;
+    returns its exit code. failures: torch's `ProcessFailure` by rank."""
+    if failure.error_file == UNSAID:
+        print(f"error: process {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
+    elif 0 not in failures or failures[0].message != failure.message:
+        print(failure.message, file=sys.stderr)
+    return shell_code(failure.exitcode)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(__doc__ + "\n    " + "\n    ".join(sorted(shipped())))
         return 0
     if name == "train":
-        launch(words)
+        return guarded(lambda: launch(words))
     if name not in COMMANDS:
         known = ", ".join(["train", *COMMANDS])
         print(f"error: unknown command {name!r}; known are {known}", file=sys.stderr)

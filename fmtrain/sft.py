@@ -15,7 +15,6 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 
 import datasets
 import torch
-from rich.markup import escape
 
 from fmtrain.command_line import one_line, quiet
 from fmtrain.data.aspect import described
@@ -25,7 +24,7 @@ from fmtrain.training import trainable
 from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
 from fmtrain.training.run_folder import check_resumed, checkpoint_of, record_of, recorded
-from fmtrain.training.tracking import prepare_tracking, say
+from fmtrain.training.tracking import prepare_tracking, say, say_error
 from fmtrain.training.trainer import SaveOnTerm, build_trainer
 
 
@@ -79,7 +78,7 @@ def run(arguments: list[str]) -> int:
         message = one_line(error) if isinstance(error, OSError) else str(error).strip()
         if "Traceback (most recent call last)" in message:  # of a data worker; its message is last
             message = message.splitlines()[-1].removeprefix("ValueError: ")
-        say(f"[bold red]error:[/] {escape(message)}")
+        say_error(message)
         status = 2
     except KeyboardInterrupt:
         say("interrupted")
