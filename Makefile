@@ -3,7 +3,7 @@
 VENV := .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-RUN := runs/tiny_v2v_lora
+RUN := runs/tiny_v2v_lora-v2v-s0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -23,8 +23,7 @@ test: check
 # The main job: fine-tune the tiny pretrained LLaVA under v2v, export, reload, audit, ask.
 train: setup
 	rm -rf $(RUN)
-	$(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no \
-		--dynamo_backend no fmtrain/sft.py recipes/tiny_v2v_lora.yaml
+	$(BIN)/fmtrain train tiny_v2v_lora
 	$(BIN)/fmtrain export $(RUN) --out $(RUN)/exported
 	$(BIN)/fmtrain audit $(RUN)/exported
 	$(BIN)/python -m eval.compare --before fmtrain/tiny_llava --after $(RUN)/exported

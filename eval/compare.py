@@ -1,6 +1,6 @@
 """A few held-out questions: the pictures' names, the reference, and what two checkpoints answer.
 
-    python -m eval.compare --before fmtrain/tiny_llava --after runs/tiny_v2v_lora/exported
+    python -m eval.compare --before fmtrain/tiny_llava --after runs/tiny_v2v_lora-v2v-s0/exported
 
 `before` is shown as it was trained and with the other's mask switched on at inference only.
 """

@@ -25,9 +25,9 @@ from fmtrain.checkpoint import check_folder, recorded_mask
 from fmtrain.command_line import write_whole
 from fmtrain.masks import Mask
 from fmtrain.training import recipe as training_recipe
+from fmtrain.training.run_folder import WEIGHTS
 
 TRAINER = Path(__file__).parents[2] / "fmtrain" / "sft.py"
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)

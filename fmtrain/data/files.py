@@ -35,9 +35,10 @@ from fmtrain.data.row_format import (
 class Rows:
     """A loaded set of rows, where its images are, and how many rows were too long.
 
-    opened, passes: of a stream, whose rows have neither numbers nor an end: the first few, and the
-    rows of one pass. ordered: they are at random already and just those of the run, so it takes
-    them in this order; a sampler's would depend on how many there are.
+    opened, passes, files: of a stream, whose rows have neither numbers nor an end: the first few,
+    the rows of one pass, and what they are read from. ordered: they are at random already and just
+    those of the run, so it takes them in this order; a sampler's would depend on how many there
+    are.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -46,6 +47,7 @@ class Rows:
     opened: tuple[dict, ...] = ()
     passes: int | None = None
     ordered: bool = False
+    files: tuple[Path, ...] = ()
 
     @property
     def size(self) -> int:

@@ -214,7 +214,8 @@ def load(
     first = tuple(islice(replace(stream, rank=0, world_size=1, skip=0).rows(), head))
     parts = list(range(stream.world_size * max(1, workers)))
     rows = datasets.IterableDataset.from_generator(stream.rows, gen_kwargs={"parts": parts})
-    return Rows(rows, ".", opened=first, passes=sum(source.share for source in sources))
+    passes = sum(source.share for source in sources)
+    return Rows(rows, ".", opened=first, passes=passes, files=tuple(chain.from_iterable(files)))
 
 
 def unchecked(row: dict, path: str) -> None:

@@ -201,6 +201,7 @@ class _Loader(yaml.SafeLoader):
 # Where a vision-language run differs from TRL's defaults: rows are never cut, so there is no
 # default length limit; the collator needs all columns; nothing is tokenized ahead.
 DEFAULTS = {
+    "output_dir": "",  # open: see `read`
     "max_length": None,
     "remove_unused_columns": False,
     "report_to": "none",
@@ -211,7 +212,8 @@ DEFAULTS = {
 
 def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     """The recipe of a YAML file, or one that is shipped under this name, with `--key value`
-    overrides. Raises `ValueError`, in one line, for anything odd."""
+    overrides. Where they leave them open, its run is called RECIPE-MASK-sSEED and written to
+    runs/ under that name. Raises `ValueError`, in one line, for anything odd."""
     path = find(path)
     values = load_values(path)
     masking, data, training, model = arguments = _parsed(path, values, overrides)
@@ -237,8 +239,11 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
             f"{path}: {', '.join(pooling)} belong to the light form, but the mask is '{mask}', not "
             f"'{mask}{LIGHT}'"
         )
+    name = f"{path.stem}-{mask}-s{training.seed}"
+    training.output_dir = training.output_dir or f"runs/{name}"
+    training.run_name = training.run_name or name
     resolved = {}
-    for key in [*values, *changed]:
+    for key in dict.fromkeys([*values, *changed, "output_dir", "run_name"]):
         for group in arguments:
             if hasattr(group, key):
                 value = getattr(group, key)

@@ -4,11 +4,13 @@ is resumed."""
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
 from torch import nn
 from trl import get_peft_config
@@ -25,6 +27,7 @@ from fmtrain.training.recipe import Recipe
 
 RECORD, RECIPE = "run.json", "recipe.yaml"
 STATE = "trainer_state.json"  # the last file of a checkpoint, and of a run
+WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 # What a run cannot change when it is resumed; the mask is checked before anything is loaded.
 FIXED = ("base_model", "data", "image_aspect", "trainable", "lora")
 
@@ -32,9 +35,9 @@ FIXED = ("base_model", "data", "image_aspect", "trainable", "lora")
 def checkpoint_of(recipe: Recipe) -> str | None:
     """The checkpoint to resume from: the one named, or the newest whole one.
 
-    Raises `ValueError` if the output folder holds a run and resuming was not asked for, or holds
-    none and it was, for a checkpoint that was trained with another mask than the recipe's or has
-    all its steps behind it, and for processes that do not know of each other.
+    Raises `ValueError` if the output folder cannot be written, holds a run and resuming was not
+    asked for, or holds none and it was; for a checkpoint that was trained with another mask than
+    the recipe's or has all its steps behind it; and for processes that do not know of each other.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != recipe.training.world_size:
@@ -43,6 +46,7 @@ def checkpoint_of(recipe: Recipe) -> str | None:
             f"{recipe.training.output_dir}; on a CPU add --use_cpu true"
         )
     wanted, folder = recipe.training.resume_from_checkpoint, Path(recipe.training.output_dir)
+    _check_writable(folder)
     checkpoint = None
     if str(wanted) in ("True", "true"):
         checkpoint = _newest(folder)
@@ -59,6 +63,19 @@ def checkpoint_of(recipe: Recipe) -> str | None:
         raise ValueError(f"{checkpoint} records the mask {recorded}, the recipe says {recipe.mask}")
     _check_unfinished(recipe, Path(checkpoint))
     return checkpoint
+
+
+def _check_writable(folder: Path) -> None:
+    """Before anything is loaded: a file can be made in the folder, or where it will be made."""
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {folder}: cannot write to {place}: {error.strerror}"
+        ) from error
 
 
 def _check_free(folder: Path) -> None:
@@ -82,8 +99,8 @@ def _newest(folder: Path) -> str:
 
 
 def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
-    """The trainer would take one step more from the last checkpoint of a finished run. (One that
-    was killed between its last checkpoint and its end may go on, and saves its weights.)"""
+    """There is nothing to resume behind the last step, unless the run was killed before it had
+    saved its weights."""
     if not (checkpoint / STATE).is_file():
         raise ValueError(f"{checkpoint}: not a whole checkpoint (no {STATE})")
     state, training = json.loads((checkpoint / STATE).read_text()), recipe.training
@@ -93,7 +110,9 @@ def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
     else:
         left = training.num_train_epochs - (state["epoch"] or 0)
         end = f"num_train_epochs {training.num_train_epochs:g}"
-    if left <= 0 and (checkpoint.parent / STATE).is_file():
+    folder = checkpoint.parent
+    saved = (folder / STATE).is_file() and any((folder / name).is_file() for name in WEIGHTS)
+    if left <= 0 and saved:
         raise ValueError(f"{checkpoint}: step {done} is the end already ({end}); nothing to resume")
 
 
@@ -118,8 +137,10 @@ def record_of(recipe: Recipe, handle: Handle, processor, rows: Rows, model: nn.M
 
 def fingerprint(rows: Rows) -> str:
     """A hash of all rows, wherever their folder is, with the names of images that are files; of a
-    stream, of how many rows a pass has."""
+    stream, of how many rows a pass has and of its files."""
     seen = hashlib.sha256(str(rows.size).encode())
+    for file in rows.files:
+        seen.update(_digest(file))
     if rows.passes is None:
         kind = rows.rows.features.arrow_schema.field("images").type
         embedded = pa.types.is_nested(kind) and pa.types.is_struct(kind.value_type)
@@ -130,6 +151,17 @@ def fingerprint(rows: Rows) -> str:
     return seen.hexdigest()[:16]
 
 
+def _digest(file: Path) -> bytes:
+    """Of a streamed file: its bytes, as counting its rows reads them as well; of Parquet, whose
+    rows are counted in the footer, the footer: sizes, offsets and statistics of all columns."""
+    if file.suffix != ".parquet":
+        with file.open("rb") as lines:
+            return hashlib.file_digest(lines, "sha256").digest()
+    return hashlib.sha256(
+        json.dumps(pq.read_metadata(file).to_dict(), default=str).encode()
+    ).digest()
+
+
 def check_resumed(checkpoint: str | None, record: dict) -> None:
     """Raises `ValueError` if a run that is resumed differs from its record in what it cannot
     change."""
@@ -137,11 +169,18 @@ def check_resumed(checkpoint: str | None, record: dict) -> None:
         return
     before = read_record(Path(checkpoint).parent)
     for key in FIXED:
-        if key in before and before[key] != record[key]:
+        if key in before and not _same(before[key], record[key]):
             raise ValueError(
                 f"{checkpoint}: the run has {key} {_short(before[key])}, "
                 f"the recipe makes it {_short(record[key])}; that is another run"
             )
+
+
+def _same(before, now) -> bool:
+    """Whether two values of a record agree; a folder may be spelt in several ways."""
+    if isinstance(before, str) and os.path.isdir(before) and os.path.isdir(now):
+        return os.path.samefile(before, now)
+    return before == now
 
 
 def _short(value) -> str:

@@ -43,6 +43,13 @@ class MaskedSFTTrainer(SFTTrainer):
             return super()._load_best_model()
         self._load_from_checkpoint(best)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """transformers takes a step before it looks whether a resumed run has any left."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def compute_loss(self, model, inputs, *args, **kwargs):
         """TRL's loss reads the head's weight past the head's forward. FSDP2, which wraps the head
         by itself, then leaves it sharded, and its gradient is never summed over the ranks. So have

@@ -110,8 +110,8 @@ def test_the_wheel_trains_the_embedded_model_outside_a_checkout(tmp_path):
     options = ["--max_steps", "2", "--dataset_rows", "64", "--logging_steps", "1"]
     done = run([*FMTRAIN, "train", "tiny_v2v_lora", *options], place, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "runs/tiny_v2v_lora" in done.stderr
-    record = json.loads((place / "runs" / "tiny_v2v_lora" / "run.json").read_text())
+    assert "runs/tiny_v2v_lora-v2v-s0" in done.stderr
+    record = json.loads((place / "runs" / "tiny_v2v_lora-v2v-s0" / "run.json").read_text())
     assert record["policy"] == "v2v" and record["base_model"].endswith("fmtrain/tiny_llava")
     missing = run([*FMTRAIN, "train", "tiny_v2v_lroa"], place, env=environment)
     assert missing.returncode and "nearest shipped one" in missing.stderr

@@ -100,3 +100,17 @@ def test_a_sweep_run_has_a_folder_of_its_own(recipe, monkeypatch):
         read(recipe(), ["--output_dir=runs/sweep/$WANDB_RUN_ID"]).training.output_dir
         == "runs/sweep/abc123"
     )
+
+
+def test_a_run_is_named_after_recipe_mask_and_seed(recipe, tmp_path):
+    path = recipe(output_dir=None)
+    training_arguments = read(path).training
+    assert training_arguments.output_dir == "runs/recipe-v2v-s42"
+    assert training_arguments.run_name == "recipe-v2v-s42"
+    other = read(path, ["--mask", "future+merge", "--seed=3"])
+    assert other.training.output_dir == "runs/recipe-future+merge-s3"
+    assert other.resolved["output_dir"] == other.training.output_dir
+    named = read(path, ["--output_dir", "elsewhere", "--run_name", "mine"])
+    assert (named.training.output_dir, named.training.run_name) == ("elsewhere", "mine")
+    path = recipe(output_dir="elsewhere", seed=1)
+    assert read(path).training.run_name == "recipe-v2v-s1"

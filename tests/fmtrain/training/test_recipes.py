@@ -27,10 +27,11 @@ def test_recipe(path):
     recipe = read(path, ["--use_cpu", "true"])  # bf16 needs a GPU otherwise
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ") and any(
-        "fmtrain/sft.py" in line and path.name in line for line in lines if line.startswith("#")
+        f"fmtrain train {path.stem}" in line for line in lines if line.startswith("#")
     )
     assert len(lines) <= 50 and str(recipe.mask) == recipe.resolved["mask"]
-    assert recipe.training.output_dir == f"runs/{path.stem}"
+    name = f"{path.stem}-{recipe.mask}-s{recipe.training.seed}"
+    assert recipe.training.output_dir == f"runs/{name}" and recipe.training.run_name == name
 
 
 def test_distributed_configurations_are_complete():

@@ -8,6 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import training
@@ -492,14 +494,61 @@ def test_a_run_is_resumed_as_the_same_run_or_not_at_all(folder):
     shutil.copytree(folder / "out", folder / "taken")
     taken = ["--output_dir", str(folder / "taken")]
     assert "holds a run already" in refused(folder, *named, *taken)
-    shutil.copytree(folder / "out", folder / "killed")  # after its last checkpoint, while saving
-    for name in ("trainer_state.json", "adapter_model.safetensors"):
-        (folder / "killed" / name).unlink()
-    killed = ["--output_dir", str(folder / "killed"), "--max_steps", "2"]
-    assert sft.main([str(folder / "recipe.yaml"), *resume, *killed]) == 0
-    assert (folder / "killed" / "adapter_model.safetensors").is_file()
-    assert sft.main([str(folder / "recipe.yaml"), *resume]) == 0
+    respelt = str(folder / "out" / ".." / "base")
+    change = ["--model_name_or_path", respelt]
+    assert sft.main([str(folder / "recipe.yaml"), *resume, *change]) == 0
     assert len(training.losses(folder / "out")) == 4
+
+
+@pytest.mark.parametrize(
+    "lost", [["trainer_state.json", "adapter_model.safetensors"], ["adapter_model.safetensors"]]
+)
+def test_a_run_killed_while_it_saved_gets_its_weights_and_no_step(folder, lost):
+    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "2"]) == 0
+    for name in lost:
+        (folder / "out" / name).unlink()
+    resume = ["--resume_from_checkpoint", "true", "--max_steps", "2"]
+    assert sft.main([str(folder / "recipe.yaml"), *resume]) == 0
+    weights = "adapter_model.safetensors"
+    saved, last = folder / "out" / weights, folder / "out" / "checkpoint-2" / weights
+    assert saved.read_bytes() == last.read_bytes()
+    state = json.loads((folder / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 2 and len(training.losses(folder / "out")) == 2
+    assert "step 2 is the end already" in refused(folder, *resume)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_stream_is_resumed_on_its_own_files(folder, kind):
+    path = folder / "data" / f"streamed.{kind}"
+
+    def write(answer: str) -> None:
+        rows = training.read_rows(folder)
+        rows[13]["messages"][1] = training.assistant(answer)
+        table = pa.Table.from_pylist(rows)
+        if kind == "parquet":
+            pq.write_table(table, path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write("from 3 to 6")
+    stream = ["--dataset_name", str(path), "--streaming", "true", "--shuffle_buffer", "1"]
+    assert sft.main([str(folder / "recipe.yaml"), *stream, "--max_steps", "2"]) == 0
+    resume = [*stream, "--resume_from_checkpoint", "true"]
+    write("from 3 to 5")
+    assert "data" in refused(folder, *resume)
+    write("from 3 to 6")
+    assert sft.main([str(folder / "recipe.yaml"), *resume]) == 0
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_first(folder):
+    (folder / "base" / "model.safetensors").unlink()
+    (folder / "base" / "config.json").unlink()
+    (folder / "file").write_text("")
+    (folder / "gone").symlink_to(folder / "nowhere")
+    for name in ("file", "file/below", "gone", "gone/below"):
+        message = refused(folder, "--output_dir", str(folder / name))
+        assert f"output_dir {folder / name}: cannot write to" in message
+    assert "cannot write to /proc" in refused(folder, "--output_dir", "/proc/out")
 
 
 # --- in processes of their own --------------------------------------------------------------------
