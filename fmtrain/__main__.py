@@ -6,8 +6,8 @@
     fmtrain preview RECIPE_OR_ROWS
     fmtrain policies [MASK] [PICTURE]
 
-`fmtrain COMMAND --help` says more; the keys of a recipe are TRL's and those of
-`fmtrain.training.recipe`. RECIPE is a YAML file, or the name of a shipped recipe:
+`fmtrain COMMAND --help` says more, of `train` all keys of a recipe. RECIPE is a YAML file, or the
+name of a shipped recipe:
 """
 
 import argparse
@@ -18,9 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
-from fmtrain.command_line import guarded
+from fmtrain.command_line import asks_for_help, guarded
 
 COMMANDS = {
     "audit": "fmtrain.audit",
@@ -28,6 +26,11 @@ COMMANDS = {
     "preview": "fmtrain.preview.command",
     "policies": "fmtrain.policies.__main__",
 }
+TRAIN = """usage: fmtrain train RECIPE [--config_file ACCELERATE.yaml] [--key value ...]
+
+Train as a recipe says: a YAML file, or the name of a shipped one. Its keys are these; `--key value`
+overrides one. One process a GPU is started, or what accelerate's configuration file says.
+"""
 TRAINER = Path(__file__).parent / "sft.py"
 UNSAID = "<N/A>"  # torch's name for the error file of a process that wrote none
 
@@ -36,6 +39,8 @@ def launch(arguments: list[str]) -> int:
     """Run fmtrain/sft.py, in one process a GPU or as the configuration of `--config_file` says, and
     return its exit code. accelerate's launcher is called here so that its report of a failure, of
     some dozens of lines, does not bury the error of the run."""
+    import torch
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config_file", "--config-file")
     options, words = parser.parse_known_args(arguments)
@@ -82,10 +87,15 @@ def reported(failures: dict, rank: int, failure) -> int:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     name, *words = arguments or ["--help"]
-    if name in ("-h", "--help") or (name == "train" and (not words or {"-h", "--help"} & {*words})):
+    if name in ("-h", "--help"):
         from fmtrain.training.recipe import shipped
 
         print(__doc__ + "\n    " + "\n    ".join(sorted(shipped())))
+        return 0
+    if name == "train" and (not words or asks_for_help(words)):
+        from fmtrain.training.keys import described
+
+        print(TRAIN + "\n" + described())
         return 0
     if name == "train":
         return guarded(lambda: launch(words))

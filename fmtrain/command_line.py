@@ -10,14 +10,35 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 
+class Help(argparse.RawTextHelpFormatter):
+    """The texts of `--help` as they are written, each with its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        said = "default" in text or "%(default)s" in text
+        unset = default is None or default is False or default in (argparse.SUPPRESS, "", [])
+        if said or unset:
+            return text
+        if isinstance(default, list):
+            return f"{text} (default: {' '.join(map(str, default))})".strip()
+        return f"{text} (default: %(default)s)".strip()
+
+
+def asks_for_help(words: Iterable[str]) -> bool:
+    """Whether `--help` is among the words of a command that has no parser of its own."""
+    return bool({"-h", "--help"} & {*words})
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with the text of `--help` as it is written, and options that may be spelt with
-    dashes or underscores."""
+    """argparse with our `Help`, and options that may be spelt with dashes or underscores."""
 
     def __init__(self, command: str, description: str | None):
-        super().__init__(
-            prog=command, description=description, formatter_class=argparse.RawTextHelpFormatter
-        )
+        super().__init__(prog=command, description=description, formatter_class=Help)
+
+    def add_argument(self, *names, **settings):
+        if "default" in settings:
+            settings.setdefault("help", "%(default)s by default")
+        return super().add_argument(*names, **settings)
 
     def parse_known_args(self, args=None, namespace=None):
         return super().parse_known_args(

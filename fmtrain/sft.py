@@ -16,11 +16,11 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 import datasets
 import torch
 
-from fmtrain.command_line import one_line, quiet
+from fmtrain.command_line import asks_for_help, one_line, quiet
 from fmtrain.data.aspect import described
 from fmtrain.patch import attach
+from fmtrain.training import keys, trainable
 from fmtrain.training import recipe as recipes
-from fmtrain.training import trainable
 from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
 from fmtrain.training.run_folder import check_resumed, checkpoint_of, record_of, recorded
@@ -29,8 +29,11 @@ from fmtrain.training.trainer import SaveOnTerm, build_trainer
 
 
 def main(arguments: list[str]) -> int:
-    """Train as a recipe says; returns 0. Raises `ValueError`, in one line, for what does not
-    fit."""
+    """Train as a recipe says, or print the keys of one (`--help`); returns 0. Raises `ValueError`,
+    in one line, for what does not fit."""
+    if asks_for_help(arguments):
+        print(f"{__doc__}\n{keys.described()}")
+        return 0
     if not arguments or arguments[0].startswith("-"):
         raise ValueError(
             "usage: accelerate launch fmtrain/sft.py RECIPE.yaml [--any_trl_argument value]"

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from fmtrain.command_line import nearest, one_line
+from fmtrain.command_line import Help, nearest, one_line
 from fmtrain.masks import Mask, parse_masks
 from fmtrain.training.recipe import load_values
 
@@ -156,7 +156,7 @@ class RecipeParser(HfArgumentParser):
             prog="python -m eval.matrix",
             usage=USAGE.removeprefix("usage: "),
             description=doc,
-            formatter_class=argparse.RawTextHelpFormatter,
+            formatter_class=Help,
             allow_abbrev=False,
         )
         self.known = {action.dest: action for action in self._actions if action.dest != "help"}

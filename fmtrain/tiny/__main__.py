@@ -3,21 +3,17 @@
 python -m fmtrain.tiny --out DIR
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from fmtrain.command_line import Parser
 from fmtrain.tiny.model import random_model
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m fmtrain.tiny",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
+    parser = Parser("python -m fmtrain.tiny", __doc__)
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     options = parser.parse_args(arguments)
     if options.out.exists():
         print(f"error: {options.out} exists already; name a new folder", file=sys.stderr)

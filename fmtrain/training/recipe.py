@@ -288,12 +288,18 @@ def load_values(path: str | os.PathLike) -> dict:
     return values
 
 
+def parser() -> TrlParser:
+    """TRL's parser of all keys, with our defaults."""
+    groups = (MaskArguments, DataArguments, SFTConfig, ModelConfig)
+    of_keys = _Parser(groups, allow_abbrev=False, add_help=False)
+    of_keys.set_defaults_with_config(**DEFAULTS)
+    return of_keys
+
+
 def _parsed(path: Path, values: dict, overrides: list[str]) -> list:
     """The groups of arguments, each value checked by TRL's parser."""
-    groups = (MaskArguments, DataArguments, SFTConfig, ModelConfig)
-    parser = _Parser(groups, allow_abbrev=False, add_help=False)
-    parser.set_defaults_with_config(**DEFAULTS)
-    known = {action.dest: action for action in parser._actions}
+    of_keys = parser()
+    known = {action.dest: action for action in of_keys._actions}
     words = []
     for key, value in values.items():
         if key not in known:
@@ -301,11 +307,11 @@ def _parsed(path: Path, values: dict, overrides: list[str]) -> list:
             raise ValueError(f"{path}: unknown key {key!r}; the nearest known one is {near!r}")
         if isinstance(value, list) and known[key].nargs is None:
             # report_to: a list in YAML, one value on the command line
-            parser.set_defaults_with_config(**{key: value})
+            of_keys.set_defaults_with_config(**{key: value})
         elif value is not None:  # None: the default
             words += _as_words(key, value)
     try:
-        *arguments, unknown = parser.parse_args_into_dataclasses(
+        *arguments, unknown = of_keys.parse_args_into_dataclasses(
             [*words, *overrides], return_remaining_strings=True
         )
     except (ValueError, TypeError, ImportError) as error:
