@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from eval import held_out
-from eval.held_out import HeldOut, right
+from eval.held_out import HeldOut
 from fmtrain.checkpoint import check_folder, load, recorded_mask
 from fmtrain.command_line import Parser, guarded
-from fmtrain.decoding import Decoder
+from fmtrain.decoding import Decoder, right
 from fmtrain.masks import Mask
 from fmtrain.tiny import digits
 

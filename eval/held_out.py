@@ -98,8 +98,3 @@ def mixed(
 def task_of(row: dict) -> str:
     """The task that a row belongs to."""
     return str(row.get("task") or row.get("source") or "all")
-
-
-def right(answer: str, reference: str) -> int:
-    """1 if the answer is the reference but for case and blanks, else 0."""
-    return int(answer.casefold().split() == reference.casefold().split())

@@ -182,3 +182,8 @@ def _taught_end(processor) -> int:
     turns = [{"role": role, "content": "?"} for role in ("user", "assistant")]
     inputs, layout = encode(processor, turns, [])
     return int(inputs["input_ids"][layout.answer][-1])
+
+
+def right(answer: str, reference: str) -> int:
+    """1 if the answer is the reference but for case and blanks, else 0."""
+    return int(answer.casefold().split() == reference.casefold().split())

@@ -21,6 +21,7 @@ from fmtrain.data.aspect import described
 from fmtrain.patch import attach
 from fmtrain.training import keys, trainable
 from fmtrain.training import recipe as recipes
+from fmtrain.training.answers import answers_of
 from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
 from fmtrain.training.run_folder import check_resumed, checkpoint_of, record_of, recorded
@@ -49,12 +50,13 @@ def main(arguments: list[str]) -> int:
     positions = config.get_text_config().max_position_embeddings
     rows = training_rows(recipe, processor, checkpoint, positions)
     eval_rows = evaluation_rows(recipe, processor, positions)
+    answers = answers_of(recipe, processor, eval_rows)
     say(f"{rows.size} rows; {rows.dropped} dropped, longer than max_length {training.max_length}")
 
     model = load_weights(recipe)
     handle = attach(model, recipe.mask, recipe.masking.attention_backend)
     stop = SaveOnTerm()
-    trainer = build_trainer(recipe, model, processor, rows, eval_rows, stop)
+    trainer = build_trainer(recipe, model, processor, rows, eval_rows, stop, answers)
     say(trainable.summary(trainer.model))
     record = record_of(recipe, handle, processor, rows, trainer.model)
     check_resumed(checkpoint, record)

@@ -12,7 +12,7 @@ from trl import ModelConfig, SFTConfig
 
 from fmtrain import sft
 from fmtrain.__main__ import main
-from fmtrain.training.recipe import DataArguments, MaskArguments
+from fmtrain.training.recipe import DataArguments, EvaluationArguments, MaskArguments
 
 COMMANDS = []
 for package in ("fmtrain", "eval", "data_prep"):
@@ -62,7 +62,7 @@ def test_options_show_their_defaults(module, option, default, capsys, monkeypatc
 def test_the_help_of_training_names_every_key(capsys):
     assert main(["train", "tiny_v2v_lora", "--help"]) == 0
     shown = capsys.readouterr().out
-    groups = (MaskArguments, DataArguments)
+    groups = (MaskArguments, DataArguments, EvaluationArguments)
     for key in [key for group in groups for key in fields(group)]:
         default = str(key.default).lower() if isinstance(key.default, bool) else key.default
         line = rf"^  {key.name}" + ("" if default is None else f" = {re.escape(str(default))}")

@@ -19,12 +19,12 @@ import torch
 import transformers
 
 from eval import held_out
-from eval.held_out import HeldOut, right
+from eval.held_out import HeldOut
 from eval.provenance import fingerprint
 from fmtrain.checkpoint import load
 from fmtrain.command_line import quiet, write_whole
 from fmtrain.data.aspect import with_aspect
-from fmtrain.decoding import Decoder
+from fmtrain.decoding import Decoder, right
 from fmtrain.masks import VERSION, Mask
 
 Keys = dict[str, dict]  # {mask: what the answers of its cell depend on}

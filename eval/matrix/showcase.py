@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from eval.held_out import HeldOut, right
+from eval.held_out import HeldOut
 from eval.matrix.analysis import MatrixRow
 from fmtrain.data.images import open_image
+from fmtrain.decoding import right
 
 LARGEST = 320  # pixels along the longer edge of a picture in the report
 

@@ -4,7 +4,7 @@ import textwrap
 from argparse import Action
 from dataclasses import fields
 
-from fmtrain.training.recipe import DataArguments, MaskArguments, parser
+from fmtrain.training.recipe import DataArguments, EvaluationArguments, MaskArguments, parser
 
 TRL = "https://huggingface.co/docs/trl/sft_trainer"
 WIDTH, COLUMN = 100, 36
@@ -23,6 +23,7 @@ CONCEPTS = {
     "Evaluation": [
         *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "metric_for_best_model"),
         *("greater_is_better", "load_best_model_at_end"),
+        *(key.name for key in fields(EvaluationArguments)),
     ],
 }
 OPEN = {"output_dir": "runs/RECIPE-MASK-sSEED", "run_name": "RECIPE-MASK-sSEED"}

@@ -1,9 +1,9 @@
 """A recipe: one flat YAML file that describes one training run.
 
-Keys are TRL's own argument names (`ModelConfig`, `SFTConfig`) plus the ones of `MaskArguments` and
-`DataArguments` below; the command line overrides them (`--learning_rate 1e-4`). Unknown keys are
-errors that name the nearest known one, and every value goes through TRL's parser, so a wrong type
-is an error as well.
+Keys are TRL's own argument names (`ModelConfig`, `SFTConfig`) plus the ones of `MaskArguments`,
+`DataArguments` and `EvaluationArguments` below; the command line overrides them
+(`--learning_rate 1e-4`). Unknown keys are errors that name the nearest known one, and every value
+goes through TRL's parser, so a wrong type is an error as well.
 """
 
 import json
@@ -132,6 +132,22 @@ class DataArguments:
             )
 
 
+@dataclass
+class EvaluationArguments:
+    """What is measured on held-out rows while a model trains, beside the loss."""
+
+    eval_answers: int = _argument(
+        200, "Evaluation rows whose questions are answered, for eval_exact_match; 0: none."
+    )
+    eval_max_new_tokens: int = _argument(32, "How many tokens such an answer may have.")
+
+    def __post_init__(self):
+        if self.eval_answers < 0:
+            raise ValueError(f"eval_answers {self.eval_answers} is a number of rows; 0: none")
+        if self.eval_max_new_tokens < 1:
+            raise ValueError(f"eval_max_new_tokens {self.eval_max_new_tokens} is less than 1")
+
+
 # Of `from_pretrained`, by the key of a recipe that says it
 OWN_KEYS = {
     "attn_implementation": "attn_implementation",
@@ -165,6 +181,7 @@ class Recipe:
     mask: Mask
     masking: MaskArguments
     data: DataArguments
+    evaluation: EvaluationArguments
     training: SFTConfig
     model: ModelConfig
     resolved: dict
@@ -216,7 +233,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     runs/ under that name. Raises `ValueError`, in one line, for anything odd."""
     path = find(path)
     values = load_values(path)
-    masking, data, training, model = arguments = _parsed(path, values, overrides)
+    masking, data, evaluation, training, model = arguments = _parsed(path, values, overrides)
     options = [option for option in overrides if option.startswith("--")]
     changed = {option.lstrip("-").split("=")[0].replace("-", "_") for option in options}
     training.output_dir = os.path.expandvars(training.output_dir)  # a sweep has $WANDB_RUN_ID
@@ -250,7 +267,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
                 resolved[key] = value.value if isinstance(value, Enum) else value
     if model.model_name_or_path == EMBEDDED:
         model.model_name_or_path = str(CHECKPOINT)
-    return Recipe(str(path), mask, masking, data, training, model, resolved)
+    return Recipe(str(path), mask, masking, data, evaluation, training, model, resolved)
 
 
 def find(name: str | os.PathLike) -> Path:
@@ -290,7 +307,7 @@ def load_values(path: str | os.PathLike) -> dict:
 
 def parser() -> TrlParser:
     """TRL's parser of all keys, with our defaults."""
-    groups = (MaskArguments, DataArguments, SFTConfig, ModelConfig)
+    groups = (MaskArguments, DataArguments, EvaluationArguments, SFTConfig, ModelConfig)
     of_keys = _Parser(groups, allow_abbrev=False, add_help=False)
     of_keys.set_defaults_with_config(**DEFAULTS)
     return of_keys

@@ -2,8 +2,10 @@
 checkpoint carries."""
 
 import copy
+import random
 import signal
 
+import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
@@ -17,13 +19,34 @@ from fmtrain.data.encode import Encoded
 from fmtrain.data.files import Rows
 from fmtrain.patch import attached, unwrap
 from fmtrain.training import trainable
+from fmtrain.training.answers import Answers
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.tracking import say
 
 
 class MaskedSFTTrainer(SFTTrainer):
     """TRL's trainer; every checkpoint of it, adapters included, carries the mask in a
-    `config.json`."""
+    `config.json`, and the metrics of `answers` are among those of every evaluation."""
+
+    answers: Answers | None = None
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Draws no random number of training's; the loader of the evaluation rows would."""
+        before, device = (random.getstate(), np.random.get_state()), self.args.device
+        devices = [] if device.type == "cpu" else [device]
+        try:
+            with torch.random.fork_rng(devices, device_type=device.type):
+                return super().evaluate(*args, **kwargs)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.answers is not None:
+            metrics = self.answers.metrics(self.model, self.accelerator, metric_key_prefix)
+            output.metrics.update(metrics)
+        return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """transformers looks for the module's own parameter names, but a LLaVA is saved under the
@@ -124,7 +147,13 @@ class SaveOnTerm(TrainerCallback):
 
 
 def build_trainer(
-    recipe: Recipe, model, processor, rows: Rows, eval_rows: Rows | None, stop: SaveOnTerm
+    recipe: Recipe,
+    model,
+    processor,
+    rows: Rows,
+    eval_rows: Rows | None,
+    stop: SaveOnTerm,
+    answers: Answers | None = None,
 ) -> MaskedSFTTrainer:
     """The model's parts frozen or adapted as the recipe says, in TRL's trainer."""
     training = copy.copy(recipe.training)
@@ -152,6 +181,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=lora,
     )
+    trainer.answers = answers
     trainable.run_tower_without_graph(trainer.model)
     first = rows.first(max(2, min(4, training.per_device_train_batch_size)))
     for callback in (

@@ -2,6 +2,7 @@
 
 from eval import compare, held_out
 from eval.held_out import HeldOut
+from fmtrain.decoding import right
 from fmtrain.masks import parse_masks
 from fmtrain.tiny import CHECKPOINT, digits
 
@@ -76,4 +77,4 @@ def test_answers_of_the_embedded_model():
     masks = parse_masks(["causal", "v2v"])
     for answers in compare.answers(str(CHECKPOINT), masks, data):
         pairs = zip(answers, data.questions, strict=True)
-        assert sum(held_out.right(text, question.reference) for text, question in pairs) >= 4
+        assert sum(right(text, question.reference) for text, question in pairs) >= 4

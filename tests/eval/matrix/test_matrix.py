@@ -26,7 +26,7 @@ from eval.matrix import recipe as matrix_recipe
 from fmtrain import POLICIES, Mask, Policy, attach, attached
 from fmtrain.checkpoint import load, recorded_mask
 from fmtrain.data.aspect import with_aspect
-from fmtrain.decoding import Decoder
+from fmtrain.decoding import Decoder, right
 
 
 @pytest.fixture(scope="module")
@@ -119,8 +119,7 @@ def test_trains_evaluates_reports_and_does_nothing_twice(folder, monkeypatch, ca
     cell = cells.read_cell(folder / "work" / "cells" / "v2v-seed0" / "v2v.json")
     assert cell["answers"] == answers
     assert cell["scores"] == [
-        held_out.right(answer, question.reference)
-        for answer, question in zip(answers, data.questions)
+        right(answer, question.reference) for answer, question in zip(answers, data.questions)
     ]
 
     before = times(folder / "work", "*.json") | times(folder / "work", "*.safetensors")
@@ -476,9 +475,7 @@ def test_mistakes_are_one_line(folder, capsys):
 
 def test_answers_are_compared_without_case_and_blanks():
     assert (
-        held_out.right(" From 2  to 3", "from 2 to 3") == 1
-        and held_out.right("2", "3") == 0
-        and held_out.right("", "3") == 0
+        right(" From 2  to 3", "from 2 to 3") == 1 and right("2", "3") == 0 and right("", "3") == 0
     )
 
 
