@@ -46,7 +46,9 @@ class Answers:
         """
         began, processes = time.perf_counter(), accelerator.num_processes
         share = self.rows.select(range(accelerator.process_index, len(self.rows), processes))
-        questions = [(row, turn) for row in share for turn in turns(row)]
+        questions = []
+        for row in share:
+            questions += [(row, turn) for turn in turns(row)]
         with accelerator.autocast():
             correct = self._right(model, questions)
         here = [correct, len(questions), time.perf_counter() - began]

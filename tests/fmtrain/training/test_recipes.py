@@ -47,6 +47,21 @@ def test_distributed_configurations_are_complete():
     }
 
 
+@pytest.mark.parametrize("name", ["masks", "merge"])
+def test_a_sweep_compares_held_out_answers(name, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    sweep = yaml.safe_load((training.ROOT / "recipes" / "sweeps" / f"{name}.yaml").read_text())
+    assert sweep["metric"] == {"name": "eval/exact_match", "goal": "maximize"}
+    words = []
+    for key, choice in sweep["parameters"].items():
+        words.append(f"--{key}={choice['value'] if 'value' in choice else choice['values'][-1]}")
+    [recipe] = [word for word in sweep["command"] if word.endswith(".yaml")]
+    monkeypatch.chdir(training.ROOT)
+    found = read(recipe, [*words, "--use_cpu", "true"])
+    assert found.training.eval_strategy != "no" and found.evaluation.eval_answers == 1000
+    assert found.training.output_dir == f"runs/sweeps/{name}/abc"
+
+
 FIXTURES = training.ROOT / "tests" / "data_prep" / "fixtures"
 FAMILIES = {"llava_onevision_interleave_lora": "llava_onevision"}
 PREPARED = {  # converter and options of the sets that are not named like their converter
