@@ -190,18 +190,27 @@ def _short(value) -> str:
 @contextmanager
 def recorded(recipe: Recipe, record: dict, first_process: bool) -> Iterator[None]:
     """The resolved recipe and the record stand in the output folder while the block runs and
-    afterwards; a block that raises before the first checkpoint leaves neither, and the folder
-    free."""
+    afterwards. After a block that raises before it has saved a checkpoint the folder has those that
+    it had before; a new one is free again."""
     folder = Path(recipe.training.output_dir)
+    texts = {
+        folder / RECIPE: yaml.safe_dump(recipe.resolved, sort_keys=False),
+        folder / RECORD: json.dumps(record, indent=2) + "\n",
+    }
+    before = {path: path.read_text("utf-8") if path.is_file() else None for path in texts}
+    checkpoints = {*folder.glob("checkpoint-*")}
     if first_process:
-        write_whole(folder / RECIPE, yaml.safe_dump(recipe.resolved, sort_keys=False))
-        write_whole(folder / RECORD, json.dumps(record, indent=2) + "\n")
+        for path, text in texts.items():
+            write_whole(path, text)
     try:
         yield
     except BaseException:
-        if first_process and not any(folder.glob("checkpoint-*")):
-            (folder / RECORD).unlink(missing_ok=True)
-            (folder / RECIPE).unlink(missing_ok=True)
+        if first_process and checkpoints == {*folder.glob("checkpoint-*")}:
+            for path, text in before.items():
+                if text is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    write_whole(path, text)
             if not any(folder.iterdir()):
                 folder.rmdir()
         raise

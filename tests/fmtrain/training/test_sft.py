@@ -474,7 +474,10 @@ def test_a_run_is_resumed_as_the_same_run_or_not_at_all(folder):
     assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "2"]) == 0
     record = (folder / "out" / "run.json").read_text()
     assert json.loads(record)["trainable"].keys() == {"language_model"}
+    resolved = (folder / "out" / "recipe.yaml").read_text()
     resume = ["--resume_from_checkpoint", "true"]
+    assert "learning rate: nan" in refused(folder, *resume, "--learning_rate", "nan")
+    assert (folder / "out" / "recipe.yaml").read_text() == resolved
     message = refused(folder, *resume, "--max_steps", "2")
     assert "checkpoint-2" in message and "step 2 is the end already" in message
     assert "lora" in refused(folder, *resume, "--lora_alpha", "7")
