@@ -95,6 +95,15 @@ def mixed(
     return HeldOut(list(loaded.rows.with_format(None)), loaded.image_root)
 
 
+def chance(name: str | None, tasks: Iterable[str]) -> dict[str, float]:
+    """{task: share of right answers without a look at the pictures}, known of the digits' tasks."""
+    if name != "digits":
+        return {}
+    by_task = dict(digits.CHANCE)
+    by_task["dialogue"] = (by_task["read"] + by_task["changed"]) / 2  # a question for each turn
+    return {task: by_task[task] for task in tasks if task in by_task}
+
+
 def task_of(row: dict) -> str:
     """The task that a row belongs to."""
     return str(row.get("task") or row.get("source") or "all")

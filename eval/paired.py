@@ -1,10 +1,23 @@
-"""Scores of the same questions under different conditions: estimates and paired differences.
+"""Scores of the same questions under different conditions: means and paired differences.
 
-The design is crossed: every run of a row (one training seed each) answers the same questions. A
-bootstrap replicate draws runs and, independently, units of questions (a row with all its turns),
-both with replacement, so an interval covers the choice of questions and, where there are several
-runs, of training seeds. Shape names: C conditions, S runs, U units of one task, Q questions, R
-replicates.
+The design is crossed: every run of a row (one training seed each) answers the same questions. The
+units that are drawn at random are rows of data (a row with all its questions) and training seeds,
+so a score, or a difference of scores, of seed s on unit u has three random parts:
+
+    z_su = mean + seed_s + unit_u + rest_su
+
+With S seeds, U units and the mean squares of the two-way table, three terms say how much the mean
+varies as seen from the seeds, the units and the rest:
+
+    by seed  MS_seed / (S U) = sum_s (z_s. - z..)^2 / (S (S - 1))
+    by unit  MS_unit / (S U) = sum_u (z_.u - z..)^2 / (U (U - 1))
+    rest     MS_rest / (S U) = sum_su (z_su - z_s. - z_.u + z..)^2 / (S U (S - 1) (U - 1))
+
+    Var(z..) = by seed + by unit - rest
+
+with Satterthwaite's (1946) degrees of freedom; test and interval are Student's. The formula is that
+of random effects in a crossed design (Cornfield and Tukey 1956; Searle, Casella and McCulloch,
+Variance Components, 1992, ch. 4). `python -m eval.coverage` says how often the intervals cover.
 """
 
 import math
@@ -16,11 +29,9 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from eval import intervals
-from eval.intervals import CONFIDENCE, RESAMPLES, SEED, Estimate
+from eval.intervals import CONFIDENCE, Estimate
 
 OVERALL = "overall"
-CHUNK = 500  # replicates at a time
-LARGEST = 20_000  # sum of absolute differences up to which all sign flips are counted
 
 
 @dataclass(frozen=True)
@@ -35,17 +46,49 @@ class QuestionsOfTask:
         """Questions of each unit."""
         return np.bincount(self.unit)
 
-    def sums(self, scores_SQ: np.ndarray) -> np.ndarray:
-        """Scores added up by unit [S, U]."""
-        return np.stack([np.bincount(self.unit, weights=row) for row in np.atleast_2d(scores_SQ)])
+    def by_unit(self, scores_SQ: np.ndarray) -> np.ndarray:
+        """z [S, U], with the mean over questions of each run as the mean of its line.
+
+        A unit's value is its mean score, weighted by how many questions it has: the linear form of
+        the ratio (sum of scores) / (number of questions), where units are of different sizes.
+        """
+        counts_U, mean = self.counts_U, scores_SQ.mean()
+        sums_SU = np.stack([np.bincount(self.unit, weights=row) for row in scores_SQ])
+        return mean + (sums_SU - mean * counts_U) / counts_U.mean()
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over runs, units and tasks with its standard error.
+
+    units: of all tasks.
+    """
+
+    value: float
+    error: float
+    freedom: float
+    units: int
+
+    def interval(self) -> tuple[float, float]:
+        half = self.error * float(stats.t.ppf((1 + CONFIDENCE) / 2, self.freedom))
+        return self.value - half, self.value + half
+
+    def p(self) -> float:
+        """Two-sided p of a mean of zero.
+
+        Where nothing varies, it is that of as many signs as there are units, all alike.
+        """
+        if self.error < 1e-12:
+            return 1.0 if abs(self.value) < 1e-12 else 0.5 ** (self.units - 1)
+        return float(2 * stats.t.sf(abs(self.value) / self.error, self.freedom))
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Scores A minus scores B on the same questions.
 
-    better, worse: on how many questions (times runs) A scores more, or less. p: of the two-sided
-    sign-flip test, which for zeros and ones and one question a unit is McNemar's exact test.
+    better, worse: on how many questions (times runs) A scores more, or less. by_run: the difference
+    of each run. error, freedom: of the t test.
     """
 
     difference: float
@@ -55,89 +98,75 @@ class Comparison:
     worse: int
     p: float
     n: int
+    error: float
+    freedom: float
+    by_run: list[float]
 
 
 Scores = Mapping[str, np.ndarray]  # {task: [S, questions]}
 
 
-def replicates(
-    tasks: Sequence[QuestionsOfTask],
-    conditions: Sequence[Scores],
-    resamples: int = RESAMPLES,
-    seed: int = SEED,
-) -> dict[str, np.ndarray]:
-    """{task, or "overall": bootstrap replicates of each condition's mean score [C, R]}.
+def mean(tasks: Sequence[QuestionsOfTask], scores: Scores) -> Mean:
+    """The mean of the tasks' means.
 
-    A condition is a score, or a difference of scores, for every task, run and question. "overall"
-    is the mean of the tasks. All conditions see the same draws, so replicates of a difference are
-    differences of replicates.
+    Units of different tasks are independent; a seed is the same in all tasks, so the tasks are
+    averaged within a seed before seeds are compared. A component that is estimated below zero
+    counts as zero. Of one run only the units vary: the training seed is taken as given. One unit
+    alone says nothing: its standard error is 1.
     """
-    rng = np.random.default_rng(seed)
-    runs = max(max(_runs(scores)) for scores in conditions)
-    drawn_RS = rng.multinomial(runs, [1 / runs] * runs, size=resamples) / runs
-    by_task, total = {}, np.zeros((len(conditions), resamples))
+    values = {task.name: task.by_unit(scores[task.name]) for task in tasks}
+    runs = len(next(iter(values.values())))
+    means_S = sum(z_SU.mean(1) for z_SU in values.values()) / len(tasks)
+    units, value = sum(z_SU.shape[1] for z_SU in values.values()), float(means_S.mean())
+    if any(z_SU.shape[1] < 2 for z_SU in values.values()):
+        return Mean(value, 1.0, 1.0, units)
+    by_unit, rest = [], []  # of each task: its part of the variance, and degrees of freedom
+    for z_SU in values.values():
+        count = z_SU.shape[1]
+        share = 1 / (len(tasks) ** 2 * count)
+        by_unit.append((share * z_SU.mean(0).var(ddof=1), count - 1))
+        if runs > 1:
+            rest_SU = z_SU - z_SU.mean(0) - z_SU.mean(1, keepdims=True) + z_SU.mean()
+            freedom = (runs - 1) * (count - 1)
+            rest.append((share * (rest_SU**2).sum() / freedom / runs, freedom))
+    by_seed = [(means_S.var(ddof=1) / runs, runs - 1)] if runs > 1 else []
+    sums = [sum(part for part, _ in parts) for parts in (by_seed, by_unit, rest)]
+    seed_varies, unit_varies = sums[0] > sums[2], sums[1] > sums[2]
+    signs = [seed_varies, unit_varies, 1 - seed_varies - unit_varies]
+    variance = sum(sign * part for sign, part in zip(signs, sums))
+    spread = 0.0
+    for sign, parts in zip(signs, (by_seed, by_unit, rest)):
+        spread += sum((sign * part) ** 2 / freedom for part, freedom in parts)
+    return Mean(value, math.sqrt(variance), variance**2 / spread if spread else 1.0, units)
+
+
+def estimate(tasks: Sequence[QuestionsOfTask], scores: Scores) -> Estimate:
+    """Mean score of the tasks with its interval; n counts questions, not runs.
+
+    One run and independent questions: Wilson for zeros and ones, and of several tasks the interval
+    from theirs (MOVER). Otherwise Student's, within 0..1; where all scores are 0, or all 1, which
+    leaves it nothing to vary, Wilson for as many questions as there are units.
+    """
+    wilson = []
     for task in tasks:
-        units = len(task.counts_U)
-        sums_SU = [task.sums(scores[task.name]) for scores in conditions]
-        sums_CSU = np.stack([np.broadcast_to(sums, (runs, units)) for sums in sums_SU])
-        means = np.empty((len(conditions), resamples))
-        for begin in range(0, resamples, CHUNK):
-            end = min(begin + CHUNK, resamples)
-            weights_RU = rng.multinomial(units, [1 / units] * units, size=end - begin)
-            weights_RU = weights_RU.astype(np.float64)
-            sums_CSR = sums_CSU @ weights_RU.T
-            sums_CR = np.einsum("csr,rs->cr", sums_CSR, drawn_RS[begin:end])
-            means[:, begin:end] = sums_CR / (weights_RU @ task.counts_U)
-        by_task[task.name] = means
-        total += means
-    return {**by_task, OVERALL: total / len(tasks)}
+        scores_SQ, units = scores[task.name], len(task.counts_U)
+        binary = bool(np.isin(scores_SQ, (0, 1)).all())
+        if binary and len(scores_SQ) == 1 and units == scores_SQ.shape[1]:
+            wilson.append(intervals.accuracy(scores_SQ[0]))
+        elif binary and scores_SQ.min() == scores_SQ.max():
+            few = intervals.accuracy([float(scores_SQ.mean())] * units)
+            wilson.append(Estimate(few.score, scores_SQ.shape[1], few.low, few.high))
+    student = mean(tasks, scores)
+    if len(wilson) == len(tasks) and (len(scores[tasks[0].name]) == 1 or student.error == 0):
+        return intervals.average(wilson)
+    low, high = student.interval()
+    n = sum(len(task.unit) for task in tasks)
+    return Estimate(student.value, n, max(low, 0.0), min(high, 1.0))
 
 
-def _runs(scores: Scores) -> list[int]:
-    """How many runs each task has."""
-    return [scores_SQ.shape[0] for scores_SQ in scores.values()]
-
-
-def interval(replicates_R: np.ndarray) -> tuple[float, float]:
-    """The percentile interval."""
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(replicates_R, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def estimate(task: QuestionsOfTask, scores_SQ: np.ndarray, replicates_R: np.ndarray) -> Estimate:
-    """Mean score of one task with its interval; n counts questions, not runs.
-
-    One run and independent questions: Wilson for zeros and ones. Otherwise the bootstrap; where all
-    scores are 0, or all 1, which leaves it nothing to vary, Wilson for as many questions as there
-    are units.
-    """
-    score, questions, units = float(scores_SQ.mean()), scores_SQ.shape[1], len(task.counts_U)
-    binary = bool(np.isin(scores_SQ, (0, 1)).all())
-    if binary and scores_SQ.shape[0] == 1 and units == questions:
-        return intervals.accuracy(scores_SQ[0])
-    if binary and score in (0.0, 1.0):
-        few = intervals.accuracy([score] * units)
-        return Estimate(score, questions, few.low, few.high)
-    return Estimate(score, questions, *interval(replicates_R))
-
-
-def estimates(
-    tasks: Sequence[QuestionsOfTask], scores: Scores, replicates_by_task: Mapping[str, np.ndarray]
-) -> dict[str, Estimate]:
-    """{task, or "overall": estimate} of one condition.
-
-    Overall is the mean of the tasks: of one run with the interval from those of the tasks (MOVER),
-    of several with the bootstrap's.
-    """
-    estimates = {}
-    for task in tasks:
-        estimates[task.name] = estimate(task, scores[task.name], replicates_by_task[task.name])
-    overall = intervals.average(list(estimates.values()))
-    varied = any(part.score not in (0.0, 1.0) for part in estimates.values())
-    if varied and max(_runs(scores)) > 1:
-        overall = Estimate(overall.score, overall.n, *interval(replicates_by_task[OVERALL]))
-    return {**estimates, OVERALL: overall}
+def by_run(tasks: Sequence[QuestionsOfTask], scores: Scores) -> list[float]:
+    """The mean of the tasks' means, of each run."""
+    return [float(value) for value in sum(scores[task.name].mean(1) for task in tasks) / len(tasks)]
 
 
 def difference(a: Scores, b: Scores) -> dict[str, np.ndarray]:
@@ -148,68 +177,26 @@ def difference(a: Scores, b: Scores) -> dict[str, np.ndarray]:
     return {name: np.atleast_2d(a[name]).astype(np.float64) - np.atleast_2d(b[name]) for name in a}
 
 
-def compare(
-    tasks: Sequence[QuestionsOfTask],
-    differences: Scores,
-    replicates_by_task: Mapping[str, np.ndarray],
-) -> dict[str, Comparison]:
-    """{task, or "overall": comparison} from the differences and their bootstrap replicates [R]."""
-    comparisons, means, flips = {}, [], []
-    questions = math.lcm(*(differences[task.name].shape[1] for task in tasks))
+def compare(tasks: Sequence[QuestionsOfTask], differences: Scores) -> Comparison:
+    """The comparison of the mean of the tasks."""
+    average, better, worse, n = mean(tasks, differences), 0, 0, 0
     for task in tasks:
         d_SQ = differences[task.name]
-        better, worse, n = int((d_SQ > 0).sum()), int((d_SQ < 0).sum()), d_SQ.shape[1]
-        d_U = task.sums(d_SQ).sum(0)
-        means.append(float(d_SQ.mean()))
-        flips.append(d_U * (questions // n))
-        low, high = interval(replicates_by_task[task.name])
-        p = sign_flip_p(d_U)
-        comparisons[task.name] = Comparison(means[-1], low, high, better, worse, p, n)
-    better = sum(comparison.better for comparison in comparisons.values())
-    worse = sum(comparison.worse for comparison in comparisons.values())
-    n = sum(comparison.n for comparison in comparisons.values())
-    p = sign_flip_p(np.concatenate(flips))
-    low, high = interval(replicates_by_task[OVERALL])
-    comparisons[OVERALL] = Comparison(sum(means) / len(means), low, high, better, worse, p, n)
-    return comparisons
-
-
-def sign_flip_p(d_U: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> float:
-    """Two-sided p of the null hypothesis that a difference is as likely to have the other sign.
-
-    p = P(|sum of e_u d_u| >= |sum of d_u|) over random signs e_u of the units: counted exactly
-    where all differences are whole numbers of a moderate sum, otherwise over `resamples` random
-    draws, the observed one among them. With differences of -1, 0 and 1 it is the exact binomial
-    test on the discordant pairs, McNemar's. Several runs of a question are one unit, so that their
-    dependence is respected; the runs themselves are taken as given.
-    """
-    sizes, observed = np.abs(d_U[np.abs(d_U) > 1e-12]), abs(float(d_U.sum()))
-    if len(sizes) == 0:
-        return 1.0
-    whole = np.rint(sizes).astype(np.int64)
-    if np.allclose(sizes, whole, atol=1e-9):
-        divisor = int(np.gcd.reduce(whole))
-        if whole.sum() // divisor <= LARGEST:
-            return _all_flips(whole // divisor, round(observed) // divisor)
-    rng, extreme = np.random.default_rng(seed), 0
-    for begin in range(0, resamples, CHUNK):
-        signs = 2.0 * rng.integers(0, 2, size=(min(CHUNK, resamples - begin), len(sizes))) - 1.0
-        extreme += int((np.abs(signs @ sizes) >= observed - 1e-9).sum())
-    return (1 + extreme) / (1 + resamples)
-
-
-def _all_flips(sizes: np.ndarray, observed: int) -> float:
-    """P(|sum| >= observed).
-
-    The distribution of the sum is that of binomials, one for each size, convolved.
-    """
-    chance = np.ones(1)
-    for size, count in zip(*np.unique(sizes, return_counts=True)):
-        part = np.zeros(2 * int(size) * int(count) + 1)
-        part[:: 2 * int(size)] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
-        chance = np.convolve(chance, part)
-    sums = np.abs(np.arange(len(chance)) - len(chance) // 2)
-    return min(1.0, float(chance[sums >= observed].sum()))
+        better, worse = better + int((d_SQ > 0).sum()), worse + int((d_SQ < 0).sum())
+        n += d_SQ.shape[1]
+    low, high = average.interval()
+    return Comparison(
+        difference=average.value,
+        low=max(low, -1.0),
+        high=min(high, 1.0),
+        better=better,
+        worse=worse,
+        p=average.p(),
+        n=n,
+        error=average.error,
+        freedom=average.freedom,
+        by_run=by_run(tasks, differences),
+    )
 
 
 def holm(ps: Sequence[float]) -> list[float]:

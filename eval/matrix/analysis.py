@@ -8,22 +8,23 @@ The comparisons, each on the same questions:
     inference-only   a cell of the diagonal against causal training with the same mask in inference:
                      what training brings
 
-Two families are corrected on their own (Holm): all comparisons of the overall score, and all
-comparisons of single tasks.
+Two families are corrected on their own (Holm). `primary`, what a matrix is made for: every cell of
+the diagonal against causal training with its mask switched on, and against causal-causal, by the
+mean of the tasks. `other`: all the rest, single tasks among them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 
 import numpy as np
 
 from eval import paired
 from eval.held_out import Question
-from eval.intervals import CONFIDENCE, RESAMPLES
+from eval.intervals import CONFIDENCE
 from eval.paired import OVERALL, QuestionsOfTask
 
 CAUSAL = "causal"
+PRIMARY, OTHER = "primary", "other"
 
 
 @dataclass(frozen=True)
@@ -93,61 +94,60 @@ def results(
         for mask in masks:
             runs = [scores[run, mask] for run in row.runs]
             cells[row.name, mask] = by_task(questions, runs)
-    compared = pairs(rows, masks)
-    differences = [paired.difference(cells[a], cells[b]) for _, a, b in compared]
-    replicates = paired.replicates(tasks, [*cells.values(), *differences])
-    of_cells = {name: values[: len(cells)] for name, values in replicates.items()}
-    of_differences = {name: values[len(cells) :] for name, values in replicates.items()}
+    compared = []
+    for kind, cell, other in pairs(rows, masks):
+        compared.append((kind, cell, other, paired.difference(cells[cell], cells[other])))
     return {
         "tasks": {task.name: len(task.unit) for task in tasks},
+        "headline": headline(tasks),
         "rows": [asdict(row) | {"runs": list(row.runs)} for row in rows],
         "masks": list(masks),
         "reference": reference(rows, masks),
         "confidence": CONFIDENCE,
-        "resamples": RESAMPLES,
-        "cells": _cells(rows, tasks, cells, of_cells),
-        "comparisons": _comparisons(tasks, compared, differences, of_differences),
+        "cells": _cells(rows, tasks, cells),
+        "comparisons": _comparisons(rows, tasks, compared),
     }
 
 
-def _names(tasks: Sequence[QuestionsOfTask]) -> list[str]:
-    return [OVERALL, *(task.name for task in tasks)]
+def headline(tasks: Sequence[QuestionsOfTask]) -> str:
+    """The name of what is told first: the mean of the tasks, or the only one."""
+    return OVERALL if len(tasks) > 1 else tasks[0].name
 
 
-def _cells(rows, tasks, cells: dict[Pair, dict], replicates: dict[str, np.ndarray]) -> list[dict]:
-    runs, estimates = {row.name: len(row.runs) for row in rows}, {}
-    for k, (pair, scores) in enumerate(cells.items()):
-        own = {name: values[k] for name, values in replicates.items()}
-        estimates[pair] = paired.estimates(tasks, scores, own)
-    entries = []
-    for name in _names(tasks):
-        for (row, mask), by_name in estimates.items():
+def _averaged(tasks: Sequence[QuestionsOfTask]) -> dict[str, list[QuestionsOfTask]]:
+    """{name: the tasks that it averages}: that of the headline, then each task."""
+    return {headline(tasks): list(tasks)} | {task.name: [task] for task in tasks}
+
+
+def _cells(rows, tasks, cells: dict[Pair, dict]) -> list[dict]:
+    runs, entries = {row.name: len(row.runs) for row in rows}, []
+    for name, of_name in _averaged(tasks).items():
+        for (row, mask), scores in cells.items():
             entry = {"task": name, "row": row, "mask": mask, "runs": runs[row]}
-            entries.append(entry | asdict(by_name[name]))
+            by_run = paired.by_run(of_name, scores)
+            entries.append(entry | asdict(paired.estimate(of_name, scores)) | {"by_run": by_run})
     return entries
 
 
-def _comparisons(tasks, compared, differences, replicates: dict[str, np.ndarray]) -> list[dict]:
-    by_name: dict[str, list[dict]] = {name: [] for name in _names(tasks)}
-    for k, (kind, cell, other) in enumerate(compared):
-        own = {name: values[k] for name, values in replicates.items()}
-        comparisons = paired.compare(tasks, differences[k], own)
-        for name, entries in by_name.items():
+def _comparisons(rows, tasks, compared: Sequence[tuple]) -> list[dict]:
+    own, entries = {row.name: row.mask for row in rows}, []
+    for name, of_name in _averaged(tasks).items():
+        for kind, cell, other, differences in compared:
+            trained = own[cell[0]] == cell[1] != CAUSAL
+            primary = trained and kind != "diagonal" and name == headline(tasks)
             entry = {
                 "task": name,
+                "family": PRIMARY if primary else OTHER,
                 "kind": kind,
                 "row": cell[0],
                 "mask": cell[1],
                 "against_row": other[0],
                 "against_mask": other[1],
             }
-            entries.append(entry | asdict(comparisons[name]))
-    overall = by_name.pop(OVERALL)
-    single = list(chain.from_iterable(by_name.values()))
-    for family in (overall, single):
-        p_values = paired.holm([entry["p"] for entry in family])
-        for entry, p in zip(family, p_values):
-            entry["p_holm"] = p
-            excludes_0 = entry["low"] > 0 or entry["high"] < 0
-            entry["carried"] = bool(p < 1 - CONFIDENCE and excludes_0)
-    return [*overall, *single]
+            entries.append(entry | asdict(paired.compare(of_name, differences)))
+    for family in (PRIMARY, OTHER):
+        of_family = [entry for entry in entries if entry["family"] == family]
+        p_values = paired.holm([entry["p"] for entry in of_family])
+        for entry, p in zip(of_family, p_values):
+            entry["p_holm"], entry["carried"] = p, p < 1 - CONFIDENCE
+    return entries

@@ -1,9 +1,11 @@
-"""Pictures of a report: the colours of heat maps, bars with intervals, and masks.
+"""Pictures of a report: the colours of heat maps, points with intervals, and masks.
 
 They are inline SVG that takes the page's style.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from fmtrain.layout import Layout
@@ -15,6 +17,7 @@ LOW: tuple[Colour, Colour] = ((238, 243, 248), (23, 34, 46))
 HIGH: tuple[Colour, Colour] = ((10, 74, 122), (156, 208, 255))
 LESS: tuple[Colour, Colour] = ((168, 80, 6), (255, 184, 112))
 GROUND: tuple[Colour, Colour] = ((247, 247, 245), (27, 31, 36))
+MOST = 0.5  # the difference that has the full colour
 
 
 def mix(low: Colour, high: Colour, part: float) -> Colour:
@@ -45,8 +48,12 @@ def heat(part: float) -> str:
     return style(*(mix(LOW[k], HIGH[k], part) for k in (0, 1)))
 
 
-def change(part: float) -> str:
-    """Style of a difference: -1..1 of the largest absolute one."""
+def change(difference: float) -> str:
+    """Style of a difference, on the same scale in every map: from -MOST to MOST.
+
+    The root makes a difference of one point visible beside one of fifty.
+    """
+    part = math.copysign(math.sqrt(min(abs(difference) / MOST, 1)), difference)
     return style(*(mix(GROUND[k], (HIGH if part > 0 else LESS)[k], abs(part)) for k in (0, 1)))
 
 
@@ -89,61 +96,71 @@ def _square(css: str, x: float, y: float, cell: float) -> str:
     return f'<rect class="{css}" {place} width="{side}" height="{side}" rx="2"/>'
 
 
-SERIES = {
-    "base": "base, mask switched on",
-    "inference-only": "causal training, mask switched on",
-    "trained": "trained with the mask",
-}
+PLOT, TEXT = 212.0, 136.0  # pixels of a chart: of its plot, of the figures beside it
+EDGE, NAME, LINE, GAP = 8.0, 15.0, 15.0, 7.0  # around the plot; of a name, a point, between groups
+STEPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 
-LEFT, WIDTH, BAR, GAP, TOP = 118.0, 236.0, 9.0, 9.0, 6.0  # pixels of a chart of bars
-LETTER = 7.0  # pixels of a letter of a mask's name, at most
+@dataclass(frozen=True)
+class Point:
+    """A value with its interval, the value of each run, and the text beside them."""
+
+    css: str
+    value: float
+    low: float
+    high: float
+    by_run: Sequence[float]
+    text: str
 
 
-def bars(groups: Sequence[tuple[str, dict[str, dict]]], line: float | None, title: str) -> str:
-    """Horizontal bars with intervals.
+def ticks(low: float, high: float) -> list[float]:
+    """At most seven round numbers of an axis that holds both ends."""
+    step = next((step for step in STEPS if (high - low) / step <= 5), STEPS[-1])
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, max(last, first + 1) + 1)]
 
-    groups: {series: {score, low, high}} of each mask; `line` marks a score to compare with.
+
+def points(
+    groups: Sequence[tuple[str, Sequence[Point]]], lines: Mapping[str, float], title: str
+) -> str:
+    """Points with intervals and a dot for each run, a line each, under the name of their group.
+
+    lines: {CSS class: value that is marked over all groups}. Zero is on the axis.
     """
-    highs = []
-    for _, series in groups:
-        highs += [entry["high"] for entry in series.values()]
-    highest = max(highs, default=1.0)
-    full = next(limit for limit in (0.1, 0.25, 0.5, 0.75, 1.0) if highest <= limit + 1e-9)
-    left = max([LEFT, *(LETTER * len(name) + 8 for name, _ in groups)])
-    parts, y = [], TOP
-    for name, series in groups:
-        middle = y + BAR * len(series) / 2
-        parts.append(
-            f'<text class="name" x="{left - 8:g}" y="{middle + 4:g}">{escape(name)}</text>'
-        )
-        for kind, entry in series.items():
-            parts.append(_bar(name, kind, entry, left, y, full))
-            y += BAR
+    values = [0.0, *lines.values()]
+    for _, of_group in groups:
+        for point in of_group:
+            values += [point.low, point.high, *point.by_run]
+    axis = ticks(min(values), max(values))
+
+    def at(value: float) -> float:
+        return EDGE + PLOT * (value - axis[0]) / (axis[-1] - axis[0])
+
+    parts, y = [], 0.0
+    for name, of_group in groups:
+        parts.append(f'<text class="name" x="0" y="{y + 11:g}">{escape(name)}</text>')
+        y += NAME
+        for point in of_group:
+            parts.append(_point(point, y + LINE / 2, at))
+            y += LINE
         y += GAP
-    bottom = y - GAP + 4
-    for k in range(5):
-        x, value = left + WIDTH * k / 4, f"{full * k / 4:.3f}".rstrip("0").rstrip(".")
-        parts.insert(0, f'<path class="grid" d="M{x:g} {TOP - 4:g}V{bottom:g}"/>')
-        parts.append(f'<text class="tick" x="{x:g}" y="{bottom + 14:g}">{value}</text>')
-    if line is not None:
-        x = left + WIDTH * line / full
-        parts.append(f'<path class="reference" d="M{x:.1f} {TOP - 4:g}V{bottom:g}"/>')
-    return svg(left + WIDTH + 18, bottom + 20, title, parts, "bars")
+    grid = [f'<path class="grid" d="M{at(value):.1f} {NAME:g}V{y:g}"/>' for value in axis]
+    for css, value in {"zero": 0.0, **lines}.items():
+        grid.append(f'<path class="{css}" d="M{at(value):.1f} {NAME:g}V{y:g}"/>')
+    for value in axis:
+        figure = f"{100 * value:.1f}".removesuffix(".0").replace("-", "\N{MINUS SIGN}")
+        parts.append(f'<text class="tick" x="{at(value):.1f}" y="{y + 13:g}">{figure}</text>')
+    return svg(2 * EDGE + PLOT + TEXT, y + 18, title, [*grid, *parts], "points")
 
 
-def _bar(name: str, kind: str, entry: dict, left: float, y: float, full: float) -> str:
-    """One bar with its whisker; full: the score at the right end."""
-    score, low, high = (left + WIDTH * entry[key] / full for key in ("score", "low", "high"))
-    middle = y + BAR / 2
-    tip = (
-        f"{name}, {SERIES[kind]}: {entry['score']:.4f} "
-        f"[{entry['low']:.4f}, {entry['high']:.4f}], n {entry['n']}"
-    )
-    place = f'x="{left:g}" y="{y + 1:g}" width="{score - left:.1f}" height="{BAR - 2:g}"'
-    ends = f"M{low:.1f} {middle - 2:g}v4M{high:.1f} {middle - 2:g}v4"
-    whisker = f"M{low:.1f} {middle:g}H{high:.1f}{ends}"
+def _point(point: Point, y: float, at) -> str:
+    """One line of a chart; at: where a value is on the axis."""
+    low, high, middle = at(point.low), at(point.high), at(point.value)
+    dots = [f'<circle class="run" cx="{at(one):.1f}" cy="{y:g}" r="2.6"/>' for one in point.by_run]
+    ends = f"M{low:.1f} {y - 3:g}v6M{high:.1f} {y - 3:g}v6"
     return (
-        f'<g><title>{escape(tip)}</title><rect class="bar {kind}" {place}/>'
-        f'<path class="whisker" d="{whisker}"/></g>'
+        f'<g class="{point.css}"><path class="whisker" d="M{low:.1f} {y:g}H{high:.1f}{ends}"/>'
+        f'<path class="value" d="M{middle:.1f} {y - 5.5:g}v11"/>{"".join(dots)}'
+        f'<text class="figures" x="{2 * EDGE + PLOT:g}" y="{y + 4:g}">{escape(point.text)}</text>'
+        "</g>"
     )

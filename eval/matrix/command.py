@@ -5,8 +5,8 @@
 
 What is missing is trained, and every checkpoint is evaluated under every inference mask; a matrix
 that is killed goes on where it stopped when the same command is given again. Written to `out`:
-report.html, cells.csv, comparisons.csv, results.md, results.tex, and results.json, from which
-`python -m eval.matrix.report` makes the others again.
+report.html, cells.csv, comparisons.csv, results.md, results.tex, results.json, and all answers in
+answers.jsonl.gz, from which `python -m eval.matrix.report` computes every figure again.
 """
 
 import multiprocessing
@@ -26,12 +26,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eval import held_out
 from eval.held_out import HeldOut
-from eval.matrix import analysis, cells, milebench_scores, numbers, report, runs, tracking
+from eval.matrix import analysis, answers, cells, milebench_scores, numbers, report, runs, tracking
 from eval.matrix.analysis import CAUSAL, MatrixRow
+from eval.matrix.answers import Answers
 from eval.matrix.recipe import USAGE, MatrixRecipe, parse
 from eval.matrix.runs import MatrixRun
 from eval.matrix.showcase import showcase
-from eval.paired import OVERALL
 from eval.provenance import made_with
 from eval.tables import Table
 from fmtrain.command_line import guarded, quiet
@@ -151,26 +151,22 @@ def matrix_rows(plan: Sequence[MatrixRun]) -> list[MatrixRow]:
 
 def collect(
     recipe: MatrixRecipe, plan: Sequence[MatrixRun], masks: Sequence[Mask], data: HeldOut | None
-) -> dict:
-    """The results of a matrix whose cells are all there. data: None where it is from scores."""
-    names, rows, samples = [str(mask) for mask in masks], matrix_rows(plan), []
+) -> Answers:
+    """All answers of a matrix whose cells are all there. data: None where it is from scores."""
+    names, scores, texts = [str(mask) for mask in masks], {}, {}
     if data is None:
         questions, scores = milebench_scores.read(Path(recipe.scores), plan, names, recipe.tasks)
-    else:
-        questions, scores, answers = data.questions, {}, {}
-        for run in plan:
-            for name in names:
-                cell = cells.read_cell(cells.cell_path(recipe.folder, run.name, name))
-                scores[run.name, name] = cell["scores"]
-                answers[run.name, name] = cell["answers"]
-        samples = showcase(data, rows, names, scores, answers, recipe.samples)
-    results = analysis.results(rows, names, questions, scores)
-    return {"title": recipe.title, **results, "samples": samples}
+        return Answers(questions, scores)
+    for run in plan:
+        for name in names:
+            cell = cells.read_cell(cells.cell_path(recipe.folder, run.name, name))
+            scores[run.name, name], texts[run.name, name] = cell["scores"], cell["answers"]
+    return Answers(data.questions, scores, texts)
 
 
 def overall(results: dict) -> Table:
-    """The overall scores, for the terminal."""
-    of_cell, rows = numbers.cells_of(results, OVERALL), []
+    """The scores of the headline, for the terminal."""
+    of_cell, rows = numbers.cells_of(results, results["headline"]), []
     for row in results["rows"]:
         texts = [row["name"]]
         for mask in results["masks"]:
@@ -179,7 +175,8 @@ def overall(results: dict) -> Table:
             interval = f"{100 * cell['low']:.0f}..{100 * cell['high']:.0f}"
             texts.append(f"{mark}{100 * cell['score']:.1f}\n{interval}")
         rows.append(texts)
-    title = "right answers in percent, mean of the tasks, and 95 % interval; * the mask of training"
+    what = numbers.of_what(results["headline"])
+    title = f"right answers in percent, {what}, and 95 % interval; * the mask of training"
     return Table(title, ["mask in training", *results["masks"]], rows)
 
 
@@ -193,13 +190,18 @@ def make(arguments: Sequence[str]) -> None:
     if recipe.scores is None:
         data = held_out.by_task(*source(recipe))
         Work(recipe, masks, data).all(plan)
-    results = collect(recipe, plan, masks, data)
+    raw, rows, names = collect(recipe, plan, masks, data), matrix_rows(plan), list(map(str, masks))
+    results = {"title": recipe.title, **analysis.results(rows, names, raw.questions, raw.scores)}
+    results["milebench"] = None if data else milebench_scores.modes(Path(recipe.scores))
+    results["chance"] = held_out.chance(recipe.data if data else None, results["tasks"])
+    results["samples"] = showcase(data, rows, names, raw, recipe.samples) if data else []
     recipes = {
         "matrix": arguments[0] if Path(arguments[0]).is_file() else None,
         "training": recipe.recipe,
     }
     command = shlex.join(["python", "-m", "eval.matrix", *arguments])
     results["made"] = made_with(command, recipes)
+    answers.write(Path(recipe.out), raw)
     report.write(Path(recipe.out), results, recipe.published)
     if wandb:
         tracking.log(results, Path(recipe.out))

@@ -53,6 +53,16 @@ def read(
     return questions, cells
 
 
+def modes(scores: Path) -> dict[str, str]:
+    """{"prompts", "scoring"}: fixed or original, as the scores.json of that folder says."""
+    path = scores / "scores.json"
+    if not path.is_file():
+        return {"prompts": "unknown", "scoring": "unknown"}
+    described = read_json(path)
+    prompts = {model.get("prompts", "unknown") for model in described["models"].values()}
+    return {"prompts": " and ".join(sorted(prompts)), "scoring": described["scoring"]}
+
+
 def _folder(scores: Path, run: MatrixRun, mask: str) -> Path:
     named = scores / f"{run.name}+{mask}"
     if named.is_dir():

@@ -1,9 +1,10 @@
 """The report of a matrix: one self-contained HTML page, and its numbers as CSV, Markdown and LaTeX.
 
-    python -m eval.matrix.report DIR/results.json [--out DIR] [--published TABLE=FILE.csv ..]
+    python -m eval.matrix.report DIR [--out DIR] [--published TABLE=FILE.csv ..]
 
-Nothing in the page comes from elsewhere, and no script runs in it; what models answered is
-untrusted text.
+It computes every figure again from the answers.jsonl.gz in the folder of a matrix; what the rows
+are, the samples and what it was made with are in its results.json. Nothing in the page comes from
+elsewhere, and no script runs in it; what models answered is untrusted text.
 """
 
 import argparse
@@ -16,19 +17,22 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval.matrix import charts, numbers, published
-from eval.matrix.analysis import CAUSAL
-from eval.paired import OVERALL
+from eval.matrix import analysis, answers, charts, numbers, published
+from eval.matrix.analysis import CAUSAL, MatrixRow
+from eval.matrix.charts import Point
+from eval.matrix.findings import OPENINGS, findings, points, primary
 from fmtrain.command_line import Parser, guarded, write_whole
 from fmtrain.masks import Mask
 from fmtrain.preview.drawing import in_words
 
 TEMPLATE = "report.html"
-KINDS = {
-    "causal-causal": "against causal-causal",
-    "diagonal": "against the diagonal",
-    "inference-only": "training against inference only",
+KINDS = ("causal-causal", "diagonal", "inference-only")
+SERIES = {
+    "base": "base, mask switched on",
+    "inference-only": "causal training, mask switched on",
+    "trained": "trained with the mask",
 }
+SCALE = (-4, -2, -1, -0.25, 0, 0.25, 1, 2, 4)  # quarters of the full colour, in the legend
 
 
 def comparisons_of(results: dict, task: str) -> dict[tuple[str, str, str], dict]:
@@ -38,77 +42,66 @@ def comparisons_of(results: dict, task: str) -> dict[tuple[str, str, str], dict]
 
 
 def heat_map(results: dict, task: str) -> dict:
-    """A task's matrix as rows of coloured cells, with their range.
-
-    Beside them are the differences from causal-causal.
-    """
-    cells, comparisons = numbers.cells_of(results, task), comparisons_of(results, task)
-    scores = [cell["score"] for cell in cells.values()]
-    low, high = min(scores), max(scores)
-    against = {}
-    for (kind, row, mask), comparison in comparisons.items():
+    """A task's matrix as rows of coloured cells: scores, and differences from causal-causal."""
+    cells, against = numbers.cells_of(results, task), {}
+    for (kind, row, mask), comparison in comparisons_of(results, task).items():
         if kind == "causal-causal":
             against[row, mask] = comparison
-    most = max((abs(one["difference"]) for one in against.values()), default=0.0) or 1.0
+    scores = [cell["score"] for cell in cells.values()]
     rows = []
     for row in results["rows"]:
         line, changes = [], []
         for mask in results["masks"]:
             pair, own = (row["name"], mask), {"own": mask == row["mask"]}
-            line.append(_cell(cells[pair], low, high) | own)
-            changes.append(_change(against.get(pair), most) | own)
-        n, runs = cells[row["name"], results["masks"][0]]["n"], len(row["runs"])
+            line.append(_cell(cells[pair], min(scores), max(scores)) | own)
+            changes.append(_change(against.get(pair), cells[pair]["score"]) | own)
         rows.append(
             {
                 "name": row["name"],
                 "label": numbers.label(row),
-                "n": f"{n} × {runs}" if runs > 1 else str(n),
                 "cells": line,
                 "changes": changes,
             }
         )
     return {
         "task": task,
+        "n": numbers.questions(results, task),
+        "chance": numbers.chance(results, task),
         "rows": rows,
-        "ends": [f"{100 * value:.1f}" for value in (low, high)],
+        "ends": [f"{100 * value:.1f}" for value in (min(scores), max(scores))],
         "styles": [charts.heat(k / 8) for k in range(9)],
         "compared": bool(against),
     }
 
 
 def _cell(cell: dict, low: float, high: float) -> dict:
-    interval = f"[{cell['low']:.4f}, {cell['high']:.4f}]"
+    part = (cell["score"] - low) / (high - low) if high > low else 0.5
     return {
         "text": f"{100 * cell['score']:.1f}",
-        "style": charts.heat((cell["score"] - low) / (high - low) if high > low else 0.5),
+        "small": f"{100 * cell['low']:.0f}–{100 * cell['high']:.0f}",
+        "style": charts.heat(part),
         "carried": False,
-        "tip": f"{cell['score']:.4f} {interval}, n {cell['n']}, runs {cell['runs']}",
     }
 
 
-def _change(comparison: dict | None, most: float) -> dict:
+def _change(comparison: dict | None, score: float) -> dict:
+    """A difference from causal-causal; None: that cell itself, or nothing to compare with."""
     if comparison is None:
-        return {
-            "text": "0",
-            "style": charts.change(0.0),
-            "carried": False,
-            "tip": "causal-causal itself",
-        }
-    points = [numbers.signed(comparison[key]) for key in ("difference", "low", "high")]
-    p = numbers.p_value(comparison["p_holm"])
+        texts, carried, value = ("0", ""), False, 0.0
+    else:
+        value, carried = comparison["difference"], comparison["carried"]
+        texts = points(value), _interval(comparison)
     return {
-        "text": _points(comparison["difference"]),
-        "style": charts.change(comparison["difference"] / most),
-        "carried": comparison["carried"],
-        "tip": f"{points[0]} [{points[1]}, {points[2]}], corrected p {p}",
+        "text": texts[0],
+        "small": texts[1],
+        "score": f"{100 * score:.1f}",
+        "style": charts.change(value),
+        "carried": carried,
     }
 
 
-def _points(difference: float) -> str:
-    """Percentage points with a sign."""
-    if not round(difference, 3):
-        return "0"
-    return f"{100 * difference:+.1f}".replace("-", "\N{MINUS SIGN}")
+def _interval(comparison: dict) -> str:
+    return f"{points(comparison['low'])} .. {points(comparison['high'])}"
 
 
 def glance(results: dict) -> list[dict]:
@@ -116,7 +109,8 @@ def glance(results: dict) -> list[dict]:
 
     And what training so costs where the mask in inference is causal.
     """
-    comparisons, base, lines = comparisons_of(results, OVERALL), results["reference"], []
+    comparisons = comparisons_of(results, results["headline"])
+    base, lines = results["reference"], []
     for row in results["rows"]:
         mask = row["mask"]
         if base is None or mask == CAUSAL or mask not in results["masks"]:
@@ -135,16 +129,34 @@ def glance(results: dict) -> list[dict]:
 
 
 def _summary(comparison: dict) -> dict:
-    points = [_points(comparison[key]) for key in ("difference", "low", "high")]
+    p = numbers.p_value(comparison["p_holm"])
     return {
-        "text": points[0],
-        "interval": f"{points[1]} .. {points[2]}",
-        "p": numbers.p_value(comparison["p_holm"]),
+        "text": points(comparison["difference"]),
+        "interval": _interval(comparison),
+        "p": p if p.startswith("<") else f"= {p}",
         "carried": comparison["carried"],
     }
 
 
-def bar_chart(results: dict, task: str) -> Markup:
+def forests(results: dict) -> list[tuple[str, Markup]]:
+    """(what is compared, the primary family's differences of that kind, drawn)."""
+    drawn = []
+    for kind, opening in OPENINGS.items():
+        groups = []
+        for one in primary(results, kind):
+            text = f"{points(one['difference'])} [{points(one['low'])}, {points(one['high'])}]"
+            css = "trained" if one["carried"] else "open"
+            groups.append((one["row"], [_point(one, "difference", css, text)]))
+        if groups:
+            drawn.append((opening, Markup(charts.points(groups, {}, f"{opening}: differences"))))
+    return drawn
+
+
+def _point(entry: dict, key: str, css: str, text: str) -> Point:
+    return Point(css, entry[key], entry["low"], entry["high"], entry["by_run"], text)
+
+
+def score_chart(results: dict, task: str) -> Markup:
     """Per mask: switched on in the base and after causal training, and trained with it."""
     cells, base, groups = numbers.cells_of(results, task), results["reference"], []
     for mask in results["masks"]:
@@ -155,10 +167,17 @@ def bar_chart(results: dict, task: str) -> Markup:
             if row["mask"] == mask and row["name"] != "base":
                 series["trained"] = cells[row["name"], mask]
                 break
-        if series:
-            groups.append((mask, series))
-    line = cells[tuple(base)]["score"] if base else None
-    return Markup(charts.bars(groups, line, f"{task}: share of right answers under each mask"))
+        of_mask = []
+        for css, cell in series.items():
+            figures = [f"{100 * cell[name]:.1f}" for name in ("score", "low", "high")]
+            text = f"{figures[0]} [{figures[1]}, {figures[2]}]"
+            of_mask.append(_point(cell, "score", css, text))
+        if of_mask:
+            groups.append((mask, of_mask))
+    lines = {"reference": cells[tuple(base)]["score"]} if base else {}
+    chance = numbers.chance(results, task)
+    lines |= {} if chance is None else {"chance": chance}
+    return Markup(charts.points(groups, lines, f"{task}: share of right answers under each mask"))
 
 
 def _published(results: dict, files: Mapping[str, str]) -> list[dict]:
@@ -209,27 +228,30 @@ def environment() -> Environment:
 
 def render(results: dict, files: Mapping[str, str] | None = None) -> str:
     """The page. files: {published table: CSV file of numbers to put beside it}."""
-    names = [OVERALL, *results["tasks"]]
-    overall = list(comparisons_of(results, OVERALL).values())
-    kinds = [one["kind"] for one in overall]
-    masks = _masks(results)
+    names, masks = numbers.names(results), _masks(results)
+    kinds = [one["kind"] for one in comparisons_of(results, results["headline"]).values()]
+    families = [one["family"] for one in results["comparisons"]]
     return (
         environment()
         .get_template(TEMPLATE)
         .render(
             results=results,
-            overall=OVERALL,
+            findings=findings(results),
+            what=numbers.of_what(results["headline"]),
             heat_maps=[heat_map(results, name) for name in names],
+            scale=[
+                (points(k * charts.MOST / 4), charts.change(k * charts.MOST / 4)) for k in SCALE
+            ],
+            forests=forests(results),
             glance=glance(results),
-            bars=[(name, bar_chart(results, name)) for name in names],
-            series=charts.SERIES,
+            scores=[(name, score_chart(results, name)) for name in names],
+            series=SERIES,
             masks=masks,
             light=any(mask["light"] for mask in masks),
             own={row["name"]: row["mask"] for row in results["rows"]},
             comparisons=[(name, numbers.comparisons_of(results, name)) for name in names],
             compared={kind: kinds.count(kind) for kind in KINDS},
-            carried=sum(one["carried"] for one in overall),
-            kinds=KINDS,
+            families={name: families.count(name) for name in (analysis.PRIMARY, analysis.OTHER)},
             cells=numbers.cells(results),
             published=_published(results, files or {}),
             runs=max(len(row["runs"]) for row in results["rows"]),
@@ -247,22 +269,33 @@ def write(out: Path, results: dict, files: Mapping[str, str] | None = None) -> N
     write_whole(out / "report.html", page)
 
 
+def compute_again(folder: Path) -> dict:
+    """The results of a matrix's folder, with every figure from its answers."""
+    path = folder / "results.json"
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        rows = [MatrixRow(row["name"], row["mask"], tuple(row["runs"])) for row in results["rows"]]
+        raw = answers.read(folder)
+        return results | analysis.results(rows, results["masks"], raw.questions, raw.scores)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"{path}: is not that of a matrix: {error!r}") from error
+
+
 def render_again(options: argparse.Namespace) -> None:
-    """Make page and tables from a results.json."""
+    """Make page and tables from the folder of a matrix."""
     files = dict(pair.split("=", 1) for pair in options.published if "=" in pair)
     if len(files) < len(options.published):
         raise ValueError("--published: expected TABLE=FILE.csv, each table once")
-    results = json.loads(options.results.read_text(encoding="utf-8"))
-    out = options.out or options.results.parent
-    write(out, results, files)
+    out = options.out or options.folder
+    write(out, compute_again(options.folder), files)
     print(f"wrote {out}/report.html")
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser("python -m eval.matrix.report", __doc__)
     add = parser.add_argument
-    add("results", type=Path, help="results.json of a matrix")
-    add("--out", type=Path, help="by default the folder of results.json")
+    add("folder", type=Path, metavar="DIR", help="folder of a matrix's results")
+    add("--out", type=Path, help="by default the same folder")
     add(
         "--published",
         nargs="+",

@@ -4,16 +4,15 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from eval.held_out import HeldOut
 from eval.matrix.analysis import MatrixRow
+from eval.matrix.answers import Answers, Cell
 from fmtrain.data.images import open_image
 from fmtrain.decoding import right
 
 LARGEST = 320  # pixels along the longer edge of a picture in the report
-
-Cell = tuple[str, str]  # run, mask in inference
 
 
 def data_uri(image: Image.Image) -> str:
@@ -23,6 +22,22 @@ def data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def changed_part(pictures: Sequence[Image.Image]) -> list[float] | None:
+    """Where two pictures of one size differ: left, top, width, height as shares of theirs.
+
+    None for other pictures, for equal ones, and where most of the picture differs.
+    """
+    if len(pictures) != 2 or pictures[0].size != pictures[1].size:
+        return None
+    box = ImageChops.difference(*(picture.convert("RGB") for picture in pictures)).getbbox()
+    if box is None:
+        return None
+    width, height = pictures[0].size
+    left, top = box[0] / width, box[1] / height
+    part = [left, top, box[2] / width - left, box[3] / height - top]
+    return part if part[2] * part[3] < 0.25 else None
 
 
 def most_disputed(
@@ -51,22 +66,21 @@ def showcase(
     data: HeldOut,
     rows: Sequence[MatrixRow],
     masks: Sequence[str],
-    scores: Mapping[Cell, Sequence[float]],
-    answers: Mapping[Cell, Sequence[str]],
+    raw: Answers,
     count: int,
 ) -> list[dict]:
     """The questions to show, each with the answers of every row's first run under every mask."""
     own = [(row.runs[0], row.mask if row.mask in masks else masks[0]) for row in rows]
     turns = [turn for _, turn in data.turns()]
     samples = []
-    for k in most_disputed(data, scores, own, count):
+    for k in most_disputed(data, raw.scores, own, count):
         question, turn = data.questions[k], turns[k]
-        images = [data_uri(open_image(image, data.image_root)) for image in turn.images]
+        pictures = [open_image(image, data.image_root) for image in turn.images]
         answers_of: dict[str, dict[str, dict]] = {}
         for row in rows:
             answers_of[row.name] = {}
             for mask in masks:
-                text = answers[row.runs[0], mask][k]
+                text = raw.texts[row.runs[0], mask][k]
                 is_right = bool(right(text, question.reference))
                 answers_of[row.name][mask] = {"text": text, "right": is_right}
         samples.append(
@@ -76,7 +90,8 @@ def showcase(
                 "turn": turn.index,
                 "question": question.text,
                 "reference": question.reference,
-                "images": images,
+                "images": [data_uri(picture) for picture in pictures],
+                "changed": changed_part(pictures),
                 "answers": answers_of,
             }
         )

@@ -8,8 +8,6 @@ from pathlib import Path
 from PIL import Image
 
 from eval.matrix import numbers
-from eval.paired import OVERALL
-from eval.tables import Table
 from fmtrain.training.tracking import wandb_mode
 
 
@@ -30,7 +28,7 @@ def figure(results: dict, task: str):
     axes.set(
         xlabel="mask in inference",
         ylabel="mask in training",
-        title=f"{task}, percent right, n {_questions(results, task)}",
+        title=f"{task}, percent right, n {numbers.questions(results, task)}",
     )
     middle = (image.norm.vmin + image.norm.vmax) / 2
     for i, line in enumerate(values):
@@ -38,10 +36,6 @@ def figure(results: dict, task: str):
             colour = "black" if value > middle else "white"
             axes.text(j, i, f"{value:.1f}", ha="center", va="center", color=colour)
     return figure
-
-
-def _questions(results: dict, task: str) -> int:
-    return sum(results["tasks"].values()) if task == OVERALL else results["tasks"][task]
 
 
 def log(results: dict, out: Path) -> None:
@@ -55,34 +49,31 @@ def log(results: dict, out: Path) -> None:
         mode=wandb_mode(),
         config=results["made"],
     ) as run:
-        logged = {
-            "cells": _typed(numbers.cells(results), wandb),
-            "comparisons": _typed(numbers.comparisons(results), wandb),
-        }
-        for task in (OVERALL, *results["tasks"]):
+        logged = {name: _table(results[name], wandb) for name in ("cells", "comparisons")}
+        for task in numbers.names(results):
             file = io.BytesIO()
             figure(results, task).savefig(file, format="png", dpi=140)
             logged[f"heat_map/{task}"] = wandb.Image(Image.open(file))
         logged["samples"] = _samples(results, wandb)
-        for (row, mask), cell in numbers.cells_of(results, OVERALL).items():
-            run.summary[f"overall/{row}/{mask}"] = cell["score"]
+        headline = results["headline"]
+        for (row, mask), cell in numbers.cells_of(results, headline).items():
+            run.summary[f"{headline}/{row}/{mask}"] = cell["score"]
         logged["report"] = wandb.Html((out / "report.html").read_text(), inject=False)
         run.log(logged)
 
 
-def _typed(table: Table, wandb):
-    """A table whose numbers are numbers."""
+def _table(entries: list[dict], wandb):
+    """The cells or the comparisons with all their keys; numbers are numbers."""
     rows = []
-    for row in table.rows:
-        figures = row[table.labels :]
-        figures = [text if text in ("yes", "no") else float(text) for text in figures]
-        rows.append([*row[: table.labels], *figures])
-    return wandb.Table(columns=table.header, data=rows)
+    for entry in entries:
+        by_run = " ".join(map(numbers.share, entry["by_run"]))
+        rows.append(list((entry | {"by_run": by_run}).values()))
+    return wandb.Table(columns=list(entries[0]), data=rows)
 
 
 def _samples(results: dict, wandb):
     """A line a question: pictures, question, reference, and the answer of every cell."""
-    cells = list(numbers.cells_of(results, OVERALL))
+    cells = list(numbers.cells_of(results, results["headline"]))
     columns = ["task", "id", "pictures", "question", "reference"]
     table = wandb.Table(columns=[*columns, *(f"{row} / {mask}" for row, mask in cells)])
     for sample in results["samples"]:

@@ -1,5 +1,7 @@
 """Held-out rows, their questions, and what two checkpoints answer to them."""
 
+import pytest
+
 from eval import compare, held_out
 from eval.held_out import HeldOut
 from fmtrain.decoding import right
@@ -78,3 +80,18 @@ def test_answers_of_the_embedded_model():
     for answers in compare.answers(str(CHECKPOINT), masks, data):
         pairs = zip(answers, data.questions, strict=True)
         assert sum(right(text, question.reference) for text, question in pairs) >= 4
+
+
+def test_chance_of_a_question_is_that_of_one_who_does_not_look():
+    """The most frequent answer of each task is right about that often; other data: not known."""
+    data = held_out.by_task("digits", (), 400, None)
+    chances = held_out.chance("digits", digits.TASKS)
+    assert chances.keys() == digits.TASKS.keys()
+    for task, chance in chances.items():
+        turns: dict[str, list[str]] = {}
+        for question in data.questions:
+            if question.task == task:
+                turns.setdefault(question.text.rstrip("0123456789?"), []).append(question.reference)
+        shares = [len(set(references)) for references in turns.values()]
+        assert chance == pytest.approx(sum(1 / count for count in shares) / len(shares), rel=0.6)
+    assert held_out.chance("rows.jsonl", ["read"]) == {} == held_out.chance(None, ["read"])

@@ -20,7 +20,7 @@ import training
 import yaml
 
 from eval import held_out
-from eval.matrix import cells, runs
+from eval.matrix import answers, cells, report, runs
 from eval.matrix import command as matrix
 from eval.matrix import recipe as matrix_recipe
 from fmtrain import POLICIES, Mask, Policy, attach, attached
@@ -110,17 +110,22 @@ def test_trains_evaluates_reports_and_does_nothing_twice(folder, monkeypatch, ca
 
     data = held_out.by_task(str(folder / "data" / "rows.jsonl"), (), 8, None)
     model, processor = load(str(run), backend="sdpa")
-    answers = []
+    texts = []
     with attached(model).under("v2v"):
         for prompt in data.prompts(processor):  # one by one
             out = model.generate(**prompt.kwargs(), max_new_tokens=6, do_sample=False)
             ids = out[0, prompt.layout.shape[1] :]
-            answers.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
+            texts.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
     cell = cells.read_cell(folder / "work" / "cells" / "v2v-seed0" / "v2v.json")
-    assert cell["answers"] == answers
+    assert cell["answers"] == texts
     assert cell["scores"] == [
-        right(answer, question.reference) for answer, question in zip(answers, data.questions)
+        right(answer, question.reference) for answer, question in zip(texts, data.questions)
     ]
+
+    raw = answers.read(folder / "results")
+    assert raw.texts["v2v-seed0", "v2v"] == cell["answers"] and raw.questions == data.questions
+    again = report.compute_again(folder / "results")
+    assert json.loads(json.dumps(again)) == results
 
     before = times(folder / "work", "*.json") | times(folder / "work", "*.safetensors")
     assert matrix.main([path]) == 0
@@ -419,10 +424,18 @@ def test_scores_of_milebench_are_a_matrix(folder, capsys):
         ("two", "causal"): 0.5,
         ("two", "v2v"): 1.0,
     }
+    raw = answers.read(folder / "results")
+    assert raw.scores["two", "v2v"] == [*fractions.values(), *[1.0] * 10] and not raw.texts
     page = (folder / "results" / "report.html").read_text()
     assert (
         "yours" in page and "two / v2v" in page
     )  # beside the paper's table, whose columns the tasks are
+    assert "prompts <b>unknown</b>" in page and "n 10 of CLEVR-Change, 10 of TQA;" in page
+    described = {"scoring": "fixed", "models": {"one": {"prompts": "original"}}}
+    (folder / "scores" / "scores.json").write_text(json.dumps(described))
+    assert matrix.main(options) == 0
+    page = (folder / "results" / "report.html").read_text()
+    assert "prompts <b>original</b>" in page and "scoring <b>fixed</b>" in page
     (folder / "scores" / "two" / "TQA" / "sample_scores.json").write_text(
         '[{"sample_id": 3, "score": 1.0}]'
     )

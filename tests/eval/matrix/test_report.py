@@ -1,6 +1,7 @@
 """The report of a made-up matrix: complete, self-contained, and safe with what models say."""
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -15,8 +16,11 @@ from wandb_files import wandb_records
 
 from eval import provenance
 from eval.held_out import HeldOut
-from eval.matrix import analysis, charts, published, report, showcase, tracking
+from eval.matrix import analysis, charts, numbers, published, report, showcase, tracking
+from eval.matrix import answers as raw_answers
 from eval.matrix.analysis import MatrixRow
+from eval.matrix.answers import Answers
+from eval.matrix.findings import findings
 from eval.tables import Table
 from fmtrain.layout import Layout
 from fmtrain.masks import EXAMPLE, allowed
@@ -41,7 +45,7 @@ def noise(seed: int) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def results() -> dict:
+def data() -> HeldOut:
     rows = []
     for task in ("TQA", "count"):
         for k in range(12):
@@ -61,31 +65,34 @@ def results() -> dict:
                     "images": [noise(k), noise(k + 50)],
                 }
             )
-    data = HeldOut(rows, ".")
+    return HeldOut(rows, ".")
+
+
+@pytest.fixture(scope="module")
+def raw(data) -> Answers:
     questions = data.questions
     assert [question.reference for question in questions[:4]] == ["0", "0", "1", "1"]
     rng = np.random.default_rng(0)
     runs = list(chain.from_iterable(row.runs for row in ROWS))
     cells = list(product(runs, MASKS))
     scores = {cell: rng.integers(0, 2, len(questions)).tolist() for cell in cells}
-    answers = {
-        cell: [
-            question.reference if right else EVIL
-            for question, right in zip(questions, scores[cell])
-        ]
-        for cell in cells
-    }
-    shown = showcase.showcase(data, ROWS, MASKS, scores, answers, 2)
-    results = {
+    texts = {}
+    for cell in cells:
+        pairs = zip(questions, scores[cell])
+        texts[cell] = [question.reference if right else EVIL for question, right in pairs]
+    return Answers(questions, scores, texts)
+
+
+@pytest.fixture(scope="module")
+def results(data, raw) -> dict:
+    made = {"matrix": published.FOLDER / "mma_table1.csv", "training": None}
+    return {
         "title": f"Masks {EVIL}",
-        **analysis.results(ROWS, MASKS, questions, scores),
-        "samples": shown,
-    }
-    return results | {
-        "made": provenance.made_with(
-            f"python -m eval.matrix {EVIL}",
-            {"matrix": published.FOLDER / "mma_table1.csv", "training": None},
-        )
+        **analysis.results(ROWS, MASKS, raw.questions, raw.scores),
+        "chance": {"count": 0.2},
+        "milebench": None,
+        "samples": showcase.showcase(data, ROWS, MASKS, raw, 2),
+        "made": provenance.made_with(f"python -m eval.matrix {EVIL}", made),
     }
 
 
@@ -158,7 +165,7 @@ def test_every_number_of_the_tables_is_on_the_page(results, tmp_path):
         for cell in results["cells"]:
             assert f"{cell['score']:.4f} [{cell['low']:.4f}, {cell['high']:.4f}]" in text
         for one in results["comparisons"]:
-            assert f"{one['p_holm']:.3g}" in text
+            assert numbers.p_value(one["p_holm"]) in text
     again = json.loads((tmp_path / "results.json").read_text())
     assert report.render(again) == (tmp_path / "report.html").read_text()
 
@@ -181,13 +188,109 @@ def test_sections_follow_what_there_is(results):
         "Mask by mask",
         "Sample answers",
         "2 training runs a row",
-        "with all runs of a question as one unit",
-        "24 × 2",
+        "from variance components",
+        "n 48 × 2 runs",
         "trained with the mask",
     ):
         assert text in html, text
     one = {**results, "samples": []}
     assert "Sample answers" not in report.render(one)
+
+
+def test_the_first_paragraph_is_the_primary_family_in_words(results):
+    [brought, beside, rest] = findings(results)
+    one = next(
+        one
+        for one in results["comparisons"]
+        if one["family"] == "primary" and one["kind"] == "inference-only"
+    )
+    figure = f"{100 * one['difference']:+.1f}".replace("-", "\N{MINUS SIGN}")
+    assert brought.endswith(f": no difference is shown for mma_interleaved ({figure}).")
+    assert beside.startswith("Trained and run with the mask") and "2 comparisons" in rest
+    assert "the 2 training runs of a row" in rest
+    carried = [one | {"carried": True, "difference": -0.5} for one in results["comparisons"]]
+    assert "worse for mma_interleaved (−50.0)" in findings({**results, "comparisons": carried})[0]
+    page = report.render(results)
+    assert brought.replace("+", "&#43;") in page and "−0.0" not in page
+    [nothing] = findings({**results, "comparisons": []})
+    assert nothing.startswith("No row was trained causally")
+
+
+def test_one_run_a_row_is_said_to_take_the_seed_as_given(data, raw):
+    rows = [MatrixRow(row.name, row.mask, row.runs[:1]) for row in ROWS]
+    results = analysis.results(rows, MASKS, raw.questions, raw.scores)
+    assert "nothing here says that another seed would agree" in findings(results)[-1]
+    whole = {
+        "title": "",
+        "milebench": None,
+        "chance": {},
+        "samples": [],
+        "made": provenance.made_with("", {}),
+    }
+    page = report.render({**whole, **results})
+    assert "the seed is taken as given" in page and "each dot one training run" not in page
+
+
+def test_every_run_is_a_dot(results):
+    """Of the forest plot, and of every chart of scores: five masks and rows, two runs each."""
+    for _, chart in report.forests(results):
+        assert chart.count('class="run"') == 2 and chart.count('class="whisker"') == 1
+    for name in ("overall", "TQA", "count"):
+        chart = report.score_chart(results, name)
+        assert chart.count('class="run"') == 3 * 1 + 4 * 2  # base; causal twice, itself
+        assert chart.count('class="whisker"') == 7
+        assert ('class="chance"' in chart) == (name == "count")
+
+
+def test_a_single_task_is_on_the_page_once(data, raw):
+    of_task = [k for k, question in enumerate(raw.questions) if question.task == "count"]
+    scores = {cell: [values[k] for k in of_task] for cell, values in raw.scores.items()}
+    results = analysis.results(ROWS, MASKS, [raw.questions[k] for k in of_task], scores)
+    whole = {
+        "title": "",
+        "milebench": None,
+        "chance": {},
+        "samples": [],
+        "made": provenance.made_with("", {}),
+    }
+    page = report.render({**whole, **results})
+    assert page.count('class="heat"') == 2 and 'id="tasks"' not in page
+    assert "overall" not in page.partition("</style>")[2].lower()
+
+
+def test_differences_have_the_same_colour_in_all_maps(results):
+    """Whatever the largest one in a map is; the larger, the further from the ground."""
+    for name in numbers.names(results):
+        rows, compared = (
+            report.heat_map(results, name)["rows"],
+            report.comparisons_of(results, name),
+        )
+        for row, mask in product(range(3), range(3)):
+            one = compared.get(("causal-causal", ROWS[row].name, MASKS[mask]))
+            difference = one["difference"] if one else 0.0
+            assert rows[row]["changes"][mask]["style"] == charts.change(difference)
+    shades = [charts.change(value / 100) for value in range(0, 51, 5)]
+    grounds = [int(shade[5:7], 16) for shade in shades]  # red falls towards blue
+    assert grounds == sorted(grounds, reverse=True) and len(set(grounds)) == 11
+    assert charts.change(0.7) == shades[-1]
+
+
+def test_axes_hold_their_values():
+    for low, high in ((0.0, 0.93), (-0.004, 0.012), (0.0, 0.0), (-0.62, 0.1), (0.0, 1.0)):
+        ticks = charts.ticks(low, high)
+        assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9
+        assert 2 <= len(ticks) <= 7 and ticks == sorted(ticks)
+
+
+def test_where_two_pictures_differ():
+    before = Image.fromarray(np.zeros((24, 24, 3), np.uint8))
+    after = before.copy()
+    after.paste((255, 0, 0), (8, 16, 14, 24))
+    assert showcase.changed_part([before, after]) == pytest.approx([1 / 3, 2 / 3, 1 / 4, 1 / 3])
+    assert showcase.changed_part([before, before]) is None
+    assert showcase.changed_part([before, after, after]) is None
+    assert showcase.changed_part([noise(1), noise(2)]) is None  # all of it
+    assert showcase.changed_part([before, after.resize((48, 48))]) is None
 
 
 def test_masks_are_drawn_as_they_are():
@@ -277,10 +380,13 @@ def test_numbers_of_the_user_stand_beside_published_ones(results, tmp_path):
         report.render(results, {"mma": str(tmp_path / "mine.csv")})
 
 
-def test_the_command_renders_again(results, tmp_path, capsys):
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    assert report.main([str(tmp_path / "results.json"), "--out", str(tmp_path / "again")]) == 0
-    assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [
+def test_every_figure_is_computed_again_from_the_answers(results, raw, tmp_path, capsys):
+    raw_answers.write(tmp_path, raw)
+    poor = {**results, "cells": [], "comparisons": []}
+    (tmp_path / "results.json").write_text(json.dumps(poor))
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "again")]) == 0
+    again = tmp_path / "again"
+    assert sorted(path.name for path in again.iterdir()) == [
         "cells.csv",
         "comparisons.csv",
         "report.html",
@@ -288,10 +394,31 @@ def test_the_command_renders_again(results, tmp_path, capsys):
         "results.md",
         "results.tex",
     ]
+    assert json.loads((again / "results.json").read_text()) == json.loads(json.dumps(results))
     capsys.readouterr()
-    assert report.main([str(tmp_path / "none.json")]) == 2 and capsys.readouterr().err.startswith(
-        "error: "
-    )
+    assert report.main([str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_answers_come_back_and_their_file_is_the_same_every_time(raw, tmp_path):
+    raw_answers.write(tmp_path / "one", raw)
+    raw_answers.write(tmp_path / "two", raw)
+    one, two = (tmp_path / name / raw_answers.NAME for name in ("one", "two"))
+    assert raw_answers.read(tmp_path / "one") == raw and one.read_bytes() == two.read_bytes()
+    lines = gzip.open(one, "rt").read().splitlines()
+    first = json.loads(lines[0])
+    assert len(lines) == len(raw.questions) and first["reference"] == "0"
+    assert first["answers"]["c1"]["v2v+merge"] == raw.texts["c1", "v2v+merge"][0]
+    scored = Answers(raw.questions, raw.scores)  # of MileBench: no texts
+    raw_answers.write(tmp_path / "scored", scored)
+    assert raw_answers.read(tmp_path / "scored") == scored
+    one.write_bytes(one.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"answers\.jsonl\.gz: cannot be read"):
+        raw_answers.read(tmp_path / "one")
+    lines[3] = json.dumps(json.loads(lines[3]) | {"answers": {}})
+    two.write_bytes(gzip.compress("\n".join(lines).encode()))
+    with pytest.raises(ValueError, match="under causal has 47 of 48 questions"):
+        raw_answers.read(tmp_path / "two")
 
 
 def _media(records) -> dict[str, str]:
@@ -321,9 +448,8 @@ def test_wandb_offline_without_a_key(results, tmp_path, monkeypatch):
         logged |= _media(wandb_records(file))
     media = file.parent / "files"
     table = json.loads((media / logged["cells"]).read_text())
-    assert len(table["data"]) == len(results["cells"]) and table["data"][0][6] == pytest.approx(
-        results["cells"][0]["score"], abs=5e-5
-    )
+    scores = [row[table["columns"].index("score")] for row in table["data"]]
+    assert scores == pytest.approx([cell["score"] for cell in results["cells"]])
     assert len(json.loads((media / logged["comparisons"]).read_text())["data"]) == len(
         results["comparisons"]
     )
