@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from eval.milebench.llava_prompt import llava_messages, llava_processor
 from eval.milebench.prompt import Prompt, Window, build_prompt, image_paths
 from eval.milebench.tasks import Sample, Task
 from fmtrain.data import noise
@@ -22,7 +23,7 @@ class Fitted:
 
 
 class Fitter:
-    """Fits prompts into `length` tokens, room for `max_new_tokens` included.
+    """Fits repaired prompts into `length` tokens, room for `max_new_tokens` included.
 
     What an image costs is asked of the processor, for each size of image and for images alone or
     among others (OneVision tiles an image only when it is alone); so is what the chat template puts
@@ -82,6 +83,39 @@ class Fitter:
         messages = noise.turn(len(images), "?")
         encoded = encode(self.processor, messages, images, add_generation_prompt=True)
         return encoded.layout.shape[1]
+
+
+class OriginalFitter(Fitter):
+    """MileBench's prompts as its LLaVA worker feeds them, Llama-2 template included (Q21).
+
+    They are cut at `length` tokens as there, without room for template and answer (Q17); what then
+    passes the model's `positions` is refused, and so are images that cost different numbers of
+    tokens.
+    """
+
+    def __init__(self, processor, length: int, max_new_tokens: int, positions: int):
+        super().__init__(llava_processor(processor), length, max_new_tokens)
+        self.positions = positions
+
+    def _fit(self, task: Task, sample: Sample, combined: int | None) -> Fitted:
+        root = os.path.dirname(os.path.abspath(task.path))
+        paths = [os.path.abspath(path) for path in image_paths(task, sample, combined)]
+        costs = {self.image_tokens(image_size(path, root), len(paths) > 1) for path in paths}
+        per_image = tuple(sorted(costs)) if len(costs) > 1 else sum(costs)
+        window = Window(self.length, per_image)
+        tokenizer = self.processor.tokenizer
+        prompt = build_prompt(task, sample, tokenizer, window, combined, original=True)
+        prompt.messages()  # refuses images that do not fit the places (Q16)
+        images = [open_image(os.path.abspath(path), root) for path in prompt.images]
+        messages = llava_messages(prompt.text)
+        encoded = encode(self.processor, messages, images, add_generation_prompt=True)
+        tokens = encoded.layout.shape[1]
+        if tokens + self.max_new_tokens > self.positions:
+            raise ValueError(
+                f"{tokens} tokens and {self.max_new_tokens} for the answer pass the model's "
+                f"{self.positions} positions; give a smaller --window or --max_new_tokens"
+            )
+        return Fitted(prompt, encoded)
 
 
 def joined(messages: list[dict]) -> list[dict]:

@@ -1,7 +1,7 @@
 """Answer MileBench's questions with a checkpoint, under its own mask or under several in one pass.
 
     python -m eval.milebench.generate --data DIR --model CHECKPOINT --out DIR [--tasks TQA ..]
-        [--masks causal v2v+merge ..]
+        [--masks causal v2v+merge ..] [--prompts original]
     accelerate launch --num_processes 8 -m eval.milebench.generate ...
 
 Written: <out>/<model>/<Dataset>/pred.json in MileBench's format, for `python -m
@@ -26,7 +26,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from eval.milebench.fitting import Fitted, Fitter
+from eval.milebench.fitting import Fitted, Fitter, OriginalFitter
 from eval.milebench.predictions import prediction_record
 from eval.milebench.progress import PREDICTIONS, RUN, TaskRun
 from eval.milebench.prompt import require_inputs
@@ -90,17 +90,29 @@ def masks_by_suffix(
     return {"": recorded}
 
 
-def window_of(options: argparse.Namespace) -> int:
-    """Tokens for prompt and answer. Raises `ValueError` for more than the model has positions."""
+def positions_of(options: argparse.Namespace) -> int:
+    """Positions of the model.
+
+    Raises `ValueError` for a window that has more, and for a model that MileBench's own LLaVA
+    prompts do not fit.
+    """
     source = base_of(options.model) if is_adapter(options.model) else options.model
-    longest = AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings
+    config = AutoConfig.from_pretrained(source)
+    longest = config.get_text_config().max_position_embeddings
     if options.window and options.window > longest:
         raise ValueError(f"--window {options.window}: the model has {longest} positions")
-    return options.window or longest
+    if options.prompts == "original" and config.model_type != "llava":
+        raise ValueError(
+            f"--prompts original: {options.model} is a {config.model_type}; MileBench's prompts "
+            "are here in the template of its LLaVA-1.5 alone"
+        )
+    return longest
 
 
 def plan(options: argparse.Namespace) -> tuple[list[Job], dict[str, Mask], int]:
-    """What there is to do, which masks, and the window. Reads only, so that every process can.
+    """What there is to do, which masks, and the model's positions.
+
+    Reads only, so that every process can.
 
     Raises `ValueError` for what is wrong with data, checkpoint, masks and output folder.
     """
@@ -112,13 +124,14 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], dict[str, Mask], int]:
     masks = masks_by_suffix(
         options.model, options.masks, options.merge_prefix, options.merge_kernel_size
     )
-    window = window_of(options)
+    positions = positions_of(options)
     settings = {
         "checkpoint": fingerprint(options.model),
         "mask_version": VERSION,
         "backend": options.backend,
         "dtype": options.dtype,
-        "window": window,
+        "window": options.window or positions,
+        "prompts": options.prompts,
         "max_new_tokens": options.max_new_tokens,
         "batch_images": options.batch_images,
         "combine": options.combine,
@@ -135,7 +148,7 @@ def plan(options: argparse.Namespace) -> tuple[list[Job], dict[str, Mask], int]:
             if options.overwrite or not run.check():
                 runs[suffix] = run
         jobs.append(Job(task, batches(task.samples, options.batch_images), runs))
-    return jobs, masks, window
+    return jobs, masks, positions
 
 
 def answer_batch(
@@ -234,7 +247,7 @@ def run(
     options: argparse.Namespace,
     jobs: Sequence[Job],
     masks: dict[str, Mask],
-    window: int,
+    positions: int,
     state: PartialState,
 ) -> None:
     """Load the model, answer what is missing and put the predictions together."""
@@ -247,7 +260,9 @@ def run(
     first = max(masks.values(), key=lambda mask: mask.looks_ahead)
     model, processor = load(str(options.model), first, backend=options.backend, dtype=options.dtype)
     decoder = Decoder(model.to(state.device), processor)
-    fitter = Fitter(processor, window, options.max_new_tokens)
+    fitter = Fitter(processor, options.window or positions, options.max_new_tokens)
+    if options.prompts == "original":
+        fitter = OriginalFitter(processor, fitter.length, options.max_new_tokens, positions)
     generate(decoder, fitter, jobs, masks, state, options.combine, options.verify)
     state.wait_for_everyone()
     if not state.is_main_process:
@@ -289,6 +304,12 @@ def arguments_parser() -> Parser:
         help="images in a batch; MileBench takes 1 for MMCoQA and GPR1200",
     )
     add("--window", type=int, metavar="N", help="tokens for prompt and answer; default: all")
+    add(
+        "--prompts",
+        choices=["fixed", "original"],
+        default="fixed",
+        help="original: as MileBench builds them for LLaVA-1.5, oddities included",
+    )
     add("--combine", type=int, metavar="N", help="show at most N combined images")
     add("--name", help="of the model in --out; default: the checkpoint's folder name")
     add("--backend", choices=BACKENDS, default="sdpa")
@@ -306,14 +327,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_cpu = wants_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=on_cpu, timeout=timedelta(days=7))  # processes wait for the slowest
     with one_line_errors(state, everywhere=True):
-        jobs, masks, window = plan(options)
+        jobs, masks, positions = plan(options)
     if not any(job.runs for job in jobs):
         if state.is_main_process:
             print(f"nothing to do: all predictions are in {options.out}")
         return 0
     state.wait_for_everyone()  # all have checked the folders before they change
     with one_line_errors(state, everywhere=False):
-        run(options, jobs, masks, window, state)
+        run(options, jobs, masks, positions, state)
     state.destroy_process_group()
     return 0
 

@@ -6,7 +6,10 @@ Only for reproducing MileBench's own LLaVA numbers: all else goes through `fmtra
 the model's template.
 """
 
+import copy
+import json
 from collections.abc import Sequence
+from typing import Any
 
 from eval.milebench.prompt import PLACE, Tokenizer
 
@@ -28,6 +31,27 @@ def llava_prompt(text: str, start_end: bool = False) -> str:
     image = "<im_start><image><im_end>" if start_end else "<image>"
     text = text.replace(PLACE * 2, f"{PLACE}\n{PLACE}\n").replace(PLACE, image)
     return f"[INST] <<SYS>>\n{_SYSTEM}\n<</SYS>>\n\n{text} [/INST]"
+
+
+def llava_messages(text: str) -> list[dict[str, Any]]:
+    """The prompt as a dialogue for `llava_processor`, image by image; newlines as above."""
+    text, parts = text.replace(PLACE * 2, f"{PLACE}\n{PLACE}\n"), []
+    for k, piece in enumerate(text.split(PLACE)):
+        parts += [{"type": "image"}] * (k > 0)
+        parts += [{"type": "text", "text": piece}] * bool(piece)
+    return [{"role": "user", "content": parts}]
+
+
+def llava_processor(processor):
+    """The processor with the template of `llava_prompt` in place of its own."""
+    opening, image = f"[INST] <<SYS>>\n{_SYSTEM}\n<</SYS>>\n\n", processor.image_token
+    other = copy.copy(processor)
+    other.chat_template = (
+        "{{ " + json.dumps(opening) + " }}{% for part in messages[0]['content'] %}"
+        "{{ " + json.dumps(image) + " if part['type'] == 'image' else part['text'] }}"
+        "{% endfor %}{{ ' [/INST]' }}"
+    )
+    return other
 
 
 def llava_input_ids(prompt: str, tokenizer: Tokenizer, bos_id: int) -> list[int]:

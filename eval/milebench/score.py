@@ -38,7 +38,8 @@ from eval.milebench.aggregate import (
 )
 from eval.milebench.metrics import ScoredTask, score_task
 from eval.milebench.predictions import read_predictions
-from eval.milebench.tasks import DATASETS, read_task
+from eval.milebench.progress import RUN
+from eval.milebench.tasks import DATASETS, read_json, read_task
 from fmtrain.command_line import Parser, guarded
 
 PREDICTIONS = "pred.json"
@@ -98,10 +99,29 @@ def score_models(
     return scored
 
 
+def prompts_of(folder: Path, names: Sequence[str]) -> str:
+    """Whose prompts a model answered: `fixed`, `original`, or `unknown` where no run.json says.
+
+    Raises ValueError for tasks that differ in it.
+    """
+    by_task = {}
+    for name in names:
+        path = folder / name / RUN
+        settings = read_json(path).get("settings", {}) if path.is_file() else {}
+        by_task[name] = settings.get("prompts", "unknown")
+    if len(set(by_task.values())) > 1:
+        of_tasks = ", ".join(f"{name} {prompts}" for name, prompts in by_task.items())
+        raise ValueError(f"{folder}: the tasks have different prompts: {of_tasks}")
+    return next(iter(by_task.values()))
+
+
 def render(
-    models: Mapping[str, Sequence[ScoredTask]], original: bool
+    models: Mapping[str, Sequence[ScoredTask]], original: bool, prompts: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """All files to write, {path under the output folder: text}, and the content of scores.json."""
+    """All files to write, {path under the output folder: text}, and the content of scores.json.
+
+    prompts: of each model.
+    """
     files, evals = {}, {}
     for model, tasks in models.items():
         evals[model] = {task.name: eval_json(task) for task in tasks}
@@ -122,8 +142,10 @@ def render(
             "Rouge-L f": f"percentile bootstrap, {RESAMPLES} resamples, seed {SEED}",
             "aggregates": "MOVER from the intervals of the parts",
         },
-        "models": {model: summary(tasks) for model, tasks in models.items()},
+        "models": {},
     }
+    for model, tasks in models.items():
+        scores["models"][model] = {"prompts": prompts[model], **summary(tasks)}
     files["result.json"] = json.dumps(results, indent=4)
     files["result.csv"] = results_csv(results)
     files["scores.json"] = json.dumps(scores, indent=1)
@@ -155,9 +177,11 @@ def write_files(out: Path, files: Mapping[str, str]) -> None:
         ) from error
 
 
-def print_table(model: str, scores: Mapping[str, Any], console: Console) -> None:
+def print_table(model: str, scores: Mapping[str, Any], scoring: str, console: Console) -> None:
     """One model's scores in percent with n and interval: tasks, then codes, groups and overall."""
-    table = Table(title=f"MileBench: {model} (percent, 95 % interval)", title_justify="left")
+    how = f"prompts {scores['prompts']}, scoring {scoring}"
+    title = f"MileBench: {model} (percent, 95 % interval; {how})"
+    table = Table(title=title, title_justify="left")
     for heading in ("", "code", "metric"):
         table.add_column(heading)
     for heading in ("n", "score", "interval"):
@@ -185,12 +209,13 @@ def score(
 ) -> None:
     """Score predictions, write all files and print the tables."""
     names = list(dict.fromkeys(tasks)) if tasks else None
-    models = score_models(data, find_models(predictions, names), original)
-    files, scores = render(models, original)
+    folders = find_models(predictions, names)
+    prompts = {model: prompts_of(*folder) for model, folder in folders.items()}
+    files, scores = render(score_models(data, folders, original), original, prompts)
     write_files(out, files)
     console = Console()
     for model, of_model in scores["models"].items():
-        print_table(model, of_model, console)
+        print_table(model, of_model, scores["scoring"], console)
         for name, part in of_model["tasks"].items():
             if name in DATASETS and part["scorer"] != DATASETS[name].scorer:
                 console.print(

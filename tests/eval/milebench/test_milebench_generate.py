@@ -21,7 +21,14 @@ from PIL import Image
 from transformers import GenerationConfig
 
 from eval.milebench import combine, generate, score
-from eval.milebench.fitting import Fitter
+from eval.milebench.fitting import Fitter, OriginalFitter
+from eval.milebench.llava_prompt import (
+    IMAGE_INDEX,
+    llava_input_ids,
+    llava_messages,
+    llava_prompt,
+)
+from eval.milebench.prompt import Window, build_prompt
 from eval.milebench.tasks import batches, read_task
 from fmtrain.decoding import Decoder
 from fmtrain.masks import VERSION
@@ -520,6 +527,60 @@ def test_prompts_fit_the_window_and_fill_it(tmp_path, family):
         r"do not fit",
     ):
         Fitter(processor, 25, 10).fit(task, task.samples[2])
+
+
+# --- MileBench's own prompts ----------------------------------------------------------------------
+
+
+def test_original_prompts_are_fed_as_milebench_feeds_them(place, tmp_path):
+    """Its text around its images in its template, whatever the model's own; pairs get newlines."""
+    task, processor = read_task(place / "data", "TQA"), families.processor("llava")
+    fitter, tokenizer = OriginalFitter(processor, 2048, 6, positions=2048), processor.tokenizer
+    sample = task.samples[2]
+    fitted = fitter.fit(task, sample)
+    window = Window(2048, fitter.image_tokens((23, 28), True))
+    prompt = build_prompt(task, sample, tokenizer, window, original=True)
+    assert fitted.prompt == prompt and len(prompt.images) == 2
+    ids = fitted.encoded.inputs["input_ids"][0].tolist()
+    text = llava_prompt(prompt.text)
+    words = [token for token in ids if token != processor.image_token_id]
+    expected = llava_input_ids(text, tokenizer, bos_id=tokenizer.bos_token_id)
+    places = [k for k, token in enumerate(ids) if token == processor.image_token_id]
+    assert ids[: places[0]] == expected[: expected.index(IMAGE_INDEX)]
+    theirs = tokenizer.decode([token for token in expected if token != IMAGE_INDEX])
+    assert tokenizer.decode(words).split() == theirs.split()  # LLaVA has a blank after an image
+    assert len(places) == 2 * fitter.image_tokens((23, 28), True)
+
+    for text in ("a<ImageHere><ImageHere>b", "<ImageHere>" * 3, "no picture", '{{ "x" }} \n é'):
+        rendered = fitter.processor.apply_chat_template(llava_messages(text), tokenize=False)
+        assert rendered == llava_prompt(text)
+    own = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    assert "INST" not in processor.apply_chat_template(own, tokenize=False)
+
+
+def test_original_prompts_as_a_command(place, plain, tmp_path, capsys):
+    """They are recorded, and predictions of the other prompts are never mixed with them."""
+    made = run(place, tmp_path / "original", "--prompts", "original")
+    assert made.keys() == answers(plain).keys() and made != answers(plain)
+    for out, prompts in ((tmp_path / "original", "original"), (plain, "fixed")):
+        recorded = json.loads((out / "ckpt" / "TQA" / "run.json").read_text())
+        assert recorded["settings"]["prompts"] == prompts
+        call = ["--data", str(place / "data"), "--predictions", str(out)]
+        assert score.main([*call, "--out", str(tmp_path / prompts / "scores")]) == 0
+        scores = json.loads((tmp_path / prompts / "scores" / "scores.json").read_text())
+        assert scores["models"]["ckpt"]["prompts"] == prompts
+    capsys.readouterr()
+    save(tmp_path / "next", "llava_next", {})
+    refusals = {
+        ("--out", str(plain)): "was made with prompts 'fixed', not 'original'",
+        ("--model", str(tmp_path / "next")): "next is a llava_next; MileBench's prompts are here",
+        ("--window", "2048", "--max_new_tokens", "1990"): "pass the model's 2048 positions",
+    }
+    for more, message in refusals.items():
+        call = arguments(place, tmp_path / "refused", *SHORT, "--prompts", "original", *more)
+        with pytest.raises(SystemExit) as stopped:
+            generate.main(call)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 # --- errors ---------------------------------------------------------------------------------------
