@@ -7,6 +7,7 @@ import re
 import runpy
 import shlex
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from PIL import Image
 
 import fmtrain
+from eval import coverage, held_out
 from fmtrain import policies
 from fmtrain.layout import Role
 
@@ -237,16 +239,35 @@ def test_figures_of_training_against_switching_on():
     found = {item["row"]: item for item in chosen if item["kind"] == "inference-only"}
     shown = table(TEXTS["docs/results.md"], "mask")
     assert {row[0].strip("`") for row in shown} == found.keys()
-    assert f"over the {len(chosen)} overall comparisons" in TEXTS["docs/results.md"]
-    for name, difference, interval, p in shown:
+    for name, difference, interval in shown:
         item = found[name.strip("`")]
         assert difference == "+" + rounded(100 * item["difference"], 1)
         low, high = rounded(100 * item["low"], 1), rounded(100 * item["high"], 1)
         assert interval == f"[{low}, {high}]"
-        if p.startswith("<"):
-            assert item["p_holm"] < float(p.removeprefix("< "))
-        else:
-            assert p == rounded(item["p_holm"], len(p) - 2)
+    points = rounded(100 * found["v2v"]["difference"], 1)
+    assert f"For `v2v` that is {points} points" in " ".join(TEXTS["README.md"].split())
+
+
+def test_figures_of_the_embedded_model():
+    results = json.loads((RESULTS / "tiny" / "results.json").read_text(encoding="utf-8"))
+    own = [cell for cell in results["cells"] if (cell["row"], cell["mask"]) == ("base", "causal")]
+    scores = {cell["task"]: cell["score"] for cell in own if cell["task"] != "overall"}
+    chances = held_out.chance("digits", scores)
+    shown = {row[0].split("`")[1]: row[1:] for row in table(TEXTS["docs/results.md"], "task")}
+    assert shown.keys() == scores.keys() == chances.keys()
+    for task, figures in shown.items():
+        assert figures == [rounded(scores[task], 3), rounded(chances[task], 3)]
+
+
+def test_figures_of_coverage():
+    cases = json.loads((RESULTS / "coverage.json").read_text(encoding="utf-8"))["coverage"]
+    assert {(case["seeds"], case["rows"]) for case in cases} == {*product((3, 5), (200, 500))}
+    assert {case["spread"] for case in cases} == {0.0, 0.02, 0.1}
+    shown = table(TEXTS["docs/results.md"], "interval")
+    for method, (_, least, most) in zip(coverage.METHODS, shown, strict=True):
+        shares = [100 * case[method] for case in cases]
+        assert shows(least.removesuffix(" %"), min(shares))
+        assert shows(most.removesuffix(" %"), max(shares))
 
 
 def test_what_the_results_say_of_a_mismatch():

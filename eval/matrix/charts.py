@@ -96,8 +96,8 @@ def _square(css: str, x: float, y: float, cell: float) -> str:
     return f'<rect class="{css}" {place} width="{side}" height="{side}" rx="2"/>'
 
 
-PLOT, TEXT = 212.0, 136.0  # pixels of a chart: of its plot, of the figures beside it
-EDGE, NAME, LINE, GAP = 8.0, 15.0, 15.0, 7.0  # around the plot; of a name, a point, between groups
+PLOT, TEXT = 204.0, 136.0  # pixels of a chart: of its plot, of the figures beside it
+EDGE, NAME, LINE, GAP = 12.0, 15.0, 15.0, 7.0  # around the plot; of a name, a point, between groups
 STEPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 
 

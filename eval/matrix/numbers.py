@@ -31,7 +31,7 @@ def names(results: dict) -> list[str]:
 
 
 def of_what(name: str) -> str:
-    return "mean of the tasks" if name == OVERALL else name
+    return "mean of the tasks" if name == OVERALL else f"task {name}"
 
 
 def questions(results: dict, name: str) -> int:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from wandb_files import wandb_records
 
-from eval import provenance
+from eval import held_out, provenance
 from eval.held_out import HeldOut
 from eval.matrix import analysis, charts, numbers, published, report, showcase, tracking
 from eval.matrix import answers as raw_answers
@@ -398,6 +398,23 @@ def test_every_figure_is_computed_again_from_the_answers(results, raw, tmp_path,
     capsys.readouterr()
     assert report.main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_stored_figures_are_those_of_the_stored_answers():
+    for path in sorted((published.FOLDER.parent / "results").glob(f"*/{raw_answers.NAME}")):
+        raw = raw_answers.read(path.parent)
+        for cell, texts in raw.texts.items():
+            pairs = zip(texts, raw.questions, strict=True)
+            assert raw.scores[cell] == [held_out.right(text, one.reference) for text, one in pairs]
+        again = json.dumps(report.compute_again(path.parent))
+        again, stored = map(rounded, (again, (path.parent / "results.json").read_text()))
+        assert again["cells"] == stored["cells"], path
+        assert again["comparisons"] == stored["comparisons"], path
+
+
+def rounded(text: str) -> dict:
+    """Of JSON; the last digits of sums are the machine's."""
+    return json.loads(text, parse_float=lambda figure: round(float(figure), 9))
 
 
 def test_answers_come_back_and_their_file_is_the_same_every_time(raw, tmp_path):
