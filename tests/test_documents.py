@@ -186,23 +186,26 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert names["tokens"].shape[1] > prompt
 
 
-def overall() -> dict[tuple[str, str], float]:
-    """Exact answers by (mask in training, mask in inference), mean of the tasks, as shipped."""
-    results = json.loads((RESULTS / "tiny" / "results.json").read_text(encoding="utf-8"))
-    cells = [cell for cell in results["cells"] if cell["task"] == "overall"]
+def scores_of(matrix: str, task: str) -> dict[tuple[str, str], float]:
+    """Exact answers by (mask in training, mask in inference), as shipped."""
+    results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
+    cells = [cell for cell in results["cells"] if cell["task"] == task]
     assert len(cells) == 8 * 7
     return {(cell["row"], cell["mask"]): cell["score"] for cell in cells}
 
 
+def overall() -> dict[tuple[str, str], float]:
+    return scores_of("tiny", "overall")
+
+
 def test_figures_of_the_readmes_table():
-    scores = overall()
+    scores = scores_of("learning", "changed")
     masks = ("causal", "v2v", "future", "prefix_lm")
     expected = [
-        [scores["base", mask] for mask in masks],
         [scores["causal", mask] for mask in masks],
         [scores[mask, mask] for mask in masks],
     ]
-    shown = table(TEXTS["README.md"], "exact answers, mean of five tasks")
+    shown = table(TEXTS["README.md"], "exact answers: which digit changed in two pictures?")
     for row, values in zip(shown, expected, strict=True):
         for cell, value in zip(row[1:], values, strict=True):
             assert re.fullmatch(r"0\.\d{3}", cell.strip("*")) and shows(cell.strip("*"), value), row
@@ -211,13 +214,50 @@ def test_figures_of_the_readmes_table():
 
 
 def test_what_the_readme_says_of_its_table():
-    scores = overall()
-    costs = [
-        scores["base", "causal"] - scores["base", mask] for mask in ("v2v", "future", "prefix_lm")
-    ]
-    text = " ".join(TEXTS["README.md"].split())
-    said = re.search(r"costs this base (\d+) to (\d+) points", text)
+    scores, text = overall(), " ".join(TEXTS["README.md"].split())
+    masks = ("v2v", "future", "prefix_lm", "v2t", "mma_interleaved", "image")
+    costs = [scores["base", "causal"] - scores["base", mask] for mask in masks]
+    said = re.search(r"at inference only costs (\d+) to (\d+) points", text)
     assert said.groups() == (rounded(100 * min(costs), 0), rounded(100 * max(costs), 0))
+    trained, causal = re.search(
+        r"over causal training \((0\.\d+) against (0\.\d+)\)", text
+    ).groups()
+    assert shows(trained, scores["v2v", "v2v"]) and shows(causal, scores["causal", "causal"])
+    [later] = re.findall(r"causal training gets there too \((0\.\d+)\)", text)
+    assert shows(later, scores_of("tiny", "changed")["base", "causal"])
+    gains = scores_of("learning", "changed")
+    for mask in ("image", "v2t", "mma_interleaved"):
+        assert gains[mask, mask] - gains["causal", "causal"] < 0.005
+
+
+def test_figures_of_learning_to_compare():
+    results = json.loads((RESULTS / "learning" / "results.json").read_text(encoding="utf-8"))
+    scores = scores_of("learning", "changed")
+    section = TEXTS["docs/results.md"].split("## Learning to compare two pictures")[1]
+    section = section.split("\n## ")[0]
+    shown = table(section, r"trained with \ run under")
+    assert [row[0] for row in shown] == ["base, not fine-tuned", *results["masks"]]
+    for name, *cells in shown:
+        row = "base" if name.startswith("base") else name
+        for mask, cell in zip(results["masks"], cells, strict=True):
+            assert shows(cell.strip("*"), 100 * scores[row, mask]), (name, mask)
+    text, gains = " ".join(section.split()), {}
+    for one in results["comparisons"]:
+        if one["kind"] == "causal-causal":
+            points = (rounded(100 * one[key], 1) for key in ("difference", "low", "high"))
+            gains[one["row"], one["mask"]] = "{} [{}, {}]".format(*points).replace("-0.0 ", "0.0 ")
+    for mask in ("future", "prefix_lm"):
+        assert f"`{mask}` {gains[mask, mask]}" in text
+    value, interval = gains["v2v", "v2v"].split(" ", 1)
+    assert f"`v2v` gains {value} points over causal training run causally {interval}" in text
+    value, interval = gains["mma_interleaved", "mma_interleaved"].removeprefix("-").split(" ", 1)
+    assert f"`mma_interleaved` is {value} points below it {interval}" in text
+    assert f"changes nothing ({gains['causal', 'v2v']})" in text
+    digits = json.loads((RESULTS / "learning" / "digits.json").read_text())["digits"]
+    share = {(one["row"], one["digit"]): rounded(100 * one["share"], 1) for one in digits}
+    assert f"(causal {share['causal', 'new']}, `v2v` {share['v2v', 'new']})" in text
+    assert f"right in {share['causal', 'old']} % of the answers" in text
+    assert f"and in {share['v2v', 'old']} % with `v2v`" in text
 
 
 def test_figures_of_the_matrix():
@@ -244,8 +284,6 @@ def test_figures_of_training_against_switching_on():
         assert difference == "+" + rounded(100 * item["difference"], 1)
         low, high = rounded(100 * item["low"], 1), rounded(100 * item["high"], 1)
         assert interval == f"[{low}, {high}]"
-    points = rounded(100 * found["v2v"]["difference"], 1)
-    assert f"For `v2v` that is {points} points" in " ".join(TEXTS["README.md"].split())
 
 
 def test_figures_of_the_embedded_model():
