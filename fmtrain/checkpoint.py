@@ -5,13 +5,13 @@ such a `config.json` beside it.
 """
 
 import json
-import re
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from fmtrain.command_line import one_line
+from fmtrain.hub import names_hub
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
 from fmtrain.patch import attach, recorded
@@ -119,15 +119,6 @@ def load(
         )
     attach(model, mask, backend, merge)
     return model, processor
-
-
-def names_hub(name: str) -> bool:
-    """Whether a name that is no folder can be one of the hub: `owner/name`, where the owner is no
-    folder here and the whole nothing of this package (`fmtrain/tiny`)."""
-    ours = (Path(__file__).parents[1] / name).exists()
-    if ours or Path(name).parent.is_dir():
-        return False
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
 
 
 def _of_hub(kwargs: dict) -> dict:
