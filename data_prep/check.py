@@ -1,6 +1,7 @@
 """Check prepared rows: `python -m data_prep.check ROWS --image_root DIR`.
 
-ROWS is a prepared folder or one .jsonl or .parquet file. Exit code 0: every row that ROWS now holds
+ROWS is what a recipe names and training reads: a prepared folder, a .jsonl, .json or .parquet file,
+or a folder of several splits, of which --split is read. Exit code 0: every row that ROWS now holds
 is good; 1: bad rows remain; 2: the check could not be made. With `--reject FILE` bad rows are moved
 to FILE, each with its reasons.
 """
@@ -23,13 +24,16 @@ from data_prep.checking.report import print_report, report
 from data_prep.checking.token_lengths import length_counter
 from data_prep.converting.writing import write_json
 from fmtrain.command_line import Parser, guarded
+from fmtrain.data.sources import Source
 
 
 def parser_of() -> Parser:
     """The command line."""
     parser = Parser("python -m data_prep.check", __doc__)
     add = parser.add_argument
-    add("rows", type=Path, metavar="ROWS", help="prepared folder, or a .jsonl or .parquet file")
+    add("rows", type=Path, metavar="ROWS", help="a folder, or a .jsonl or .parquet file")
+    add("--split", default="train", help="of a folder with several (%(default)s)")
+    add("--config", metavar="NAME", help="of a folder laid out as a repository of the hub")
     add("--image_root", type=Path, help="what image paths are relative to")
     add("--skip_images", action="store_true", help="do not look at image files")
     add("--processor", type=Path, metavar="DIR", help="count tokens under this processor")
@@ -60,9 +64,10 @@ def run(options: argparse.Namespace) -> int:
     """Check as `options` say and return the exit code. Raises `ValueError` where the check cannot
     be made."""
     _require_consistent(options)
-    findings = _findings(options)
+    source = Source(str(options.rows), options.config, options.split)
+    findings = _findings(source, options)
     if options.reject is not None and findings.bad:
-        move_rows(options.rows, options.reject, findings.bad, findings.rows)
+        move_rows(source, options.reject, findings.bad, findings.rows)
     summary = report(findings, options)
     if options.json is not None:
         write_json(options.json, summary)
@@ -70,9 +75,9 @@ def run(options: argparse.Namespace) -> int:
     return 1 if findings.bad and options.reject is None else 0
 
 
-def _findings(options: argparse.Namespace) -> Findings:
+def _findings(source: Source, options: argparse.Namespace) -> Findings:
     """The check itself, with its progress on a terminal's stderr."""
-    total = count_rows(options.rows)
+    total = count_rows(source)
     stderr = Console(stderr=True)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(options.workers))
@@ -101,7 +106,7 @@ def _findings(options: argparse.Namespace) -> Findings:
         if options.processor is not None:
             checks.tokens = length_counter(options.processor, options.image_root or Path())
         bar = progress.add_task("rows", total=total)
-        return check(options.rows, checks, lambda rows: progress.advance(bar, rows))
+        return check(source, checks, lambda rows: progress.advance(bar, rows))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from data_prep.converting.conversations import image_names, messages_of
 from data_prep.converting.fields import field, text_of
 from data_prep.converting.parquet import parquet_rows
 from data_prep.converting.rows import Row
-from fmtrain.data.row_format import require_one_split
+from fmtrain.data.sources import by_split
 
 READERS = {".json": json_stream.array, ".jsonl": json_stream.lines, ".parquet": parquet_rows}
 
@@ -45,7 +45,13 @@ def files(source: Path, options: Options) -> list[Path]:
     for path in paths:
         if path.suffix not in READERS:
             raise ValueError(f"{path} is not a .json, .jsonl or .parquet file")
-    require_one_split(source / options.annotations, paths)
+    splits = by_split(source / options.annotations, paths)
+    if len(splits) > 1:
+        shown = ", ".join(files[0].name for files in splits.values())
+        raise ValueError(
+            f"{source / options.annotations}: holds files of the splits {', '.join(splits)} "
+            f"({shown}); let the pattern take in one"
+        )
     return paths
 
 

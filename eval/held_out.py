@@ -5,10 +5,11 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from fmtrain.data import files
+from fmtrain.data import files, sources
 from fmtrain.data.collator import encode_prompt
 from fmtrain.data.dialogue import Turn, turns
 from fmtrain.data.encode import Encoded
+from fmtrain.data.sources import Source
 from fmtrain.tiny import digits
 
 SEED = 1  # of the held-out digits; training rows come from other scans
@@ -32,10 +33,11 @@ class HeldOut:
     image_root: str
 
     def turns(self) -> Iterator[tuple[dict, Turn]]:
-        """Every assistant's turn with its row, in order."""
+        """Every assistant's turn with its row, in order, but those that are context."""
         for row in self.rows:
             for turn in turns(row):
-                yield row, turn
+                if not turn.context:
+                    yield row, turn
 
     @functools.cached_property
     def questions(self) -> list[Question]:
@@ -71,7 +73,7 @@ def by_task(
         for task in tasks or digits.TASKS:
             rows += digits.rows("test", [task], rows_per_task, seed=SEED).with_format(None)
         return HeldOut(rows, ".")
-    loaded = files.load(name, image_root=image_root)
+    loaded = files.load(sources.held_out(Source(name, split="test")), image_root=image_root)
     rows_of: dict[str, list[dict]] = {}
     for row in loaded.rows.with_format(None):
         rows_of.setdefault(task_of(row), []).append(row)
@@ -91,7 +93,7 @@ def mixed(
     """`count` rows of all tasks: of the digits' test scans, or the first ones of a file."""
     if name == "digits":
         return HeldOut(list(digits.rows("test", list(tasks), count, seed).with_format(None)), ".")
-    loaded = files.load(name, None, count, image_root)
+    loaded = files.load(sources.held_out(Source(name, split="test")), count, image_root)
     return HeldOut(list(loaded.rows.with_format(None)), loaded.image_root)
 
 

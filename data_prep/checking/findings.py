@@ -11,8 +11,12 @@ from data_prep.checking.contamination import EvaluationImages
 from data_prep.checking.image_checks import content_hash, examine_all
 from data_prep.checking.reading import StoredRow, scan
 from data_prep.checking.row_checks import Duplicates, row_problems
-from data_prep.converting.rows import Problem, Row, format_problems
+from data_prep.converting.rows import Problem, Row, format_problems, text_part
+from fmtrain.data.dialogue import Malformed
+from fmtrain.data.row_format import COLUMNS, plain
+from fmtrain.data.sources import Source
 
+NO_SOURCE = "?"  # of rows that name none
 _CHUNK = 256  # rows that are checked, and whose images are opened, together
 
 
@@ -44,14 +48,17 @@ class Checks:
 
 
 def check(
-    rows: Path, checks: Checks, advance: Callable[[int], None] = lambda rows: None
+    rows: Path | Source, checks: Checks, advance: Callable[[int], None] = lambda rows: None
 ) -> Findings:
-    """Check all rows of a file or prepared folder; `advance` is told how many more are done. Raises
-    `ValueError` if there are no rows to read, or images but no image root."""
+    """Check all rows of a source; `advance` is told how many more are done. Raises `ValueError` if
+    there are no rows to read, none that names images, or images but no image root."""
     findings, duplicates = Findings(), Duplicates()
+    with_images = False
     problems_of_image: dict[Any, list[Problem]] = {}
     stored = scan(rows)
     while chunk := list(islice(stored, _CHUNK)):
+        with_images = with_images or any(map(_names_images, chunk))
+        chunk = [_plain(row) for row in chunk]
         problems = [_text_problems(row, duplicates, checks) for row in chunk]
         if checks.images:
             _examine_new(chunk, problems_of_image, checks)
@@ -66,9 +73,33 @@ def check(
                 findings.ids[row.file, row.number] = _id(row)
         findings.rows += len(chunk)
         advance(len(chunk))
+    if not findings.rows or not with_images:
+        reason = "the rows have no column images" if findings.rows else "holds no row"
+        raise ValueError(f"{Source.of(rows).path}: {reason}")
     findings.images = len(problems_of_image)
     findings.unreadable_evaluation = checks.evaluation.unreadable if checks.evaluation else []
     return findings
+
+
+def _names_images(stored: StoredRow) -> bool:
+    """Whether it has the key, or is too broken to tell."""
+    return not isinstance(stored.row, dict) or not {"images", "image"}.isdisjoint(stored.row)
+
+
+def _plain(stored: StoredRow) -> StoredRow:
+    """The row as training reads it, whatever its form; or why it is none."""
+    if stored.problem is not None:
+        return stored
+    try:
+        row = plain(stored.row, f"{stored.file.name} row {stored.number}")
+    except ValueError as error:
+        kind = error.kind if isinstance(error, Malformed) else "format"
+        return stored._replace(problem=Problem(kind, str(error)))
+    messages = []
+    for message in row["messages"]:
+        messages.append({**message, "content": message["content"] or [text_part("")]})
+    row |= {"messages": messages, "source": row["source"] or NO_SOURCE}
+    return stored._replace(row={column: row[column] for column in COLUMNS})
 
 
 def _text_problems(stored: StoredRow, duplicates: Duplicates, checks: Checks) -> list[Problem]:

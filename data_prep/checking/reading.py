@@ -1,15 +1,15 @@
-"""Prepared rows as they stand in their files, good or bad."""
+"""Rows as they stand in their files, good or bad."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import orjson
 import pyarrow.parquet as pq
 
 from data_prep.converting.parquet import parquet_rows
 from data_prep.converting.rows import Problem, Row, format_problems
-from fmtrain.data.row_format import COLUMNS, row_files
+from fmtrain.data import json_rows
+from fmtrain.data.sources import Source, row_files
 
 
 class StoredRow(NamedTuple):
@@ -23,21 +23,16 @@ class StoredRow(NamedTuple):
     problem: Problem | None = None
 
 
-def _files_of(path: Path) -> list[Path]:
-    """The .jsonl or .parquet files that `path` means. Raises `ValueError` if there are none."""
-    files = row_files(path)
-    if files[0].suffix == ".json":
-        raise ValueError(f"{files[0]}: arrays are not checked; write one row a line, as .jsonl")
-    return files
-
-
-def scan(path: Path) -> Iterator[StoredRow]:
-    """Every row of `path` (a file or a prepared folder), readable or not, one at a time."""
-    for file in _files_of(path):
+def scan(source: Path | Source) -> Iterator[StoredRow]:
+    """Every row of a source, readable or not, one at a time, in whatever form it stands."""
+    for file in row_files(source):
         if file.suffix == ".jsonl":
             yield from _scan_jsonl(file)
+        elif file.suffix == ".json":
+            for number, (_, row) in enumerate(json_rows.rows([file]), start=1):
+                yield StoredRow(file, number, row)
         else:
-            for number, row in parquet_rows(file, COLUMNS, batch=256):
+            for number, row in parquet_rows(file, batch=256):
                 yield StoredRow(file, number, row)
 
 
@@ -47,9 +42,9 @@ def _scan_jsonl(file: Path) -> Iterator[StoredRow]:
             if line.isspace():
                 continue
             try:
-                yield StoredRow(file, number, orjson.loads(line), line)
-            except orjson.JSONDecodeError as error:
-                yield StoredRow(file, number, None, line, Problem("format", f"not JSON: {error}"))
+                yield StoredRow(file, number, json_rows.parse(line), line)
+            except ValueError as error:
+                yield StoredRow(file, number, None, line, Problem("format", str(error)))
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -62,13 +57,15 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield record.row
 
 
-def count_rows(path: Path) -> int:
+def count_rows(source: Path | Source) -> int:
     """Number of rows without parsing them: lines of JSONL that are not blank, the footer of
     Parquet. Raises `ValueError` as `row_files`."""
     total = 0
-    for file in _files_of(path):
+    for file in row_files(source):
         if file.suffix == ".parquet":
             total += pq.read_metadata(file).num_rows
+        elif file.suffix == ".json":
+            total += sum(1 for _ in json_rows.rows([file]))
         else:
             with file.open("rb") as lines:
                 total += sum(not line.isspace() for line in lines)

@@ -12,14 +12,14 @@ from data_prep.converting.manifest import refresh_manifest
 from data_prep.converting.rows import Problem
 from data_prep.converting.writing import encoded, rejected
 from fmtrain.command_line import replacing
-from fmtrain.data.row_format import row_files
+from fmtrain.data.sources import Source, row_files
 
 Bad = dict[Path, dict[int, list[Problem]]]  # problems by file and row number
 
 _BATCH = 1000  # rows of Parquet in memory
 
 
-def move_rows(rows: Path, reject: Path, bad: Bad, total: int) -> None:
+def move_rows(rows: Source, reject: Path, bad: Bad, total: int) -> None:
     """Add the `bad` rows of `rows` (of `total` in all) to `reject`, then take them out of their
     files.
 
@@ -27,10 +27,12 @@ def move_rows(rows: Path, reject: Path, bad: Bad, total: int) -> None:
     written first and keeps what it held. Raises `ValueError` if it is not of the rows' format, or
     lies among the rows.
     """
-    ending = row_files(rows)[0].suffix
+    ending, folder = row_files(rows)[0].suffix, Path(str(rows.path))
+    if ending == ".json":
+        raise ValueError(f"{folder}: rows are moved out of .jsonl and .parquet files, not of .json")
     if reject.suffix != ending:
         raise ValueError(f"--reject {reject} must end in {ending}, as the rows do")
-    if reject.resolve().is_relative_to(rows.resolve()):
+    if reject.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--reject {reject} lies among the rows themselves; choose another place")
     if reject.suffix == ".jsonl":
         _add_jsonl(rows, reject, bad)
@@ -41,11 +43,11 @@ def move_rows(rows: Path, reject: Path, bad: Bad, total: int) -> None:
             _keep_lines(file, problems)
         else:
             _keep_rows(file, problems)
-    if rows.is_dir():
-        refresh_manifest(rows, total - sum(map(len, bad.values())))
+    if folder.is_dir():
+        refresh_manifest(folder, total - sum(map(len, bad.values())))
 
 
-def _add_jsonl(rows: Path, reject: Path, bad: Bad) -> None:
+def _add_jsonl(rows: Source, reject: Path, bad: Bad) -> None:
     with replacing(reject) as staged, staged.open("wb") as out:
         if reject.is_file():
             out.write(reject.read_bytes())

@@ -27,7 +27,8 @@ from eval.merge_study.study import Study, encode_rows, study
 from eval.tables import Table
 from fmtrain.checkpoint import check_folder, load_plain, recorded_mask
 from fmtrain.command_line import Parser, guarded, replacing, write_whole
-from fmtrain.data import files
+from fmtrain.data import files, sources
+from fmtrain.data.sources import Source
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
 from fmtrain.tiny import digits
@@ -135,7 +136,8 @@ def study_checkpoint(options: argparse.Namespace) -> None:
     if options.dataset == "digits":
         loaded = files.Rows(digits.rows("test", list(digits.TASKS), options.rows), ".")
     else:
-        loaded = files.load(options.dataset, count=options.rows, image_root=options.image_root)
+        source = sources.held_out(Source(options.dataset, split="test"))
+        loaded = files.load(source, options.rows, options.image_root)
     model, processor = load_plain(options.checkpoint, dtype=torch.float32)
     model = model.to(options.device)
     encoded = encode_rows(model, processor, list(loaded.rows), loaded.image_root)

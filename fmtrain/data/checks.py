@@ -9,6 +9,7 @@ import numpy as np
 
 from fmtrain.command_line import folded
 from fmtrain.data import check_cache
+from fmtrain.data.dialogue import context_answers
 from fmtrain.data.encode import placed, render
 from fmtrain.data.files import Rows
 from fmtrain.data.images import MAX_PIXELS, image_size, open_image
@@ -160,7 +161,7 @@ def examine(
             sizes = [image_size(image, root, max_pixels) for image in images]
         messages = placed(processor, row["messages"] or [], len(sizes))
         segments = render(processor, messages)
-        if not any(segment.prefill < 0 for segment in segments):
+        if sum(segment.prefill < 0 for segment in segments) <= context_answers(row):
             raise ValueError("no assistant's turn, so there is nothing to learn from it")
         return segments_length(processor, messages, segments, sizes)
     except (ValueError, KeyError, TypeError) as error:

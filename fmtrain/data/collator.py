@@ -2,8 +2,8 @@
 another.
 
 A row is a dict with `messages` and `images` (names below the image folder, `datasets.Image` cells
-or PIL images), and perhaps an `id` and an `image_root`, its own image folder (in a mix of several
-sets).
+or PIL images), and perhaps an `id`, an `image_root`, its own image folder (in a mix of several
+sets), and `prompt_messages`, how many of its messages are a prompt whose answers are not learnt.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fmtrain.data.dialogue import Turn
+from fmtrain.data.dialogue import Turn, context_answers
 from fmtrain.data.encode import IGNORED, Encoded, encode, labels
 from fmtrain.data.images import MAX_PIXELS, open_image
 from fmtrain.layout import Layout
@@ -34,13 +34,19 @@ def encode_row(
         raise ValueError(f"row {row.get('id', '?')}: {error}") from error
 
 
+def row_labels(row: dict, encoded: Encoded) -> torch.Tensor:
+    """What is learnt of an encoded row [1, T]: its answers, but those of a prompt."""
+    return labels(encoded.inputs["input_ids"], encoded.layout, context_answers(row))
+
+
 def encode_prompt(processor, row: dict, turn: Turn, image_root: str | Path = ".") -> Encoded:
     """What generation is fed before the answer of one of the row's `turns`."""
     return encode_row(processor, turn.prompt(row), image_root, add_generation_prompt=True)
 
 
 def batch(processor, rows: Sequence[Encoded], padding_side: str = "right") -> Encoded:
-    """Several encoded rows as one, padded to the longest [B, T]."""
+    """Several encoded rows as one, padded to the longest [B, T]; with their labels if they have
+    them."""
     length = max(row.layout.shape[1] for row in rows)
     gaps = [length - row.layout.shape[1] for row in rows]
     sides = [(gap, 0) if padding_side == "left" else (0, gap) for gap in gaps]
@@ -52,10 +58,11 @@ def batch(processor, rows: Sequence[Encoded], padding_side: str = "right") -> En
             "the tokenizer has no padding token; set one, e.g. processor.tokenizer.pad_token = "
             "'</s>'"
         )
-    ids = torch.cat(
-        [pad(row.inputs["input_ids"], side, value=pad_id) for row, side in zip(rows, sides)]
-    )
-    merged = {"input_ids": ids, "attention_mask": layout.real.long()}
+    merged = {"attention_mask": layout.real.long()}
+    for name, value in (("input_ids", pad_id), ("labels", IGNORED)):
+        if name in rows[0].inputs:
+            padded = [pad(row.inputs[name], side, value=value) for row, side in zip(rows, sides)]
+            merged[name] = torch.cat(padded)
     for inputs, _ in rows:
         for name in inputs:
             if name not in merged:
@@ -97,7 +104,6 @@ class Collator:
         inputs, layout = batch(self.processor, [self.encode(row) for row in rows])
         if self.blank is not None and "pixel_values" not in inputs:
             inputs, layout = self._with_blank(inputs, layout)
-        inputs = {**inputs, "labels": labels(inputs["input_ids"], layout)}
         return Encoded(inputs, layout).kwargs()
 
     def _with_blank(self, inputs: dict, layout: Layout) -> Encoded:
@@ -111,15 +117,18 @@ class Collator:
             "attention_mask": torch.nn.functional.pad(
                 inputs["attention_mask"], (0, columns.shape[1])
             ),
+            "labels": torch.cat([inputs["labels"], torch.full_like(columns, IGNORED)], dim=1),
         }
         return Encoded({**self.blank, **padded}, layout.pad(right=columns.shape[1]))
 
     def encode(self, row: dict) -> Encoded:
-        """One row with something to learn in it. Raises `ValueError` naming the row."""
+        """One row with its labels, something to learn among them. Raises `ValueError` naming the
+        row."""
         encoded = encode_row(self.processor, row, self.image_root, self.max_pixels)
-        if (labels(encoded.inputs["input_ids"], encoded.layout) == IGNORED).all():
+        learnt = row_labels(row, encoded)
+        if (learnt == IGNORED).all():
             raise ValueError(
                 f"row {row.get('id', '?')}: no assistant's turn, so there is nothing to learn from "
                 f"it"
             )
-        return encoded
+        return Encoded({**encoded.inputs, "labels": learnt}, encoded.layout)

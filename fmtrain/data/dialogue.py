@@ -19,15 +19,14 @@ class Malformed(ValueError):
 
 
 def typed(messages: list[dict], images: int) -> list[dict]:
-    """The messages with every content a list of typed parts; `images` is how many images the row
-    has. As in TRL they go before the first user's text that is a string, if no part shows one.
+    """The messages of `in_parts`, checked; `images` is how many images the row has.
 
     Raises `Malformed` for an unknown role, a content that is neither a text nor a list of text and
     image parts, an image in an assistant's turn, one such turn right behind another, the
     placeholder of a video or a sound in a user's text, and parts that are not as many as the
     images.
     """
-    dialogue = [_typed(k, message) for k, message in enumerate(messages)]
+    dialogue = [_typed(k, message) for k, message in enumerate(in_parts(messages, images))]
     if not dialogue:
         raise Malformed("format", "the dialogue is empty")
     for k in range(1, len(dialogue)):
@@ -36,13 +35,43 @@ def typed(messages: list[dict], images: int) -> list[dict]:
                 "role order", f"message {k}: an assistant's turn follows an assistant's turn"
             )
     count = sum(image_parts(message) for message in dialogue)
-    for message, plain in zip(dialogue, messages):
-        if not count and message["role"] == "user" and isinstance(plain["content"], str):
-            message["content"][:0] = [{"type": "image"} for _ in range(images)]
-            count = images
     if count != images:
         raise Malformed("image count", f"the dialogue has {count} image parts but {images} images")
     return dialogue
+
+
+def in_parts(messages: list[Any], images: int) -> list[dict]:
+    """The messages with just role and content, every content a list of parts with just type and
+    text. As in TRL the images go before the first user's text that is a string, if no part shows
+    one. Raises `Malformed` for what has not the shape of a message."""
+    dialogue = [_shaped(k, message) for k, message in enumerate(messages)]
+    if any(image_parts(message) for message in dialogue):
+        return dialogue
+    for message, plain in zip(dialogue, messages, strict=True):
+        if message["role"] == "user" and isinstance(plain["content"], str):
+            message["content"][:0] = [{"type": "image", "text": None} for _ in range(images)]
+            break
+    return dialogue
+
+
+def _shaped(k: int, message: Any) -> dict:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str | None):
+        raise Malformed("format", f"message {k}: {str(message)[:80]} is not a message")
+    content = message.get("content")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise Malformed(
+            "format",
+            f"message {k}: its content is neither a text nor a list of parts: {str(content)[:80]}",
+        )
+    parts = []
+    for part in content:
+        kind, text = part.get("type"), part.get("text")
+        if not isinstance(kind, str | None) or not isinstance(text, str | None):
+            raise _no_part(k, part)
+        parts.append({"type": kind, "text": text})
+    return {"role": message.get("role"), "content": parts}
 
 
 def image_parts(message: dict) -> int:
@@ -60,20 +89,10 @@ def other_medium(text: str) -> str | None:
 
 
 def _typed(k: int, message: dict) -> dict:
-    if not isinstance(message, dict):
-        raise Malformed("format", f"message {k}: {str(message)[:80]} is not a message")
-    role, content = message.get("role"), message.get("content")
+    role, parts = message["role"], [_part(k, part) for part in message["content"]]
     if role not in ROLES:
         known = ", ".join(ROLES)
         raise Malformed("format", f"message {k}: role {role!r:.50} is not one of {known}")
-    if isinstance(content, str):
-        content = [{"type": "text", "text": content}]
-    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
-        raise Malformed(
-            "format",
-            f"message {k}: its content is neither a text nor a list of parts: {str(content)[:80]}",
-        )
-    parts = [_part(k, part) for part in content]
     if role == "user":
         medium = other_medium("".join(part.get("text", "") for part in parts))
         if medium is not None:
@@ -89,12 +108,23 @@ def _typed(k: int, message: dict) -> dict:
 
 
 def _part(k: int, part: dict[str, Any]) -> dict[str, str]:
-    """A part with the keys of its type only: Arrow fills missing ones with None."""
-    if part.get("type") == "image":
+    """A part with the keys of its type only."""
+    if part["type"] == "image":
         return {"type": "image"}
-    if part.get("type") == "text" and isinstance(part.get("text"), str):
+    if part["type"] == "text" and part["text"] is not None:
         return {"type": "text", "text": part["text"]}
-    raise Malformed("format", f"message {k}: {str(part)[:80]} is neither a text nor an image part")
+    raise _no_part(k, part)
+
+
+def _no_part(k: int, part: dict[str, Any]) -> Malformed:
+    return Malformed("format", f"message {k}: {str(part)[:80]} is neither a text nor an image part")
+
+
+def context_answers(row: dict) -> int:
+    """How many of a row's first answers are context: those of the prompt, of a row that came as
+    prompt and completion. They are read, but neither learnt nor scored."""
+    prompt = row["messages"][: row.get("prompt_messages") or 0]
+    return sum(message["role"] == "assistant" for message in prompt)
 
 
 class Turn(NamedTuple):
@@ -106,6 +136,7 @@ class Turn(NamedTuple):
     reference: str  # the answer, without blanks around it
     history: list[dict]  # messages before the answer, as the row has them
     images: list  # those of the row that the history shows
+    context: bool = False  # an answer of the prompt: neither learnt nor scored
 
     def prompt(self, row: dict) -> dict:
         """The row cut before this turn's answer."""
@@ -120,9 +151,9 @@ def turns(row: dict) -> list[Turn]:
     for k, message in enumerate(messages):
         texts = [part["text"] for part in message["content"] if part["type"] == "text"]
         if message["role"] == "assistant":
-            answered.append(
-                Turn(len(answered), question, texts[0].strip(), row["messages"][:k], images[:shown])
-            )
+            index, history = len(answered), row["messages"][:k]
+            reference, context = texts[0].strip(), len(answered) < context_answers(row)
+            answered.append(Turn(index, question, reference, history, images[:shown], context))
         question = " ".join(texts)
         shown += image_parts(message)
     return answered

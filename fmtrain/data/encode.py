@@ -108,9 +108,13 @@ def encode(
     return Encoded(dict(encoded.convert_to_tensors("pt")), layout)
 
 
-def labels(input_ids: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The ids of the answers [B, T], `IGNORED` elsewhere."""
-    return torch.where(layout.answer, input_ids, IGNORED)
+def labels(input_ids: torch.Tensor, layout: Layout, context: int = 0) -> torch.Tensor:
+    """The ids of the answers [B, T], `IGNORED` elsewhere; the first `context` answers of a sample
+    are ignored too."""
+    turn = layout.prefill.cummax(1).values.clamp(
+        min=0
+    )  # an answer belongs to the prefill before it
+    return torch.where(layout.answer & (turn >= context), input_ids, IGNORED)
 
 
 def render(

@@ -11,7 +11,7 @@ def parse(text: bytes) -> Any:
     that is too deep and for half of a surrogate pair, which JSON can spell and UTF-8 cannot hold.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_refused)
         if b"\\ud" in text or b"\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
@@ -22,6 +22,10 @@ def parse(text: bytes) -> Any:
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     return value
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def first_broken(files: Iterable[Path]) -> str | None:

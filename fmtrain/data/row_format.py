@@ -1,35 +1,31 @@
-"""The columns of a row, their types and the files that hold rows, for whoever writes or reads them.
+"""The columns of a row and their types, for whoever writes or reads rows, and the forms of TRL's
+that become such rows.
 
 Nothing heavy is imported: with `datasets` in memory the checker takes a quarter longer.
 """
 
 import difflib
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from fmtrain.data.dialogue import OTHER_MEDIA
+from fmtrain.data.dialogue import OTHER_MEDIA, in_parts
 
 COLUMNS = ("id", "source", "messages", "images")
 LENGTH = "length"  # the column with the tokens of checked rows; samplers know it by this name
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
-# Words of a file's name that say its split; the hub knows the same ones.
-_SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
+# May stand beside them: how many of the messages are a prompt, whose answers are not learnt.
+PROMPT = "prompt_messages"
 MANIFEST = "_manifest"  # JSON; `datasets` passes over names that begin so or have no ending
 # What the boxes in texts may be relative to, as a converter's option calls it
 BOX_FRAMES = {"square": "the image padded to a square", "image": "the image"}
 EVALUATION_ONLY = "evaluation_only/"  # how `source` begins in rows that must not be trained on
 
 
-def features(embed_images: bool = False) -> dict[str, Any]:
-    """The types of the columns, in the form of `datasets.Features.from_dict`.
+def features(embed_images: bool = False, context: bool = False) -> dict[str, Any]:
+    """The types of the columns, with `PROMPT` if `context`, in the form of
+    `datasets.Features.from_dict`.
 
     Embedded images are `Image(decode=False)`, so that they are opened by
     `fmtrain.data.images.open_image`, under its limits.
@@ -38,12 +34,13 @@ def features(embed_images: bool = False) -> dict[str, Any]:
     image = {"decode": False, "_type": "Image"} if embed_images else text
     content = {"feature": {"type": text, "text": text}, "_type": "List"}
     messages = {"feature": {"role": text, "content": content}, "_type": "List"}
-    return {
+    columns = {
         "id": text,
         "source": text,
         "messages": messages,
         "images": {"feature": image, "_type": "List"},
     }
+    return {**columns, PROMPT: {"dtype": "int64", "_type": "Value"}} if context else columns
 
 
 def arrow_schema(embed_images: bool = False) -> pa.Schema:
@@ -71,14 +68,14 @@ def names_media(key: str) -> bool:
     return name in OTHER_MEDIA or bool(difflib.get_close_matches(name, ["image"], cutoff=0.85))
 
 
-def require_no_other_media(row: dict[str, Any], key: str) -> None:
+def require_no_other_media(row: dict[str, Any], *keys: str) -> None:
     """Raises `ValueError` for a row or record that holds images, videos or sounds under another key
-    than `key`: without them it would be a text."""
+    than `keys`: without them it would be a text."""
     for other, value in row.items():
-        if other != key and names_media(str(other)) and value not in (None, "", [], {}):
+        if other not in keys and names_media(str(other)) and value not in (None, "", [], {}):
             raise ValueError(
                 f"it has {str(other)!r}, which would be left out; only images are shown to a "
-                f"model, those under {key!r}"
+                f"model, those under {keys[0]!r}"
             )
 
 
@@ -94,51 +91,58 @@ def box_frame(path: str | Path) -> str | None:
         raise ValueError(f"{folder / MANIFEST}: no manifest of prepared rows: {error}") from error
 
 
-def row_files(path: str | Path | None) -> list[Path]:
-    """The files that hold the rows of `path`, in order: of a prepared folder its rows*.jsonl or
-    rows*.parquet, of any other folder all .jsonl, .json or .parquet files; a file is itself.
+def plain(row: Any, place: str) -> dict[str, Any]:
+    """A row of any form of TRL's in the one row format: `messages` with contents in parts, or
+    `prompt` and `completion`, and `images`, or `image`, or neither. `place` becomes the id of a row
+    without one. Whether the messages make a dialogue is left to `fmtrain.data.dialogue.typed`.
 
-    Raises `ValueError` if there are none, or of two kinds, or if their names say that some are held
-    out and others not.
+    Raises `ValueError` for a row that is in none of the forms, or in two.
     """
-    if path is None:
-        raise ValueError("the recipe names no data; add e.g. `dataset_name: rows.jsonl`")
-    folder = Path(path)
-    files = [folder]
-    if folder.is_dir():
-        files = sorted(file for file in folder.iterdir() if file.suffix in FORMATS)
-        prepared = [file for file in files if file.name.startswith("rows")]
-        files = [file for file in prepared if file.suffix != ".json"] or files
-    if not files or files[0].suffix not in FORMATS or not files[0].is_file():
-        raise ValueError(
-            f"{path}: no such rows; expected a {', '.join(FORMATS)} file, a folder of them or, "
-            "in a recipe, `digits`"
-        )
-    suffixes = {file.suffix for file in files}
-    if len(suffixes) > 1:
-        kinds = ", ".join(sorted(suffixes))
-        raise ValueError(f"{path}: holds {kinds} files; keep one kind in a folder")
-    require_one_split(path, files)
-    return files
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is an object, not {str(row)[:80]}")
+    require_no_other_media(row, "images", "image")
+    images = _images(row)
+    given = {key: _list_of(row, key) for key in ("messages", "prompt", "completion")}
+    context = row.get(PROMPT) or 0
+    if given["prompt"] and given["completion"] and given["messages"] is None and not context:
+        context = len(given["prompt"])
+        messages = in_parts(given["prompt"], len(images)) + in_parts(given["completion"], 0)
+    elif given["messages"] is not None and given["prompt"] is given["completion"] is None:
+        messages = in_parts(given["messages"], len(images))
+    else:
+        keys = ", ".join(key for key, value in given.items() if value)
+        raise ValueError(f"a row has messages, or prompt and completion; this has {keys or 'none'}")
+    row_id, source = row.get("id"), row.get("source")
+    if not isinstance(row_id, str | int | None) or not isinstance(source, str | None):
+        raise ValueError(f"id {row_id!r:.80} or source {source!r:.80} is not a text")
+    if not isinstance(context, int) or not 0 <= context < max(1, len(messages)):
+        raise ValueError(f"{PROMPT} {context!r:.80} leaves none of its {len(messages)} messages")
+    row_id = place if row_id in (None, "") else str(row_id)
+    found = {"id": row_id, "source": source, "messages": messages, "images": images}
+    return {**found, PROMPT: context} if context else found
 
 
-def require_one_split(path: str | Path, files: list[Path]) -> None:
-    """Raises `ValueError` if the names of the files of `path` say that some are held out and others
-    not."""
-    first = {}
-    for file in reversed(files):
-        first[_split(file)] = file.name
-    if len(first) > 1 and first.keys() - {"train", None}:
-        names = sorted(first.keys() - {None})
-        also = f", and without one ({first[None]})" if None in first else ""
-        shown = ", ".join(first[name] for name in names)
-        raise ValueError(
-            f"{path}: holds files of the splits {', '.join(names)}{also} ({shown}); "
-            "name one file, or keep one split in a folder"
-        )
+def _list_of(row: dict[str, Any], key: str) -> list[Any] | None:
+    value = row.get(key)
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"{key} is no list of messages: {str(value)[:80]}")
+    return value
 
 
-def _split(file: Path) -> str | None:
-    """The split that a word of the file's name says, or None."""
-    words = re.split(r"[^a-z]+", file.stem.lower())
-    return next((name for name, known in _SPLITS.items() if not set(known).isdisjoint(words)), None)
+def _images(row: dict[str, Any]) -> list[Any]:
+    """Names of files, or cells with the bytes of an image."""
+    several, one = row.get("images"), row.get("image")
+    if several and one:
+        raise ValueError("it has both 'images' and 'image'; keep one")
+    images = several or ([one] if one else [])
+    if not isinstance(images, list):
+        raise ValueError(f"images is no list: {str(images)[:80]}")
+    cells = []
+    for image in images:
+        cell = image.get("path") if isinstance(image, dict) else image
+        if isinstance(image, dict) and isinstance(image.get("bytes"), bytes):
+            cell = {"bytes": image["bytes"], "path": cell}
+        elif not isinstance(cell, str):
+            raise ValueError(f"image name {str(image)[:80]!r} is not a path")
+        cells.append(cell)
+    return cells

@@ -22,20 +22,22 @@ from torch.utils.data import get_worker_info
 from fmtrain.data import json_rows, mixing
 from fmtrain.data.checks import examine
 from fmtrain.data.files import Rows, image_folder
-from fmtrain.data.row_format import COLUMNS, names_media, require_no_other_media, row_files
+from fmtrain.data.row_format import COLUMNS, PROMPT, names_media, plain
+from fmtrain.data.sources import row_files
 
 Place = str  # of a row: its file and number
 Unparsed = bytes | dict  # a line of JSON as it stands, or a row of Parquet
 # What stands for a row that a resumed run has had already.
-SKIPPED = dict.fromkeys(("id", "messages", "images"))
+SKIPPED = dict.fromkeys((*COLUMNS, PROMPT, "image_root"))
+_READ = {*COLUMNS, PROMPT, "prompt", "completion"}  # columns of Parquet, beside those of media
 HEAD = 4  # rows that are read before training starts, for the audit of the first batch
 
 
 @dataclass(frozen=True)
 class StreamedSet:
     """One set: its files, how many rows they hold, how many of these make up its part of a pass,
-    and its image folder. weight: in a mix of weights alone, which has no passes but those of its
-    sets."""
+    its image folder and the columns to keep, None for all. weight: in a mix of weights alone, which
+    has no passes but those of its sets."""
 
     path: str
     files: tuple[Path, ...]
@@ -43,6 +45,7 @@ class StreamedSet:
     share: int
     image_root: str
     weight: float | None = None
+    columns: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,18 +82,11 @@ class Stream:
     def _row(self, source: StreamedSet, place: Place, unparsed: Unparsed) -> dict:
         try:
             row = json_rows.parse(unparsed) if isinstance(unparsed, bytes) else unparsed
+            if source.columns is not None and isinstance(row, dict):
+                row = {key: row[key] for key in row if key in source.columns}
+            row = {PROMPT: 0, **plain(row, place), "image_root": source.image_root}
         except ValueError as error:
             raise ValueError(f"{source.path}, {place}: {error}") from error
-        if not isinstance(row, dict) or not {"messages", "images"} <= row.keys():
-            raise ValueError(
-                f"{source.path}, {place}: a row has messages and images, this is {str(row)[:80]}"
-            )
-        try:
-            require_no_other_media(row, "images")
-        except ValueError as error:
-            raise ValueError(f"{source.path}, {place}: {error}") from error
-        row = {column: row.get(column) for column in COLUMNS} | {"image_root": source.image_root}
-        row["id"] = row["id"] or place
         self.check(row, source.path)
         return row
 
@@ -162,7 +158,7 @@ def _records(files: tuple[Path, ...]) -> Iterator[tuple[Place, Unparsed]]:
         if file.suffix == ".parquet":
             reader = pq.ParquetFile(file)
             names = reader.schema_arrow.names
-            columns = [name for name in names if name in COLUMNS or names_media(name)]
+            columns = [name for name in names if name in _READ or names_media(name)]
             batches = reader.iter_batches(batch_size=64, columns=columns)
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, start=1):
@@ -186,6 +182,16 @@ def _size(name: str, files: tuple[Path, ...]) -> int:
     return sum(1 for _ in _records(files))
 
 
+def _require_images(name: str, files: tuple[Path, ...], columns: list[str] | None) -> None:
+    """Raises `ValueError` for a set of which no early row has `images` or `image`: its images
+    would stand elsewhere, and its rows become texts."""
+    for _, row in islice(_records(files), 1000):
+        for key in {"images", "image"} & set(columns or ("images", "image")):
+            if (f'"{key}"'.encode() in row) if isinstance(row, bytes) else (key in row):
+                return
+    raise ValueError(f"{name}: the rows have no column images")
+
+
 def load(
     entries: list[mixing.Entry],
     stream: Stream,
@@ -198,18 +204,22 @@ def load(
     The rows are counted here, the first `head` of them are read. Raises `ValueError` as
     `files.load` and for a bad one of these few.
     """
-    files = [tuple(row_files(entry.path)) for entry in entries]
+    if any(entry.fraction is not None for entry in entries):
+        raise ValueError("datasets: fraction does not go with dataset_streaming; there is weight")
+    files = [tuple(row_files(entry)) for entry in entries]
     sizes = []
     for entry, paths in zip(entries, files, strict=True):
-        sizes.append(_size(entry.path, paths))
+        sizes.append(_size(str(entry.path), paths))
         if not sizes[-1]:
             raise ValueError(f"{entry.path}: holds no row")
+        _require_images(str(entry.path), paths, entry.columns)
     endless = mixing.only_weights(entries)
     shares = sizes if endless else mixing.shares(entries, sizes)
     sources = []
     for entry, paths, size, share in zip(entries, files, sizes, shares, strict=True):
-        root, weight = image_folder(entry.path, entry.image_root), entry.weight if endless else None
-        sources.append(StreamedSet(entry.path, paths, size, share, root, weight))
+        root, weight = image_folder(entry, entry.image_root), entry.weight if endless else None
+        columns = None if entry.columns is None else tuple(entry.columns)
+        sources.append(StreamedSet(str(entry.path), paths, size, share, root, weight, columns))
     stream = replace(stream, sources=tuple(sources))
     first = tuple(islice(replace(stream, rank=0, world_size=1, skip=0).rows(), head))
     parts = list(range(stream.world_size * max(1, workers)))

@@ -23,7 +23,7 @@ from fmtrain.checkpoint import load_processor
 from fmtrain.command_line import Parser, folded, guarded, quiet
 from fmtrain.data import files
 from fmtrain.data.aspect import with_aspect
-from fmtrain.data.collator import encode_row
+from fmtrain.data.collator import encode_row, row_labels
 from fmtrain.data.images import MAX_PIXELS
 from fmtrain.layout import Layout
 from fmtrain.masks import Mask
@@ -85,7 +85,7 @@ def from_rows(
         raise ValueError(
             f"{name} does not say which processor makes tokens of its rows; add --processor DIR"
         )
-    rows = files.load(name, None, first, image_root)
+    rows = files.load(name, first, image_root)
     return Subject(name, _processor(processor), rows, mask, max_length)
 
 
@@ -100,7 +100,7 @@ def encode(subject: Subject, numbers: list[int]) -> EncodedRow:
     """The rows of these numbers as the model gets them, several packed into one behind one
     another."""
     rows = subject.rows.first(max(numbers) + 1)
-    ids, layouts, images = [], [], []
+    ids, layouts, learnt, images = [], [], [], []
     for sample, number in enumerate(numbers):
         if not 0 <= number < len(rows):
             raise ValueError(
@@ -116,12 +116,14 @@ def encode(subject: Subject, numbers: list[int]) -> EncodedRow:
             raise ValueError(f"row {name}: messages are not as they should be: {error}") from error
         images += pictures(subject.processor, row, encoded, *place)
         ids.append(encoded.inputs["input_ids"])
+        learnt.append(row_labels(row, encoded))
         layouts.append(replace(encoded.layout, sample=torch.full_like(ids[-1], sample)))
     source = Path(subject.name).name
     name = f"row {numbers[0]} of {source} ({row['id']})"
     if len(numbers) > 1:
         name = f"rows {', '.join(map(str, numbers))} of {source}, packed into one"
-    return EncodedRow(visible(name), torch.cat(ids, 1), Layout.cat(layouts, 1), tuple(images))
+    layout, labels = Layout.cat(layouts, 1), torch.cat(learnt, 1)
+    return EncodedRow(visible(name), torch.cat(ids, 1), layout, labels, tuple(images))
 
 
 def preview(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
@@ -146,7 +148,7 @@ def preview(options: argparse.Namespace, overrides: list[str], console: Console)
     if row.pictures:
         console.print(shown(subject.processor, row.pictures, console.color_system is not None))
     if options.png:
-        counts = figures(row.ids, row.layout, subject.mask)
+        counts = figures(row.labels, row.layout, subject.mask)
         verb = "pooled" if subject.mask.merge else "revealed"
         pairs = f"{counts.ahead:,} pairs {verb} on {counts.causal:,}"
         title = f"{row.name}: {counts.tokens:,} tokens, {pairs}"

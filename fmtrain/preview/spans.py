@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from fmtrain.data.encode import IGNORED, labels
+from fmtrain.data.encode import IGNORED
 from fmtrain.layout import Layout, Role
 from fmtrain.masks import Mask
 from fmtrain.policies import Policy, past, revealed, tokens
@@ -83,8 +83,8 @@ class Figures:
     ahead: int
 
 
-def figures(ids: torch.Tensor, layout: Layout, mask: Mask) -> Figures:
-    """Of token ids [1, T] and their layout."""
+def figures(labels: torch.Tensor, layout: Layout, mask: Mask) -> Figures:
+    """Of a row's labels [1, T] and its layout."""
     layout = layout[:1]
     visual, real, fed = layout.visual, layout.real, layout.prefill >= 0
     causal, ahead = pairs(layout, mask.policy)
@@ -92,7 +92,7 @@ def figures(ids: torch.Tensor, layout: Layout, mask: Mask) -> Figures:
         tokens=int(real.sum()),
         images=_distinct(layout.sample[visual], layout.image[visual]),
         image_tokens=int(visual.sum()),
-        label_tokens=int((labels(ids, layout) != IGNORED).sum()),
+        label_tokens=int((labels[:1] != IGNORED).sum()),
         prefills=_distinct(layout.sample[fed], layout.prefill[fed]),
         samples=len(layout.sample[real].unique()),
         causal=causal,

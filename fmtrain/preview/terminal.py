@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from fmtrain.data.encode import IGNORED, labels
+from fmtrain.data.encode import IGNORED
 from fmtrain.layout import Layout, Role
 from fmtrain.masks import Mask, picture
 from fmtrain.preview.drawing import in_words
@@ -31,11 +31,13 @@ HEAD, TAIL = 320, 160  # characters of a long text that are shown
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row as the model gets it: token ids [1, T], their layout [1, T], and its pictures."""
+    """A row as the model gets it: token ids [1, T], their layout [1, T] and labels [1, T], and its
+    pictures."""
 
     name: str
     ids: torch.Tensor
     layout: Layout
+    labels: torch.Tensor
     pictures: tuple[Picture, ...] = ()
 
 
@@ -82,7 +84,7 @@ def listing(row: EncodedRow, tokenizer, full: bool = False) -> Table:
         table.add_column(heading, justify="left" if heading == "part" else "right", no_wrap=True)
     table.add_column("", ratio=1)
     ids = row.ids[0].tolist()
-    learnt = (labels(row.ids, row.layout)[0] != IGNORED).tolist()
+    learnt = (row.labels[0] != IGNORED).tolist()
 
     def part_of(span: Span) -> tuple[int, int, bool]:
         return span.sample, span.prefill, span.role == Role.PAD
@@ -95,6 +97,8 @@ def listing(row: EncodedRow, tokenizer, full: bool = False) -> Table:
             name = Text("padding", "dim")
         elif prefill < 0:
             name = Text("answer", STYLES[Role.ANSWER])
+            if not any(learnt[start:stop]):
+                name.append(" of the prompt", "dim")
         place = f"{start}–{stop - 1}" if stop - start > 1 else str(start)
         count = sum(learnt[start:stop])
         words = content(tokenizer, ids, part, learnt, full)
@@ -173,7 +177,7 @@ def report(
     row: EncodedRow, mask: Mask, tokenizer, max_length: int | None = None, full: bool = False
 ) -> Group:
     """What the preview prints."""
-    counts = table_of(figures(row.ids, row.layout, mask), mask, max_length)
+    counts = table_of(figures(row.labels, row.layout, mask), mask, max_length)
     drawn = grid(row.layout, mask) or "--png FILE draws the mask"
     facts = Columns([counts, drawn], padding=(1, 4))  # or one below the other
     name = Text(row.name, "bold")

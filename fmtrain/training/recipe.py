@@ -69,25 +69,29 @@ class DataArguments:
     """What the model is trained on and which of its parts learn."""
 
     dataset_name: str | None = _argument(
-        None, "`digits`, a .jsonl or .parquet file, or a folder of them."
+        None, "A name on the hub, `digits`, a .jsonl or .parquet file, or a folder of them."
+    )
+    dataset_config: str | None = _argument(
+        None, "Its configuration; of `digits`: its tasks, joined by +, or `curriculum`."
+    )
+    dataset_train_split: str = _argument("train", "Its split to train on.")
+    dataset_test_split: str = _argument("test", "Its split for the evaluation loss.")
+    dataset_streaming: bool = _argument(
+        False, "Read the files as training goes; no copy, no check ahead, no end."
     )
     datasets: list[str] | None = _argument(
-        None, "Instead, several: {path: .., epochs: 1} or {path: .., weight: 0.3, image_root: ..}."
-    )
-    streaming: bool = _argument(
-        False, "Read the files as training goes; no copy, no check ahead, no end."
+        None,
+        "Instead, several, with TRL's keys (path, name, split, fraction, ..) and ours: "
+        "{path: .., epochs: 1} or {path: .., weight: 0.3, image_root: ..}.",
     )
     shuffle_buffer: int = _argument(
         1000, "Of a stream: rows of a set to draw from; 1 keeps their order."
-    )
-    dataset_config: str | None = _argument(
-        None, "Of `digits`: its tasks, joined by +, or `curriculum`."
     )
     dataset_rows: int | None = _argument(
         None, "Use this many rows (the first ones; `digits` makes as many)."
     )
     eval_dataset_name: str | None = _argument(
-        None, "Rows for the evaluation loss, like dataset_name."
+        None, "Rows for the evaluation loss, if not dataset_name's dataset_test_split."
     )
     image_root: str | None = _argument(
         None, "Folder of the images; by default the one of dataset_name."
@@ -115,14 +119,17 @@ class DataArguments:
             raise ValueError(f"image_aspect is {self.image_aspect!r}; known are pad, crop")
         if self.datasets is not None:
             self.datasets = [entry.plain() for entry in entries(self.datasets)]
-            if {self.dataset_name, self.image_root, self.dataset_config} != {None}:
+            single = {self.dataset_name, self.image_root, self.dataset_config}
+            if single != {None} or self.dataset_train_split != "train":
                 raise ValueError(
-                    "datasets takes the place of dataset_name and dataset_config, and each entry "
-                    "has its own image_root"
+                    "datasets takes the place of dataset_name, dataset_config and "
+                    "dataset_train_split, and each entry has its own image_root, name and split"
                 )
-        if self.streaming and (self.dataset_rows is not None or self.dataset_name == "digits"):
+        files = self.dataset_rows is None and self.dataset_name != "digits"
+        if self.dataset_streaming and not files:
             raise ValueError(
-                "streaming reads files, all of them; it goes with neither dataset_rows nor `digits`"
+                "dataset_streaming reads files, all of them; it goes with neither dataset_rows nor "
+                "`digits`"
             )
         if not 0 <= self.max_dropped <= 1:
             raise ValueError(f"max_dropped {self.max_dropped:g} is not a share from 0 to 1")
@@ -242,11 +249,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
             f"{path}: output_dir {training.output_dir!r} names a variable that is not set"
         )
     check_init(path, training.model_init_kwargs)
-    if (data.eval_dataset_name is None) != (training.eval_strategy == "no"):
-        raise ValueError(
-            f"{path}: eval_dataset_name {data.eval_dataset_name} with eval_strategy "
-            f"{training.eval_strategy.value}; evaluating takes both (eval_strategy: steps or epoch)"
-        )
+    _check_use_of_rows(path, data, training, {*values, *changed})
     mask = masking.parse()
     if masking.base_mask is not None:
         parse_masks([masking.base_mask])
@@ -268,6 +271,33 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     if model.model_name_or_path == EMBEDDED:
         model.model_name_or_path = str(CHECKPOINT)
     return Recipe(str(path), mask, masking, data, evaluation, training, model, resolved)
+
+
+def _check_use_of_rows(path: Path, data: DataArguments, training: SFTConfig, said: set) -> None:
+    """Raises `ValueError` for evaluation without rows of its own, and for such rows without it; and
+    for a loss on more than answers."""
+    if training.completion_only_loss is False:
+        raise ValueError(
+            f"{path}: completion_only_loss false would learn prompts; only answers are learnt, all "
+            "of them in rows of messages, those of the completion in rows with a prompt"
+        )
+    evaluates = training.eval_strategy != "no"
+    named = sorted({"eval_dataset_name", "dataset_test_split"} & said)
+    if named and not evaluates:
+        raise ValueError(
+            f"{path}: {named[0]} {getattr(data, named[0])} with eval_strategy no; evaluating takes "
+            "both (eval_strategy: steps or epoch)"
+        )
+    if evaluates and data.eval_dataset_name is None:
+        if data.datasets is not None:
+            raise ValueError(
+                f"{path}: eval_strategy {training.eval_strategy.value}, but several datasets have "
+                "no test split; name eval_dataset_name"
+            )
+        if data.dataset_test_split == data.dataset_train_split:
+            raise ValueError(
+                f"{path}: dataset_test_split {data.dataset_test_split} is the split of training"
+            )
 
 
 def find(name: str | os.PathLike) -> Path:

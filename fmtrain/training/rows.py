@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 from rich.markup import escape
 
-from fmtrain.data import files, mixing, stream
+from fmtrain.data import files, mixing, sources, stream
 from fmtrain.data.aspect import aspect_of
 from fmtrain.data.checks import prepare
 from fmtrain.data.files import Rows
 from fmtrain.data.row_format import BOX_FRAMES, LENGTH, box_frame
+from fmtrain.data.sources import DIGITS, Source
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.run_folder import STATE
 from fmtrain.training.tracking import say
@@ -24,7 +25,7 @@ def rows_of(recipe: Recipe, first: int | None = None) -> Rows:
     Raises `ValueError` for a recipe without data, and for data that cannot be read.
     """
     data = recipe.data
-    if not data.streaming:
+    if not data.dataset_streaming:
         return _mixed(recipe, lambda rows, name: rows, first)
     if first is None:
         raise ValueError(f"{recipe.path}: a stream has no end; say how many rows are wanted")
@@ -40,7 +41,7 @@ def training_rows(
     positions: of the model. Raises `ValueError` for bad rows, and for rows that are longer, which
     only a `max_length` of the recipe drops.
     """
-    if recipe.data.streaming:
+    if recipe.data.dataset_streaming:
         return _resumed_stream(recipe, processor, checkpoint, positions)
     with recipe.training.main_process_first():
         return _mixed(
@@ -83,32 +84,30 @@ def _mixed(
     """The rows of the one set, or of the mix; `check` looks at each set, called by its name."""
     data = recipe.data
     if not data.datasets:
-        name, count, seed = data.dataset_name, data.dataset_rows, recipe.data_seed
-        rows = files.load(name, data.dataset_config, count, data.image_root, seed, first)
-        return check(rows, name)
+        source = Source(data.dataset_name, data.dataset_config, data.dataset_train_split)
+        rows = files.load(source, data.dataset_rows, data.image_root, recipe.data_seed, first)
+        return check(rows, source.path)
     entries, sets = mixing.entries(data.datasets), []
     for entry in entries:
-        sets.append(check(files.load(entry.path, image_root=entry.image_root), entry.path))
+        sets.append(check(files.load(entry, image_root=entry.image_root), entry.path))
     run = recipe.rows_of_run
     return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, run, say).head(first)
 
 
 def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> Rows | None:
-    """The rows of `eval_dataset_name`, checked as those of training; None where a recipe names
-    none."""
-    data = recipe.data
-    if data.eval_dataset_name is None:
+    """The rows of `eval_dataset_name`, or else of the test split of `dataset_name`, checked as
+    those of training; None where a recipe does not evaluate."""
+    data, training = recipe.data, recipe.training
+    if training.eval_strategy == "no":
         return None
-    with recipe.training.main_process_first():
-        rows = files.load(
-            data.eval_dataset_name,
-            data.dataset_config,
-            data.dataset_rows,
-            data.image_root,
-            recipe.data_seed,
-            held_out=True,
-        )
-        return _checked(recipe, processor, rows.rooted(), data.eval_dataset_name, positions)
+    name = data.eval_dataset_name or data.dataset_name
+    config = data.dataset_config if name in (data.dataset_name, DIGITS) else None
+    source = Source(name, config, data.dataset_test_split)
+    if data.eval_dataset_name is not None:
+        source = sources.held_out(source)
+    with training.main_process_first():
+        rows = files.load(source, data.dataset_rows, data.image_root, recipe.data_seed)
+        return _checked(recipe, processor, rows.rooted(), f"{name}, {source.split}", positions)
 
 
 def _say(line: str) -> None:
@@ -157,7 +156,7 @@ def _resumed_stream(
     data, training = recipe.data, recipe.training
     if training.max_steps <= 0:
         raise ValueError(
-            f"{recipe.path}: a stream has no end, so `streaming: true` needs max_steps"
+            f"{recipe.path}: a stream has no end, so `dataset_streaming: true` needs max_steps"
         )
     skip = 0
     if checkpoint is not None:
@@ -184,6 +183,11 @@ def _resumed_stream(
 
 def _stream(recipe: Recipe, sequence: stream.Stream, first: int = stream.HEAD) -> Rows:
     data = recipe.data
-    single = [mixing.Entry(data.dataset_name, data.image_root)]
-    entries = mixing.entries(data.datasets) if data.datasets else single
+    single = mixing.Entry(
+        data.dataset_name,
+        data.dataset_config,
+        data.dataset_train_split,
+        image_root=data.image_root,
+    )
+    entries = mixing.entries(data.datasets) if data.datasets else [single]
     return stream.load(entries, sequence, recipe.training.dataloader_num_workers, first)

@@ -72,6 +72,11 @@ def ids(rows) -> list[str]:
         ([{"path": 3}], ["path 3"]),
         ([{"path": "a", "image_root": ""}], ["image_root ''"]),
         (["a"], ["'a'", "mapping"]),
+        ([{"path": "a", "fraction": 0.5}, {"path": "b"}], ["fraction stands in all", "weight"]),
+        ([{"path": "a", "fraction": 0.5, "weight": 1}], ["a has both weight and fraction"]),
+        ([{"path": "a", "split": 3}], ["entry 1", "split 3 is not a split"]),
+        ([{"path": "a", "columns": "images"}], ["columns 'images' is not a list of columns"]),
+        ([{"path": "a", "data_files": [3]}], ["data_files [3] is not a file"]),
         ([{"path": "a"}, {"path": "b", "weight": 1.2}], ["add up to 1.2", "below 1"]),
         ([], ["datasets"]),
     ],
@@ -97,7 +102,7 @@ def test_recipe_keys_of_data(tmp_path):
     for changes, word in (
         ({"datasets": given}, "takes the place of dataset_name"),
         ({"datasets": given, "dataset_name": None, "image_root": "x"}, "its own image_root"),
-        ({"streaming": True, "dataset_name": "digits"}, "streaming reads files"),
+        ({"dataset_streaming": True, "dataset_name": "digits"}, "dataset_streaming reads files"),
         ({"shuffle_buffer": 0}, "shuffle_buffer 0"),
     ):
         with pytest.raises(ValueError, match=word):
@@ -108,6 +113,8 @@ def test_recipe_keys_of_data(tmp_path):
     ("values", "expected"),
     [
         ([{}, {}], [100, 40]),
+        ([{"fraction": 3}, {"fraction": 1}], [100, 33]),
+        ([{"fraction": 0.1}, {"fraction": 0.4}], [10, 40]),
         ([{"epochs": 2.5}, {"epochs": 0.1}], [250, 4]),
         ([{"epochs": 0.6}, {"weight": 0.25}], [60, 20]),
         ([{"epochs": 1}, {"weight": 0.5}], [100, 100]),
@@ -240,7 +247,7 @@ def test_the_evaluation_loss_opens_the_pictures_of_its_own_set(place, tmp_path, 
     """a and b name their images alike, and those of b are of another size."""
     changes = {"datasets": [entry(place, "a")]}
     if training_set != "mix":
-        changes = {"dataset_name": str(place / "a"), "streaming": training_set == "stream"}
+        changes = {"dataset_name": str(place / "a"), "dataset_streaming": training_set == "stream"}
     recipe = recipe_of(
         place, tmp_path, eval_dataset_name=str(place / "b"), eval_strategy="steps", **changes
     )
@@ -280,7 +287,7 @@ def test_what_looks_at_a_recipe_reads_the_rows_of_training(place, tmp_path):
 def test_of_a_stream_no_more_is_read_than_is_looked_at(place, tmp_path, monkeypatch):
     """Previewing one must not copy the whole set into a cache."""
     mixture = [entry(place, "a"), entry(place, "c")]
-    recipe = recipe_of(place, tmp_path, datasets=mixture, streaming=True, max_steps=3)
+    recipe = recipe_of(place, tmp_path, datasets=mixture, dataset_streaming=True, max_steps=3)
     monkeypatch.setattr(datasets, "load_dataset", None)
     trained = training_rows(recipe, families.processor("llava")).first(3)
     assert ids(rows_of(recipe, 3).first(3)) == ids(trained) and len(trained) == 3
@@ -301,7 +308,7 @@ def test_workers_do_not_change_the_order(place, tmp_path, streaming):
             place,
             tmp_path,
             datasets=mixture,
-            streaming=streaming,
+            dataset_streaming=streaming,
             shuffle_buffer=4,
             max_steps=9,
             dataloader_num_workers=workers,
@@ -328,7 +335,7 @@ def test_a_longer_run_begins_with_the_rows_of_a_shorter_one(place, tmp_path, kin
     mixture, processor = [entry(place, name, **part) for name, part in MIXTURES[kind]], None
     processor, batches = families.processor("llava"), {}
     for steps in (3, 6):
-        keys = {"datasets": mixture, "streaming": streaming, "max_steps": steps}
+        keys = {"datasets": mixture, "dataset_streaming": streaming, "max_steps": steps}
         recipe = recipe_of(place, tmp_path, gradient_accumulation_steps=2, **keys)
         rows = training_rows(recipe, processor)
         trainer = build_trainer(
@@ -417,7 +424,7 @@ def test_what_a_stream_refuses(place, tmp_path):
         recipe = recipe_of(
             place,
             tmp_path,
-            **({"dataset_name": str(file), "streaming": True, "max_steps": 3} | changes),
+            **({"dataset_name": str(file), "dataset_streaming": True, "max_steps": 3} | changes),
         )
         with pytest.raises(ValueError) as error:
             list(islice(training_rows(recipe, processor).rows, 9))
@@ -427,7 +434,10 @@ def test_what_a_stream_refuses(place, tmp_path):
     good = test_data.simple(0)
     assert "needs max_steps" in refused([good], max_steps=-1)
     assert "rows.jsonl row 2: not JSON" in refused(json.dumps(good) + "\n{\n")
-    assert "rows.jsonl row 1: a row has messages and images" in refused([{"id": "x", "text": "y"}])
+    assert "rows.jsonl: the rows have no column images" in refused([{"id": "x", "text": "y"}])
+    assert "rows.jsonl row 2: a row has messages, or prompt and completion; this has none" in (
+        refused([good, {"id": "x", "text": "y"}])
+    )
     assert "row r9: image '9_0.png' does not exist" in refused([good] * 8 + [test_data.simple(9)])
     assert "row r0: is evaluation data" in refused([good | {"source": "evaluation_only/x"}])
     assert "longer than max_length 5; a stream drops no row" in refused([good], max_length=5)
@@ -455,7 +465,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twi
 
     monkeypatch.setattr(fmtrain.data.collator, "open_image", count)
     mixture = [entry(place, name, **part) for name, part in MIXTURES[kind]]
-    stream_keys = {"streaming": True, "shuffle_buffer": 5} if streaming else {}
+    stream_keys = {"dataset_streaming": True, "shuffle_buffer": 5} if streaming else {}
     recipe_of(
         place,
         tmp_path,
@@ -504,7 +514,7 @@ def test_two_streaming_processes_with_workers_give_the_losses_of_one(place, tmp_
         place,
         tmp_path,
         datasets=mixture,
-        streaming=True,
+        dataset_streaming=True,
         max_steps=4,
         use_peft=False,
         per_device_train_batch_size=2,
@@ -544,7 +554,7 @@ def test_an_error_in_a_worker_is_one_line(place, tmp_path):
         place,
         tmp_path,
         dataset_name=str(bad),
-        streaming=True,
+        dataset_streaming=True,
         shuffle_buffer=1,
         max_steps=9,
         dataloader_num_workers=1,

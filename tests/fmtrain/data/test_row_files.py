@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 import training
 
-from data_prep.checking.reading import count_rows, read_rows
-from fmtrain.data.row_format import arrow_schema, features, row_files
+from fmtrain.data.row_format import arrow_schema, features
+from fmtrain.data.sources import Source, row_files
 
 
 def folder(path: Path, *names: str) -> Path:
@@ -59,32 +59,35 @@ def test_folders_that_hold_no_rows(tmp_path, names, reason):
 
 
 @pytest.mark.parametrize(
-    ("names", "reason"),
+    "names",
     [
-        (
-            ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"],
-            r"set: holds files of the splits test, train \(test-00000-of-00001.parquet, train-0",
-        ),
-        (["train.jsonl", "validation.jsonl", "test.jsonl"], "splits test, train, validation"),
-        (["vqa_train.jsonl", "vqa_val2.jsonl"], "of the splits train, validation"),
-        (["more.json", "dev.json"], r"of the splits validation, and without one"),
+        ["train-00000-of-00001.parquet", "test-00000-of-00001.parquet"],
+        ["train.jsonl", "validation.jsonl", "test.jsonl"],
+        ["vqa_train.jsonl", "vqa_val2.jsonl"],
     ],
 )
-def test_splits_in_one_folder_are_not_joined(tmp_path, names, reason):
+def test_splits_in_one_folder_are_not_joined(tmp_path, names):
     """The hub names files so; what is there to be tested on must not be trained on."""
     path = folder(tmp_path / "set", *names)
-    with pytest.raises(ValueError, match=reason):
-        row_files(path)
-    assert row_files(path / names[0]) == [path / names[0]]
-    with pytest.raises(ValueError, match="name one file, or keep one split in a folder"):
-        count_rows(path)
+    assert row_files(path) == [path / names[0]]
+    last = "validation" if "val" in names[-1] else "test"
+    assert row_files(Source(str(path), split=last)) == [path / names[-1]]
+    with pytest.raises(ValueError, match=r"has no split 'dev', but .*dataset_train_split"):
+        row_files(Source(str(path), split="dev"))
+    assert row_files(path / names[-1]) == [path / names[-1]]
+
+
+def test_files_that_do_not_say_their_split_beside_held_out_ones(tmp_path):
+    path = folder(tmp_path / "set", "more.json", "dev.json")
+    for split in ("train", "validation"):
+        with pytest.raises(ValueError, match=r"of the splits validation, and without one .*; name"):
+            row_files(Source(str(path), split=split))
 
 
 @pytest.mark.parametrize(
     "names",
     [
         ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
-        ["test-00000.parquet", "test-00001.parquet"],
         ["coco_train.jsonl", "contest.jsonl", "latest-2.jsonl", "valuable.jsonl"],
         ["rows-00000.parquet", "test.parquet"],
     ],
@@ -99,13 +102,6 @@ def test_what_is_no_file_of_rows(tmp_path, name):
     folder(tmp_path / "set", "notes.txt")
     with pytest.raises(ValueError, match="no such rows"):
         row_files(tmp_path / name)
-
-
-def test_the_checker_reads_no_arrays(tmp_path):
-    path = folder(tmp_path / "set", "x.json")
-    for read in (count_rows, lambda path: list(read_rows(path))):
-        with pytest.raises(ValueError, match=r"x\.json: arrays are not checked; .* as \.jsonl"):
-            read(path)
 
 
 def test_checker_and_converters_import_nothing_heavy():

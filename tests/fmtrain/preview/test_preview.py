@@ -2,6 +2,7 @@
 its command line."""
 
 import io
+import json
 import subprocess
 import sys
 
@@ -130,7 +131,7 @@ def test_figures_are_those_of_the_processor(place):
         len(processor.tokenizer(text, add_special_tokens=False).input_ids) + 1
         for text in ("from 3 to 7", "9")
     )  # and </s>
-    found = spans.figures(row.ids, row.layout, Mask.parse("v2v"))
+    found = spans.figures(row.labels, row.layout, Mask.parse("v2v"))
     assert found.tokens == row.ids.shape[1] and found.label_tokens == answers
     assert found.image_tokens == (row.ids == processor.image_token_id).sum() == 8
     assert (found.images, found.prefills, found.samples) == (2, 2, 1)
@@ -197,6 +198,23 @@ def test_colours_and_labels(place):
     )  # bold, underlined, magenta
 
 
+def test_an_answer_of_a_prompt_has_no_labels(place, tmp_path):
+    prompt, last = training.read_rows(place)[TWO_TURNS]["messages"][:3], training.assistant("9")
+    row = {"id": "p", "images": ["img/0_0.png", "img/1_0.png"]}
+    row |= {"prompt": prompt, "completion": [last]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    where = ["--processor", place / "base", "--image_root", place / "data"]
+    text = shown(tmp_path / "rows.jsonl", *where)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    first, second = [line for line in lines if line.startswith("0 answer")]
+    assert first.startswith("0 answer of the prompt") and "from 3 to 7" in first
+    assert "of the prompt" not in second
+    [tokens, labels, *_] = second.split("answer")[1].split()
+    start, stop = tokens.split("–")
+    assert int(labels) == int(stop) - int(start) + 1
+    assert f"label tokens {labels}" in " ".join(text.split())
+
+
 def test_several_rows_are_packed(place):
     source, _ = rows_of(place, 0)
     single = [preview.encode(source, [number]) for number in (1, TWO_TURNS)]
@@ -204,8 +222,8 @@ def test_several_rows_are_packed(place):
     assert torch.equal(packed.ids, torch.cat([row.ids for row in single], 1))
     assert str(packed.layout) == "|".join(str(row.layout) for row in single)
     alone, together = (
-        [spans.figures(row.ids, row.layout, source.mask) for row in single],
-        spans.figures(packed.ids, packed.layout, source.mask),
+        [spans.figures(row.labels, row.layout, source.mask) for row in single],
+        spans.figures(packed.labels, packed.layout, source.mask),
     )
     for field in (
         "tokens",

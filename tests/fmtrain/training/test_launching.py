@@ -64,7 +64,7 @@ def bad_row(folder: Path) -> list[str]:
     rows[6]["images"] = ["img/none.png"] * len(rows[6]["images"])
     path = folder / "data" / "late.jsonl"
     path.write_text("".join(training.json.dumps(row) + "\n" for row in rows))
-    stream = ["--dataset_name", str(path), "--streaming", "true", "--shuffle_buffer", "1"]
+    stream = ["--dataset_name", str(path), "--dataset_streaming", "true", "--shuffle_buffer", "1"]
     return [*stream, "--use_cpu", "true", "--max_steps", "3", "--output_dir", str(folder / "late")]
 
 

@@ -268,7 +268,7 @@ def test_rows_longer_than_the_models_positions(folder):
     change_row(folder, 3, lambda row: row["messages"].__setitem__(1, long))
     message = refused(folder)
     assert "1 of 24 rows" in message and "512 positions" in message and "max_length" in message
-    message = refused(folder, "--streaming", "true", "--shuffle_buffer", "1")
+    message = refused(folder, "--dataset_streaming", "true", "--shuffle_buffer", "1")
     assert "longer than the model's 512 positions" in message
     assert sft.main([str(folder / "recipe.yaml"), "--max_length", "512", "--max_steps", "1"]) == 0
 
@@ -295,7 +295,7 @@ def test_model_init_kwargs_that_do_not_fit(folder, key, words):
 
 
 def test_a_stream_cannot_resume_without_skipping(folder):
-    stream = ["--streaming", "true", "--shuffle_buffer", "1"]
+    stream = ["--dataset_streaming", "true", "--shuffle_buffer", "1"]
     assert sft.main([str(folder / "recipe.yaml"), *stream, "--max_steps", "2"]) == 0
     resume = ["--resume_from_checkpoint", "true", "--ignore_data_skip", "true"]
     assert "ignore_data_skip" in refused(folder, *stream, *resume)
@@ -534,7 +534,7 @@ def test_a_stream_is_resumed_on_its_own_files(folder, kind):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     write("from 3 to 6")
-    stream = ["--dataset_name", str(path), "--streaming", "true", "--shuffle_buffer", "1"]
+    stream = ["--dataset_name", str(path), "--dataset_streaming", "true", "--shuffle_buffer", "1"]
     assert sft.main([str(folder / "recipe.yaml"), *stream, "--max_steps", "2"]) == 0
     resume = [*stream, "--resume_from_checkpoint", "true"]
     write("from 3 to 5")
