@@ -62,7 +62,7 @@ def row_files(source: str | Path | Source | None) -> list[Path]:
     if source.split not in files:
         raise ValueError(
             f"{source.path}: has no split {source.split!r}, but {', '.join(files)} "
-            "(dataset_train_split and dataset_test_split name those of a recipe)"
+            "(a recipe says dataset_train_split, and dataset_test_split or eval_dataset_name)"
         )
     return files[source.split]
 

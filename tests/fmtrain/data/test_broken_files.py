@@ -94,7 +94,7 @@ def test_nothing_raw_reaches_the_terminal(tmp_path, capsys):
     with pytest.raises(ValueError) as error:
         files.load(str(rows))
     assert one_line(error.value).isprintable() and r"\x1b[31m" in one_line(error.value)
-    broken = test_data.simple(0) | {"\x1b[31m": 1}
+    broken = test_data.simple(0) | {"messages": [{"\x1b[31m": "\x1b[31m"}]}
     name = "\x1b[31m.jsonl"
     test_data.write(tmp_path / name, [broken])
     assert check.main([str(tmp_path / name), "--skip_images"]) == 1
