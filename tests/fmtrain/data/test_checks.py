@@ -17,6 +17,7 @@ from fmtrain import sft
 from fmtrain.data import checks, files
 from fmtrain.data.collator import encode_row
 from fmtrain.data.row_format import EVALUATION_ONLY
+from fmtrain.data.sources import Source
 from fmtrain.training.recipe import read
 from fmtrain.training.rows import training_rows
 
@@ -74,10 +75,12 @@ def test_rows_are_checked_once(rows, examined):
 
 def test_rows_made_in_memory_are_checked_once(examined):
     for _ in range(2):
-        digits = files.load("digits", "read", 5)
+        digits = files.load(Source("digits", "read"), 5)
         checks.prepare(digits, families.processor("llava"), "digits")
     assert len(examined) == 5
-    checks.prepare(files.load("digits", "read", 5, seed=1), families.processor("llava"), "digits")
+    checks.prepare(
+        files.load(Source("digits", "read"), 5, seed=1), families.processor("llava"), "digits"
+    )
     assert len(examined) == 10
 
 
