@@ -20,6 +20,7 @@ _HOME = {
     "attached": "patch",
     "Encoded": "data.encode",
     "encode": "data.encode",
+    "markers": "data.render",
     "load": "checkpoint",
 }
 __all__ = list(_HOME)

@@ -16,6 +16,7 @@ from fmtrain.checkpoint import load
 from fmtrain.command_line import Parser, guarded, write_whole
 from fmtrain.consistency import Result, check
 from fmtrain.data import noise
+from fmtrain.data.render import markers
 from fmtrain.patch import attach, attached
 from fmtrain.training import recipe as recipes
 from fmtrain.training.model import load_model
@@ -33,7 +34,7 @@ def subject(name: str):
     # A recipe in bf16 may be audited where there is no GPU.
     recipe = recipes.read(name, [] if torch.accelerator.is_available() else ["--use_cpu", "true"])
     model, processor = load_model(recipe)
-    attach(model, recipe.mask, recipe.masking.attention_backend)
+    attach(model, recipe.mask, recipe.masking.attention_backend, markers=markers(processor))
     rows = rows_of(recipe, ROWS)
     return model.eval(), processor, rows.first(ROWS), rows.image_root
 

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from fmtrain.command_line import one_line
+from fmtrain.data.render import markers
+from fmtrain.data.template import lawful
 from fmtrain.hub import names_hub
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
@@ -69,7 +71,8 @@ def recorded_mask(path: str | Path, trust_remote_code: bool = False, **hub) -> M
 
 
 def load_processor(path: str, config, **kwargs):
-    """The processor of a checkpoint, told what it must know of the model to count image tokens.
+    """The processor of a checkpoint, told what it must know of the model to count image tokens, and
+    with the chat template that training renders.
 
     Old checkpoints leave `patch_size` and its companions out, and 575 tokens would meet 576
     features (transformers#36002).
@@ -86,6 +89,8 @@ def load_processor(path: str, config, **kwargs):
         processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    if processor.chat_template is not None:
+        processor.chat_template = lawful(processor)
     return processor
 
 
@@ -117,7 +122,7 @@ def load(
             f"{path}: its config.json records no mask; say which one it is to run under, e.g. "
             "mask='causal'"
         )
-    attach(model, mask, backend, merge)
+    attach(model, mask, backend, merge, markers(processor))
     return model, processor
 
 

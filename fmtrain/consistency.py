@@ -1,7 +1,8 @@
 """Does the model see in training what it will see in inference? The checks, on a real model and
 real rows.
 
-The prompt ids of training are those of generation; teacher-forced logits equal those of prefill and
+The prompt ids of training are those of generation, and those that transformers makes of the same
+dialogue with the processor's chat template; teacher-forced logits equal those of prefill and
 cached decoding; changing any later token leaves earlier logits bit-identical; a mask that reveals
 something changes the logits; and what every layer computes is the reference attention of the mask,
 in training mode, in evaluation and inside `generate`.
@@ -16,8 +17,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fmtrain.attention import attend
 from fmtrain.data.collator import batch, encode_prompt, encode_row
-from fmtrain.data.dialogue import turns
+from fmtrain.data.dialogue import Turn, turns, typed
 from fmtrain.data.encode import Encoded
+from fmtrain.data.images import open_image
 from fmtrain.host import unwrap
 from fmtrain.infer import OTHER_TOKENS
 from fmtrain.layout import Layout, Role
@@ -78,6 +80,44 @@ def prompt_ids(processor, rows: list[dict], image_root: str = ".") -> Result:
             if not same:
                 return Result(name, False, f"row {row.get('id', '?')}, token {start}")
     return Result(name, True, f"{count} turns")
+
+
+def template_ids(processor, rows: list[dict], image_root: str = ".") -> Result:
+    """What generation is fed is also what transformers makes of the dialogue with this processor:
+    `apply_chat_template`, or the processor on its text where images of several turns are read in
+    groups (llava-onevision's)."""
+    name, count, by_text = "prompt ids: transformers' template == training", 0, 0
+    options = {"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    for row in rows:
+        for turn in turns(row):
+            inputs = encode_prompt(processor, row, turn, image_root).inputs
+            root = row.get("image_root") or image_root
+            dialogue, groups = _shown(turn, [open_image(image, root) for image in turn.images])
+            plain = processor.apply_chat_template(dialogue, tokenize=True, **options)
+            if "batch_num_images" in plain and len(groups) > 1:
+                by_text += 1
+                text = processor.apply_chat_template(dialogue, add_generation_prompt=True)
+                plain = processor(text=[text], images=groups, return_tensors="pt")
+            count += 1
+            for key, tensor in inputs.items():
+                if key not in plain or not torch.equal(plain[key], tensor):
+                    figure = f"row {row.get('id', '?')}, turn {turn.index}: other {key}"
+                    return Result(name, False, figure)
+    figure = f"{count} turns" + (f", {by_text} as text with images by turn" if by_text else "")
+    return Result(name, True, figure)
+
+
+def _shown(turn: Turn, images: list) -> tuple[list[dict], list[list]]:
+    """The dialogue before a turn with its images in their parts, and the images of each message
+    that shows any."""
+    dialogue, groups, left = typed(turn.history, len(images)), [], iter(images)
+    for message in dialogue:
+        parts = [part for part in message["content"] if part["type"] == "image"]
+        for part in parts:
+            part["image"] = next(left)
+        if parts:
+            groups.append([part["image"] for part in parts])
+    return dialogue, groups
 
 
 @torch.no_grad()
@@ -234,6 +274,7 @@ def check(model, processor, rows: list[dict], image_root: str = ".") -> list[Res
     model.eval()
     results = [
         prompt_ids(processor, rows, image_root),
+        template_ids(processor, rows, image_root),
         decoding(model, processor, rows, image_root),
     ]
     encoded = batch(processor, [encode_row(processor, row, image_root) for row in rows]).to(model)

@@ -1,7 +1,10 @@
-"""The layout of a forward that brings none: read off the ids, exact for a single turn.
+"""The layout of a forward that brings none: read off the ids.
 
-An empty cache means one prefill, a token on a cache means decoding. Shape names: B rows, T tokens.
+On an empty cache the answers of earlier turns stand between two marks of the chat template, and the
+rest is prefill; a token on a cache means decoding. Shape names: B rows, T tokens.
 """
+
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -11,6 +14,54 @@ from fmtrain.masks import Mask
 # Of a forward, what carries videos or sounds: parts of its keywords' names, tokens of the config
 OTHER_INPUTS = ("video", "audio", "input_features")
 OTHER_TOKENS = ("video_token_id", "audio_token_id")
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The ids between which a chat template's answers stand."""
+
+    header: tuple[int, ...]  # in which every prompt ends
+    end: int  # the last id of every answer
+    ends_all: bool  # whether `end` stands behind other turns too, as in ChatML
+
+    def record(self) -> dict:
+        """What a checkpoint's `config.json` says under `fmtrain` as `markers`."""
+        return asdict(self) | {"header": list(self.header)}
+
+    @classmethod
+    def from_record(cls, record: dict) -> "Markers":
+        """Raises `ValueError` for what is no record."""
+        try:
+            header = tuple(int(token) for token in record["header"])
+            return cls(header, int(record["end"]), bool(record["ends_all"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the record of the markers is malformed: {record!r:.80}") from error
+
+    def answers(self, ids: list[int]) -> list[tuple[int, int]]:
+        """Where the answers of a dialogue stand, end tokens included: (start, stop) of each.
+
+        Raises `ValueError` where the ids can be read in more than one way: a header without an end
+        token behind it that is not the last thing, an end token without a header.
+        """
+        size = len(self.header)
+        headers = []  # positions behind each
+        for stop in range(size, len(ids) + 1):
+            if ids[stop - 1] == self.header[-1] and tuple(ids[stop - size : stop]) == self.header:
+                headers.append(stop)
+        ends, spans = [k for k, token in enumerate(ids) if token == self.end], []
+        for start, following in zip(headers, [*headers[1:], None]):
+            limit = len(ids) if following is None else following - size
+            inside = [end for end in ends if start <= end < limit]
+            if inside:
+                spans.append((start, inside[0] + 1))
+            elif start < len(ids):
+                raise ValueError(
+                    f"the header of an answer ends at token {start}, and no end token closes it"
+                )
+        alone = set(ends) - {stop - 1 for _, stop in spans}
+        if alone and not self.ends_all:
+            raise ValueError(f"the end token at {min(alone)} closes no answer")
+        return spans
 
 
 def padded(kwargs: dict) -> bool:
@@ -67,12 +118,20 @@ def repeated(layout: Layout, rows: int) -> Layout:
     return layout.map(lambda tensor: tensor.repeat_interleave(rows // layout.shape[0], dim=0))
 
 
-def infer(kwargs: dict, config, mask: Mask, rows: int, length: int, seen: int) -> Layout:
+def infer(
+    kwargs: dict,
+    config,
+    mask: Mask,
+    markers: Markers | None,
+    rows: int,
+    length: int,
+    seen: int,
+) -> Layout:
     """The layout [B, seen + length] of a forward with the keywords `kwargs` on a cache of `seen`
     tokens.
 
     Raises `ValueError` for what the ids cannot tell: several tokens on a cache, embeddings without
-    ids, images that do not fit the runs of image tokens.
+    ids, images that do not fit the runs of image tokens, and where answers stand.
     """
     ids, padding = kwargs.get("input_ids"), kwargs.get("attention_mask")
     if seen and length > 1 and mask.looks_ahead:
@@ -96,8 +155,53 @@ def infer(kwargs: dict, config, mask: Mask, rows: int, length: int, seen: int) -
         role = torch.where(real, int(Role.ANSWER), int(Role.PAD))
         nothing = torch.full_like(role, -1)
         return Layout(role, nothing, nothing, torch.where(real, 0, -1))
+    assert ids is not None
     visual = (ids == config.image_token_id) & real
-    return _one_prefill(visual, real, _image_index(visual, kwargs, config, mask))
+    image = _image_index(visual, kwargs, config, mask)
+    answer = _answers(ids, real, markers) if mask.looks_ahead else torch.zeros_like(real)
+    layout = _layout(visual, real, image, answer)
+    if mask.looks_ahead:
+        _check_groups(layout, kwargs.get("batch_num_images"))
+    return layout
+
+
+def _answers(ids: torch.Tensor, real: torch.Tensor, markers: Markers | None) -> torch.Tensor:
+    """Which tokens are answers of earlier turns, bool [B, T]."""
+    if markers is None:
+        raise ValueError(
+            "nothing says how the chat template marks its answers, so the ids do not tell a "
+            "dialogue from one turn: pass layout.model_inputs(), or attach with "
+            "markers=fmtrain.markers(processor)"
+        )
+    answer = torch.zeros_like(real)
+    for row, tokens in enumerate(ids.tolist()):
+        index = real[row].nonzero().flatten()
+        try:
+            spans = markers.answers([tokens[k] for k in index.tolist()])
+        except ValueError as error:
+            raise ValueError(
+                f"row {row}: the ids do not tell where its answers stand ({error}): pass "
+                "layout.model_inputs()"
+            ) from error
+        for start, stop in spans:
+            answer[row, index[start:stop]] = True
+    return answer
+
+
+def _check_groups(layout: Layout, groups) -> None:
+    """llava-onevision tiles an image that is alone in its group, and in training a group is a
+    prefill."""
+    if groups is None:
+        return
+    prefills = 0
+    for prefill, visual in zip(layout.prefill, layout.visual):
+        prefills += len(prefill[visual].unique())
+    if prefills != len(groups):
+        raise ValueError(
+            f"the images stand in {prefills} turns, but the processor was given {len(groups)} "
+            "groups, and tiled them otherwise than in training: use encode, or the processor with "
+            "images=[those of the first turn, those of the next, ..]"
+        )
 
 
 def _image_index(visual: torch.Tensor, kwargs: dict, config, mask: Mask) -> torch.Tensor:
@@ -119,7 +223,13 @@ def _image_index(visual: torch.Tensor, kwargs: dict, config, mask: Mask) -> torc
     return starts.long().cumsum(1) - 1
 
 
-def _one_prefill(visual: torch.Tensor, real: torch.Tensor, image: torch.Tensor) -> Layout:
+def _layout(
+    visual: torch.Tensor, real: torch.Tensor, image: torch.Tensor, answer: torch.Tensor
+) -> Layout:
     role = torch.where(real, int(Role.TEXT), int(Role.PAD)).masked_fill(visual, int(Role.VISUAL))
-    zero = torch.where(real, 0, -1)
-    return Layout(role, torch.where(visual, image, -1), zero, zero.clone())
+    role = role.masked_fill(answer, int(Role.ANSWER))
+    ended = answer.clone()
+    ended[:, :-1] &= ~answer[:, 1:]  # the last token of each answer
+    prefill = torch.where(real & ~answer, ended.long().cumsum(1), -1)
+    visual = visual & ~answer
+    return Layout(role, torch.where(visual, image, -1), prefill, torch.where(real, 0, -1))

@@ -25,7 +25,7 @@ from fmtrain.host import (
     check_layers,
     unwrap,
 )
-from fmtrain.infer import check_media, check_padding, infer, padded, repeated
+from fmtrain.infer import Markers, check_media, check_padding, infer, padded, repeated
 from fmtrain.layout import PREFIX, Layout
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
@@ -33,6 +33,7 @@ from fmtrain.policies import Policy
 
 HANDLE = "_fmtrain_handle"  # the attribute of a model that holds what is attached to it
 SECTION = "fmtrain"  # of config.json, where a checkpoint records its mask
+MARKERS = "markers"  # in that section: what the answers of its chat template stand between
 # Options of `generate` that a mask cannot be run with: the values that are fine, and why no others.
 LOSES_THE_MASK = {
     "cache_implementation": (
@@ -73,8 +74,18 @@ def recorded(config) -> Mask | None:
     return None if section is None else Mask.from_record(section)
 
 
+def recorded_markers(config) -> Markers | None:
+    """The markers of the chat template that a checkpoint's config carries, if it does."""
+    section = getattr(config, SECTION, None) or {}
+    return Markers.from_record(section[MARKERS]) if section.get(MARKERS) else None
+
+
 def attach(
-    model: nn.Module, mask: str | Policy | Mask, backend: str = "auto", merge: Merge | None = None
+    model: nn.Module,
+    mask: str | Policy | Mask,
+    backend: str = "auto",
+    merge: Merge | None = None,
+    markers: Markers | None = None,
 ) -> "Handle":
     """Give `model` (a transformers VLM, wrapped by PEFT or not) a mask, in training, evaluation and
     `generate` alike.
@@ -82,7 +93,9 @@ def attach(
     mask: a name ("v2v", "v2v+merge"), a policy or a `Mask`; merge: options of its light form, which
     it makes of a bare policy too. backend: `auto`, or a name of `fmtrain.attention.BACKENDS`. With
     `auto`, a policy that reveals nothing leaves the model's own attention in place where that is
-    causal. Returns a handle that is a context manager and has `.detach()`.
+    causal. markers: `fmtrain.markers(processor)`, by which a forward or `generate` without a layout
+    finds the answers of earlier turns; a checkpoint of fmtrain's records them. Returns a handle
+    that is a context manager and has `.detach()`.
 
     Raises `ValueError` for an unknown name, a model that already carries a mask, a model loaded
     with flash_attention_2 or another implementation that would drop the mask, and one with layers
@@ -92,7 +105,7 @@ def attach(
     before = attached(inner)
     if before is not None:
         raise ValueError(f"the model already carries the mask '{before.mask}': detach it first")
-    return Handle(inner, mask, backend)
+    return Handle(inner, mask, backend, markers or recorded_markers(inner.config))
 
 
 class _PerThread(threading.local):
@@ -106,8 +119,10 @@ class Handle:
     """A mask on a model. `.detach()`, or leaving its `with` block, makes the model what it was, bit
     for bit."""
 
-    def __init__(self, inner: PreTrainedModel, mask: Mask, backend: str):
-        self._mask, self._here = mask, _PerThread()
+    def __init__(
+        self, inner: PreTrainedModel, mask: Mask, backend: str, markers: Markers | None = None
+    ):
+        self._mask, self._here, self._markers = mask, _PerThread(), markers
         # Whether the model's own attention serves, which must be causal.
         own = inner.config.model_type in CAUSAL_HOSTS
         self.host = backend == "auto" and not mask.looks_ahead and own
@@ -128,7 +143,8 @@ class Handle:
         for name in BATCHERS:
             self._override(name, functools.partial(self._refuse, name))
         self._had_section = getattr(inner.config, SECTION, None)
-        setattr(inner.config, SECTION, mask.record())
+        known = {} if markers is None else {MARKERS: markers.record()}
+        setattr(inner.config, SECTION, mask.record() | known)
         vars(inner)[HANDLE] = self
 
     def _override(self, name: str, ours) -> None:
@@ -248,7 +264,11 @@ class Handle:
             return repeated(given, rows)
         if given is not None and seen == 0 and self.mask.looks_ahead:
             raise ValueError(f"the layout has {given.shape[1]} tokens, the prompt {length}")
-        return infer(kwargs, self._inner.config, self.mask, rows, length, seen)
+        return self._infer(kwargs, rows, length, seen)
+
+    def _infer(self, kwargs: dict, rows: int, length: int, seen: int) -> Layout:
+        config = self._inner.config
+        return infer(kwargs, config, self.mask, self._markers, rows, length, seen)
 
     def _generate(self, generate, *args, **kwargs):
         """`generate` that also takes the tensors of `layout.model_inputs()`, and refuses what would
@@ -266,6 +286,10 @@ class Handle:
         ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
         if layout is not None and ids is not None and layout.shape[0] != len(ids):
             raise ValueError(f"the layout has {layout.shape[0]} rows, the prompt {len(ids)}")
+        grouped = given.get("batch_num_images") is not None
+        if grouped and layout is None and ids is not None and not self.host:
+            # `generate` computes the features ahead, and no forward sees the groups
+            self._infer(given | {"input_ids": ids}, *ids.shape, seen=0)
         self._here.layout = layout
         try:
             return generate(*args, **kwargs)

@@ -18,6 +18,7 @@ import torch
 
 from fmtrain.command_line import asks_for_help, one_line, quiet
 from fmtrain.data.aspect import described
+from fmtrain.data.render import markers
 from fmtrain.patch import attach
 from fmtrain.training import keys, trainable
 from fmtrain.training import recipe as recipes
@@ -54,7 +55,9 @@ def main(arguments: list[str]) -> int:
     say(f"{rows.size} rows; {rows.dropped} dropped, longer than max_length {training.max_length}")
 
     model = load_weights(recipe)
-    handle = attach(model, recipe.mask, recipe.masking.attention_backend)
+    handle = attach(
+        model, recipe.mask, recipe.masking.attention_backend, markers=markers(processor)
+    )
     stop = SaveOnTerm()
     trainer = build_trainer(recipe, model, processor, rows, eval_rows, stop, answers)
     say(trainable.summary(trainer.model))

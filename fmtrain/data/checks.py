@@ -10,10 +10,11 @@ import numpy as np
 from fmtrain.command_line import folded
 from fmtrain.data import check_cache
 from fmtrain.data.dialogue import context_answers
-from fmtrain.data.encode import placed, render
+from fmtrain.data.encode import checked
 from fmtrain.data.files import Rows
 from fmtrain.data.images import MAX_PIXELS, image_size, open_image
 from fmtrain.data.length import segments_length
+from fmtrain.data.render import render
 from fmtrain.data.row_format import EVALUATION_ONLY, LENGTH
 
 NAMED = 20  # bad rows in an error
@@ -159,7 +160,7 @@ def examine(
             sizes = [open_image(image, root, max_pixels).size for image in images]
         else:
             sizes = [image_size(image, root, max_pixels) for image in images]
-        messages = placed(processor, row["messages"] or [], len(sizes))
+        messages = checked(processor, row["messages"] or [], len(sizes))
         segments = render(processor, messages)
         if sum(segment.prefill < 0 for segment in segments) <= context_answers(row):
             raise ValueError("no assistant's turn, so there is nothing to learn from it")

@@ -4,7 +4,9 @@ from functools import lru_cache
 
 from PIL import Image
 
-from fmtrain.data.encode import Segment, image_count, placed, render
+from fmtrain.data.dialogue import image_parts
+from fmtrain.data.encode import checked
+from fmtrain.data.render import Segment, render
 
 
 def token_count(processor, messages: list[dict], sizes: list[tuple[int, int]]) -> int:
@@ -13,7 +15,7 @@ def token_count(processor, messages: list[dict], sizes: list[tuple[int, int]]) -
 
     Raises `ValueError` as `encode` does.
     """
-    messages = placed(processor, messages, len(sizes))
+    messages = checked(processor, messages, len(sizes))
     return segments_length(processor, messages, render(processor, messages), sizes)
 
 
@@ -28,7 +30,7 @@ def segments_length(
     group = 0
     for message in [*messages, {"role": "assistant", "content": []}]:
         if message["role"] != "assistant":
-            group += image_count(processor, message)
+            group += image_parts(message)
             continue
         for size in remaining[:group]:
             total += _image_tokens(processor, size, group == 1) - 1

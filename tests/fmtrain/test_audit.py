@@ -1,5 +1,6 @@
 """The audit passes on a sound model, and each of its checks fails when what it checks is broken."""
 
+import copy
 import importlib
 import json
 import subprocess
@@ -13,12 +14,15 @@ import training
 import fmtrain
 from fmtrain import consistency, patch
 from fmtrain.checkpoint import load
-from fmtrain.data import noise
+from fmtrain.data import noise, template
 from fmtrain.layout import Layout
 
 
-def results(family, policy, merge=None):
-    model, processor = families.model(family), families.processor(family)
+def results(family, policy, merge=None, lawful=True):
+    """As of a checkpoint of fmtrain's, or with the chat template of the hub."""
+    model, processor = families.model(family), copy.copy(families.processor(family))
+    if lawful:
+        processor.chat_template = template.lawful(processor)
     with fmtrain.attach(model, policy, merge=merge):
         return {
             result.check: result for result in consistency.check(model, processor, noise.rows())
@@ -29,7 +33,7 @@ def results(family, policy, merge=None):
 @pytest.mark.parametrize("policy", ["causal", "v2v", "prefix_lm"])
 def test_sound_models_pass(family, policy):
     found = results(family, policy)
-    assert len(found) == 7 and all(result.passed for result in found.values()), found
+    assert len(found) == 8 and all(result.passed for result in found.values()), found
 
 
 def test_a_merged_policy_passes():
@@ -107,6 +111,14 @@ def test_prompts_that_differ_are_found(monkeypatch):
     assert "prompt ids" in failed(results("llava", "v2v"))
 
 
+def test_a_template_that_transformers_renders_otherwise_is_found():
+    """The hub's, which ends no answer: who never imports `encode` would feed other ids."""
+    found = results("llava", "v2v", lawful=False)
+    [name] = [name for name, result in found.items() if not result.passed]
+    assert name == "prompt ids: transformers' template == training"
+    assert "turn 1: other input_ids" in found[name].figure
+
+
 def test_decoding_that_differs_is_found(monkeypatch):
     """Decoding that forgets the first position of the cache."""
     from fmtrain.attention import sdpa
@@ -129,7 +141,7 @@ def test_the_command_line_on_checkpoint_and_recipe(tmp_path):
     run = subprocess.run([*path, str(recipe), "--json", "found.json"], **options)
     assert run.returncode == 0, run.stderr[-1000:]
     found = json.loads((tmp_path / "found.json").read_text())
-    assert found["passed"] and found["policy"] == "v2v" and len(found["checks"]) == 7
+    assert found["passed"] and found["policy"] == "v2v" and len(found["checks"]) == 8
     run = subprocess.run([*path, str(tmp_path / "base")], **options)
     assert run.returncode == 2 and "records no mask" in run.stderr and "Traceback" not in run.stderr
     model, processor = load(str(tmp_path / "base"), mask="v2v")

@@ -9,7 +9,8 @@ import torch
 from families import IMAGE, assistant, photo, user
 from transformers import DynamicCache, StaticCache
 
-from fmtrain import POLICIES, Layout, Merge, Role, attach
+import fmtrain
+from fmtrain import POLICIES, Layout, Merge, Role
 from fmtrain.data.collator import batch
 from fmtrain.data.encode import encode
 
@@ -24,6 +25,11 @@ VARIANTS = [
     ("v2t", Merge()),
     ("future", Merge(prefix=0.5, kernel_size=1)),
 ]
+
+
+def attach(model, *args, **options):
+    """Attached as `fmtrain.load` does it: with the markers of the family's chat template."""
+    return fmtrain.attach(model, *args, markers=families.markers(model), **options)
 
 
 def label(value) -> str:
@@ -278,10 +284,12 @@ def test_generate_is_what_teacher_forcing_says(family, name, merge, lora, model_
         torch.testing.assert_close(
             torch.stack(out.logits, 1), taught[:, layout.shape[1] - 1 : -1], **NEAR
         )
-        if (
-            name != "causal"
-        ):  # read as one prefill, the dialogue has another mask: the layout did reach the forward
-            assert not torch.allclose(greedy(model, inputs).logits[0], out.logits[0], **NEAR)
+        same(greedy(model, inputs), out)  # without the layout: found in the ids
+        if name != "causal":  # read as one prefill it has another mask: the layout reached it
+            one = torch.zeros_like(layout.role)
+            lawless = Layout(torch.where(layout.answer, 1, layout.role), layout.image, one, one)
+            other = greedy(model, {**inputs, **lawless.model_inputs()})
+            assert not torch.allclose(other.logits[0], out.logits[0], **NEAR)
 
 
 @pytest.mark.parametrize("with_layout", [True, False])
@@ -477,11 +485,11 @@ class TestGenerateRefuses:
 def test_prompt_lookup_is_greedy_search_or_refused(
     name, merge, max_new_tokens, with_layout, model_of
 ):
-    """Its candidates, found by the header's earlier place in the prompt, arrive together with the
-    prompt."""
+    """Its candidates, found by an earlier place of the header's last tokens, arrive together with
+    the prompt."""
     model, (inputs, layout) = (
         model_of("llava"),
-        prompt("llava", ([user(IMAGE, "after ASSISTANT: from 3 to 7 comes")], [photo(1)])),
+        prompt("llava", ([user(IMAGE, "after PLANT: from 3 to 7 comes")], [photo(1)])),
     )
     given = {**inputs, **layout.model_inputs()} if with_layout else inputs
     with attach(model, name, merge=merge):

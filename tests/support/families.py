@@ -39,6 +39,8 @@ from transformers import (
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
+from fmtrain.data import render
+
 FAMILIES = ("llava", "llava_next", "llava_onevision", "internvl")
 
 TEMPLATES = {
@@ -282,6 +284,13 @@ def model(family: str, seed: int = 0):
             if name.endswith("image_newline"):
                 parameter.normal_()
     return fresh
+
+
+def markers(model):
+    """What `fmtrain.load` would attach with: the markers of the family's chat template; None for
+    other models."""
+    family = model.config.model_type
+    return render.markers(processor(family)) if family in FAMILIES else None
 
 
 IMAGE = {"type": "image"}
