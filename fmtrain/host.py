@@ -87,6 +87,17 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     raise ValueError(f"{type(model).__name__} holds no transformers vision-language model")
 
 
+def check_wrapper(model: nn.Module) -> None:
+    """Raises `ValueError` for adapters of PEFT that put positions of their own before a row, of
+    which no layout knows."""
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"{config.peft_type.value} adds positions that no mask knows; LoRA and the like do "
+                "not"
+            )
+
+
 def check_implementation(mask: Mask, implementation: str) -> None:
     """Raises `ValueError` for an attention implementation that would drop `mask`."""
     if mask.looks_ahead and "flash" in implementation:

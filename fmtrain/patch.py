@@ -23,6 +23,7 @@ from fmtrain.host import (
     PLAN,
     check_implementation,
     check_layers,
+    check_wrapper,
     unwrap,
 )
 from fmtrain.infer import Markers, check_media, check_padding, infer, padded, repeated
@@ -51,6 +52,10 @@ LOSES_THE_MASK = {
     "assistant_model": (
         (None,),
         "speculative decoding feeds guessed answers together with the prefill",
+    ),
+    "guidance_scale": (
+        (None, 1),
+        "the unconditional prompt that it compares with has no layout",
     ),
     "prompt_lookup_num_tokens": (
         (None,),
@@ -98,9 +103,10 @@ def attach(
     that is a context manager and has `.detach()`.
 
     Raises `ValueError` for an unknown name, a model that already carries a mask, a model loaded
-    with flash_attention_2 or another implementation that would drop the mask, and one with layers
-    that a mask does not reach.
+    with flash_attention_2 or another implementation that would drop the mask, one with layers that
+    a mask does not reach, and adapters that add positions (prompt and prefix tuning).
     """
+    check_wrapper(model)
     mask, inner = Mask.of(mask, merge), unwrap(model)
     before = attached(inner)
     if before is not None:
@@ -248,7 +254,7 @@ class Handle:
         if layout.shape != (rows, seen + new):
             raise ValueError(
                 f"the layout has shape {layout.shape}, the forward {rows} rows of {seen} cached "
-                f"+ {new} new tokens"
+                f"+ {new} new tokens; prompt and prefix tuning add tokens that no layout knows"
             )
         layout = layout.to(source.device)
         check_media(kwargs, self._inner.config, self.mask, layout[:, seen:])
@@ -281,7 +287,7 @@ class Handle:
             value = given.get(option, getattr(config, option, None))
             value = getattr(own, option, None) if value is None else value
             if value not in kept:
-                shown = value if isinstance(value, (str, int, bool)) else type(value).__name__
+                shown = value if isinstance(value, (str, int, float)) else type(value).__name__
                 raise ValueError(f"mask '{self.mask}' with {option}={shown!r}: {reason}")
         ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
         if layout is not None and ids is not None and layout.shape[0] != len(ids):

@@ -22,13 +22,17 @@ def typed(messages: list[dict], images: int) -> list[dict]:
     """The messages of `in_parts`, checked; `images` is how many images the row has.
 
     Raises `Malformed` for an unknown role, a content that is neither a text nor a list of text and
-    image parts, an image in an assistant's turn, one such turn right behind another, the
-    placeholder of a video or a sound in a user's text, and parts that are not as many as the
-    images.
+    image parts, an image in an assistant's turn, one such turn at the start or right behind
+    another, the placeholder of a video or a sound in a user's text, and parts that are not as many
+    as the images.
     """
     dialogue = [_typed(k, message) for k, message in enumerate(in_parts(messages, images))]
     if not dialogue:
         raise Malformed("format", "the dialogue is empty")
+    if dialogue[0]["role"] == "assistant":
+        raise Malformed(
+            "role order", "message 0: the dialogue opens with an assistant's turn, without a prompt"
+        )
     for k in range(1, len(dialogue)):
         if dialogue[k]["role"] == dialogue[k - 1]["role"] == "assistant":
             raise Malformed(

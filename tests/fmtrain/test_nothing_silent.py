@@ -1,6 +1,7 @@
 """Ways in which a mask was once lost without a word: each is served, or refused in one line."""
 
 import copy
+import io
 import pickle
 import threading
 
@@ -272,7 +273,11 @@ def test_neither_a_prefill_nor_decoding_passes_a_sliding_window():
         handle._inner(**prompt.kwargs())
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps])
+def saved(model) -> None:
+    torch.save(model, io.BytesIO())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps, saved])
 def test_a_model_with_a_mask_says_why_it_cannot_be_copied(model, copied):
     with (
         attach(model, "v2v+merge"),
@@ -280,6 +285,47 @@ def test_a_model_with_a_mask_says_why_it_cannot_be_copied(model, copied):
     ):
         copied(model)
     assert copy.deepcopy(model) is not model
+
+
+@pytest.mark.parametrize("first", ["mask", "adapter"])
+@pytest.mark.parametrize(
+    "kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"]
+)
+def test_adapters_in_memory_that_add_positions_are_refused(kind, first):
+    """By name where they are there when the mask is attached; by their tokens where they come
+    later."""
+    import peft
+
+    options = {"encoder_hidden_size": 8} if kind == "PromptEncoderConfig" else {}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3, **options)
+    model, row = families.model("llava"), noise.rows()[1]
+    encoded = encode_row(families.processor("llava"), row)
+    if first == "adapter":
+        wrapped = peft.get_peft_model(model, config)
+        with pytest.raises(
+            ValueError, match=r"(PROMPT|PREFIX)_TUNING adds positions|P_TUNING adds"
+        ):
+            attach(wrapped, "v2v")
+        return
+    with attach(model, "v2v"):
+        wrapped = peft.get_peft_model(model, config)
+        with pytest.raises(ValueError, match="prompt and prefix tuning add tokens"):
+            wrapped(**encoded.kwargs())
+        with pytest.raises(ValueError, match=r"the layout has|tokens arrive on a cache of 3"):
+            wrapped.generate(**prompt_of(1).kwargs(), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("negative", [False, True])
+def test_classifier_free_guidance_is_refused(model, negative):
+    """Its second prompt would run as one prefill, or under the layout of the first."""
+    inputs = prompt_of(1).kwargs()
+    more = {"negative_prompt_ids": inputs["input_ids"]} if negative else {}
+    with attach(model, "v2v"):
+        with pytest.raises(ValueError, match=r"'v2v' with guidance_scale=2\.0: the unconditional"):
+            model.generate(**inputs, **more, guidance_scale=2.0, max_new_tokens=2)
+        model.generate(**inputs, guidance_scale=1.0, max_new_tokens=2)
+        with pytest.raises(ValueError, match="dynamic_full"):  # of transformers, in its own words
+            model.generate(**inputs, cache_implementation="dynamic_full", max_new_tokens=2)
 
 
 HOSTS = {

@@ -374,6 +374,14 @@ def test_two_answers_in_a_row(processor):
     one_line(error, "2", "assistant")
 
 
+def test_a_dialogue_that_opens_with_an_answer(processor):
+    """There is no prefill that it answers."""
+    for rest in ([], [user("what?")], [user("what?"), assistant("blue")]):
+        with pytest.raises(ValueError) as error:
+            encode(processor, [assistant("red"), *rest], [], bool(rest) and len(rest) == 1)
+        one_line(error, "message 0", "opens with an assistant's turn")
+
+
 def test_an_image_in_an_answer(processor):
     with pytest.raises(ValueError) as error:
         encode(

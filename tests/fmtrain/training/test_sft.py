@@ -413,6 +413,12 @@ def test_dialogue_mistakes(folder):
     assert all(part in refused(folder) for part in ("r0", "'tool'"))
 
 
+def test_a_row_that_opens_with_an_answer_is_named(folder):
+    change_row(folder, 1, lambda row: row["messages"].pop(0))
+    change_row(folder, 1, lambda row: row["images"].clear())
+    assert all(part in refused(folder) for part in ("r1", "opens with an assistant's turn"))
+
+
 def test_data_files_that_are_none(folder):
     assert "nowhere.jsonl" in refused(folder, "--dataset_name", str(folder / "nowhere.jsonl"))
     (folder / "data" / "rows.jsonl").write_text('{"id": "r0", "messages": [}\n')
