@@ -8,6 +8,7 @@ import sys
 
 import families
 import pytest
+import random_audits
 import torch
 import training
 
@@ -152,3 +153,18 @@ def test_the_command_line_on_checkpoint_and_recipe(tmp_path):
         run.returncode == 0
         and json.loads((tmp_path / "carrying" / "audit.json").read_text())["passed"]
     )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_audits_of_sound_models_pass(seed):
+    """A sample of `tests/support/random_audits.py`: no false alarm in any dtype."""
+    name, found = random_audits.audit(seed)
+    assert len(found) == 8 and all(result.passed for result in found), (name, found)
+
+
+@pytest.mark.parametrize("seed", range(5000, 5010))
+def test_one_pair_of_the_mask_that_is_off_is_found_in_each_mode(seed):
+    """Dropped, or at another key: in any dtype, however little the pair weighs in the model."""
+    name, found = random_audits.audit(seed, broken=True)
+    checks = {result.check for result in found if not result.passed}
+    assert {"mask in each layer: evaluation", "mask in each layer: training mode"} <= checks, name
