@@ -79,6 +79,7 @@ def test_folded_equals_adapter_and_loads_everywhere(trained, tmp_path):
         "within_image": False,
         "merge": None,
         "version": 1,
+        "markers": fmtrain.markers(training.families.processor("llava")).record(),
     }
     assert not list(out.glob("*.bin")) and "`v2v`" in (out / "README.md").read_text()
 

@@ -16,6 +16,7 @@ import training
 from PIL import Image
 from wandb_files import wandb_records
 
+import fmtrain
 from fmtrain import sft
 from fmtrain.patch import unwrap
 from fmtrain.training import trainable
@@ -70,6 +71,7 @@ def test_a_lora_run_writes_adapter_recipe_and_record(folder):
         "within_image": False,
         "merge": None,
         "version": 1,
+        "markers": fmtrain.markers(training.families.processor("llava")).record(),
     }
     assert (
         json.loads((out / "checkpoint-2" / "config.json").read_text())["fmtrain"]["policy"] == "v2v"

@@ -2,6 +2,7 @@
 
 import json
 
+import families
 import pytest
 import torch
 import training
@@ -9,7 +10,9 @@ import training
 import fmtrain
 from fmtrain import sft
 from fmtrain.data.collator import encode_row
+from fmtrain.data.render import markers
 from fmtrain.export import export
+from fmtrain.infer import Markers
 from fmtrain.layout import Layout
 from fmtrain.masks import EXAMPLE, picture
 
@@ -49,6 +52,7 @@ def test_trains_exports_and_reloads(folder, mask):
     section = json.loads((exported / "config.json").read_text())["fmtrain"]
     merge = {"prefix": 2, "kernel_size": 5, "normalize": True} if "+" in mask else None
     table = {"policy": mask.partition("+")[0], "reveals": REVEALS[mask.partition("+")[0]]}
+    assert Markers.from_record(section.pop("markers")) == markers(families.processor("llava"))
     assert section == table | {"within_image": False, "merge": merge, "version": 1}
 
     card = (exported / "README.md").read_text()
