@@ -275,15 +275,23 @@ def test_figures_of_the_matrix():
 
 def test_figures_of_training_against_switching_on():
     results = json.loads((RESULTS / "tiny" / "results.json").read_text(encoding="utf-8"))
-    chosen = [item for item in results["comparisons"] if item["task"] == "overall"]
-    found = {item["row"]: item for item in chosen if item["kind"] == "inference-only"}
+    primary = [item for item in results["comparisons"] if item["family"] == "primary"]
+    found = {(item["row"], item["kind"]): item for item in primary}
     shown = table(TEXTS["docs/results.md"], "mask")
-    assert {row[0].strip("`") for row in shown} == found.keys()
-    for name, difference, interval in shown:
-        item = found[name.strip("`")]
-        assert difference == "+" + rounded(100 * item["difference"], 1)
-        low, high = rounded(100 * item["low"], 1), rounded(100 * item["high"], 1)
-        assert interval == f"[{low}, {high}]"
+    assert len(primary) == len(found) == 2 * len(shown)
+    for name, *figures in shown:
+        for kind, (difference, interval, p) in {
+            "inference-only": figures[:3],
+            "causal-causal": figures[3:],
+        }.items():
+            item = found[name.strip("`"), kind]
+            assert difference == f"{100 * item['difference']:+.1f}"
+            low, high = rounded(100 * item["low"], 1), rounded(100 * item["high"], 1)
+            assert interval == f"[{low}, {high}]"
+            if p.startswith("<"):
+                assert item["p_holm"] < float(p.removeprefix("< "))
+            else:
+                assert float(p) == pytest.approx(item["p_holm"], rel=0.06, abs=6e-4)
 
 
 def test_figures_of_the_embedded_model():

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from wandb_files import wandb_records
 
-from eval import held_out, provenance
+from eval import provenance
 from eval.held_out import HeldOut
 from eval.matrix import analysis, charts, numbers, published, report, showcase, tracking
 from eval.matrix import answers as raw_answers
@@ -22,6 +22,7 @@ from eval.matrix.analysis import MatrixRow
 from eval.matrix.answers import Answers
 from eval.matrix.findings import findings
 from eval.tables import Table
+from fmtrain.decoding import right
 from fmtrain.layout import Layout
 from fmtrain.masks import EXAMPLE, allowed
 from fmtrain.policies import POLICIES
@@ -405,7 +406,7 @@ def test_stored_figures_are_those_of_the_stored_answers():
         raw = raw_answers.read(path.parent)
         for cell, texts in raw.texts.items():
             pairs = zip(texts, raw.questions, strict=True)
-            assert raw.scores[cell] == [held_out.right(text, one.reference) for text, one in pairs]
+            assert raw.scores[cell] == [right(text, one.reference) for text, one in pairs]
         again = json.dumps(report.compute_again(path.parent))
         again, stored = map(rounded, (again, (path.parent / "results.json").read_text()))
         assert again["cells"] == stored["cells"], path
