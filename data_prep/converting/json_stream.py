@@ -12,6 +12,7 @@ import codecs
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,11 +33,12 @@ _SURROGATES = re.compile(
     + rb"(?:(%s%s)|\\u([dD][89a-fA-F][0-9a-fA-F]{2}))" % (_HALF % b"89abAB", _HALF % b"c-fC-F")
 )
 _SURROGATE = re.compile(rb"\\u[dD]")
-_MARKED = re.compile(_ESCAPED.decode() + r"\\uffff(?=d[89a-f][0-9a-f]{2})")
+_MARK = secrets.token_hex(8)  # no file has it
+_MARKED = re.compile(_ESCAPED.decode() + rf"\\uffff{_MARK}(?=d[89a-f][0-9a-f]{{2}})")
 
 
 class _Source:
-    """A file as ijson reads it. The escape of half a surrogate pair is marked with U+FFFF."""
+    """A file as ijson reads it. The escape of half a surrogate pair is marked."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.pieces = file, self._pieces()
@@ -68,7 +70,7 @@ class _Source:
         if pair:
             return match[0]
         self.marked = True
-        return before + rb"\uffff" + half.lower()
+        return before + rb"\uffff" + _MARK.encode() + half.lower()
 
     def original(self, value: Any) -> Any:
         """A parsed value, in which halves of surrogate pairs may be marked, as the file has it."""

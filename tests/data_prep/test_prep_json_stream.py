@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_prep.converting import json_stream
@@ -139,6 +139,7 @@ HALVES = st.text(st.sampled_from('\\\\\ud83d\ude00\uffffud8a"'), max_size=12)
 
 
 @BORROW
+@example(["\ud83d\uffffd888"], 5, False)
 @given(st.lists(HALVES, max_size=4), st.sampled_from([5, 1 << 20]), st.booleans())
 def test_halves_of_surrogate_pairs_stay_what_they_are(tmp_path, monkeypatch, texts, block, upper):
     """yajl alone makes "?" of one and joins it with what follows: the row would be another."""
