@@ -47,9 +47,11 @@ def llava_processor(processor):
     opening, image = f"[INST] <<SYS>>\n{_SYSTEM}\n<</SYS>>\n\n", processor.image_token
     other = copy.copy(processor)
     other.chat_template = (
-        "{{ " + json.dumps(opening) + " }}{% for part in messages[0]['content'] %}"
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+        "{{ ' ' + message['content'][0]['text'] }}{% else %}"
+        "{{ " + json.dumps(opening) + " }}{% for part in message['content'] %}"
         "{{ " + json.dumps(image) + " if part['type'] == 'image' else part['text'] }}"
-        "{% endfor %}{{ ' [/INST]' }}"
+        "{% endfor %}{{ ' [/INST]' }}{% endif %}{% endfor %}"
     )
     return other
 

@@ -6,10 +6,17 @@ import pytest
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from fmtrain import POLICIES, Layout, attach, encode
+import fmtrain
+from fmtrain import POLICIES, Layout, encode
 from fmtrain.consistency import leaks
 from fmtrain.data.collator import encode_row
 from fmtrain.data.length import token_count
+
+
+def attach(model, *args, **options):
+    """Attached as `fmtrain.load` does it: with the markers of the family's chat template."""
+    return fmtrain.attach(model, *args, markers=families.markers(model), **options)
+
 
 FRAMES = 3
 TOKENS = FRAMES + 1  # a frame of 2 x 2 patches is pooled to one token, and a line's end follows

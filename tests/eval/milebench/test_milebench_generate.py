@@ -235,7 +235,10 @@ def test_answers_are_the_models_own(place, plain):
     """An independent loop: one sample at a time, plain processor call, argmax by argmax."""
     model, processor = families.model("llava"), families.processor("llava")
     end = processor.tokenizer.eos_token_id
-    with attach(model, "v2v", "reference"), torch.no_grad():
+    with (
+        attach(model, "v2v", "reference", markers=families.markers(model)),
+        torch.no_grad(),
+    ):
         for record in json.loads((plain / "ckpt" / "TQA" / "pred.json").read_text()):
             pieces = [piece for piece in re.split("(<ImageHere>)", record["question"]) if piece]
             prompt = (
