@@ -18,6 +18,17 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error:::fmtrain")
 
 
+@pytest.fixture(autouse=True)
+def surroundings():
+    """Every test leaves the environment as it was: accelerate writes ranks into it, and what it
+    should do in the next process."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 @pytest.fixture(params=families.FAMILIES)
 def family(request) -> str:
     return request.param

@@ -139,7 +139,7 @@ def test_a_run_of_two_processes_is_resumed_and_exported(folder, kind, tmp_path):
     assert export.main([str(out), "--out", str(tmp_path / "exported")]) == 0
     model, processor = load(str(tmp_path / "exported"))
     found = consistency.check(model, processor, noise.rows())
-    assert len(found) == 7 and all(result.passed for result in found), found
+    assert len(found) == 8 and all(result.passed for result in found), found
 
 
 @pytest.mark.slow
