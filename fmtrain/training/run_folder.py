@@ -88,7 +88,15 @@ def _check_free(folder: Path) -> None:
 
 
 def _whole(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if (path / STATE).is_file()]
+    return [path for path in folder.glob("checkpoint-*") if _state(path)]
+
+
+def _state(checkpoint: Path) -> dict | None:
+    """The trainer's state; None where a run was killed before it was written, or while it was."""
+    try:
+        return json.loads((checkpoint / STATE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def _newest(folder: Path) -> str:
@@ -101,9 +109,9 @@ def _newest(folder: Path) -> str:
 def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
     """There is nothing to resume behind the last step, unless the run was killed before it had
     saved its weights."""
-    if not (checkpoint / STATE).is_file():
-        raise ValueError(f"{checkpoint}: not a whole checkpoint (no {STATE})")
-    state, training = json.loads((checkpoint / STATE).read_text()), recipe.training
+    state, training = _state(checkpoint), recipe.training
+    if state is None:
+        raise ValueError(f"{checkpoint}: not a whole checkpoint (no {STATE}, or half of it)")
     done = state["global_step"]
     if training.max_steps > 0:
         left, end = training.max_steps - done, f"max_steps {training.max_steps}"
@@ -111,7 +119,7 @@ def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
         left = training.num_train_epochs - (state["epoch"] or 0)
         end = f"num_train_epochs {training.num_train_epochs:g}"
     folder = checkpoint.parent
-    saved = (folder / STATE).is_file() and any((folder / name).is_file() for name in WEIGHTS)
+    saved = _state(folder) and any((folder / name).is_file() for name in WEIGHTS)
     if left <= 0 and saved:
         raise ValueError(f"{checkpoint}: step {done} is the end already ({end}); nothing to resume")
 

@@ -45,7 +45,7 @@ OTHERS = [
     ["--torch_empty_cache_steps", "1"],
 ]
 ROWS = 4
-EXAMPLES = int(os.environ.get("OPTION_EXAMPLES", "12"))
+EXAMPLES = int(os.environ.get("OPTION_EXAMPLES", "6"))
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_next"])
