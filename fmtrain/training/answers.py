@@ -48,7 +48,7 @@ class Answers:
         share = self.rows.select(range(accelerator.process_index, len(self.rows), processes))
         questions = []
         for row in share:
-            questions += [(row, turn) for turn in turns(row)]
+            questions += [(row, turn) for turn in turns(row) if not turn.context]
         with accelerator.autocast():
             correct = self._right(model, questions)
         here = [correct, len(questions), time.perf_counter() - began]

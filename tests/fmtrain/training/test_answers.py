@@ -103,6 +103,18 @@ def test_how_many_rows_are_answered(folder):
             sft.main([*words, *bad])
 
 
+def test_an_answer_of_a_prompt_is_not_asked_for(folder):
+    """It is given as context: the questions are those of the completions."""
+    rows = []
+    for row in training.read_rows(folder)[:4]:
+        question, answer = row.pop("messages")
+        more = {"role": "user", "content": "sure?"}
+        rows.append({**row, "prompt": [question, answer, more], "completion": [answer]})
+    (folder / "data" / "held_out.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "2"]) == 0
+    assert logged(folder / "out", "eval_questions") == [4]
+
+
 @pytest.mark.parametrize("mask", ["future+merge", "causal"])
 def test_evaluation_leaves_training_alone_to_the_bit(folder, mask):
     """With dropout, whose random numbers an evaluation could draw."""
