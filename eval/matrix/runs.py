@@ -25,7 +25,7 @@ from fmtrain.checkpoint import check_folder, recorded_mask
 from fmtrain.command_line import write_whole
 from fmtrain.masks import Mask
 from fmtrain.training import recipe as training_recipe
-from fmtrain.training.run_folder import WEIGHTS
+from fmtrain.training import run_folder
 
 TRAINER = Path(__file__).parents[2] / "fmtrain" / "sft.py"
 
@@ -120,12 +120,8 @@ def _write_recipe(recipe: MatrixRecipe, run: MatrixRun, seed: int) -> None:
 
 
 def finished(run: MatrixRun) -> bool:
-    """Whether the run is whole: its record, its weights, and the trainer's state, written last."""
-    if run.recipe is None:
-        return True
-    records = [run.folder / name for name in ("run.json", "config.json", "trainer_state.json")]
-    weights = [run.folder / name for name in WEIGHTS]
-    return all(path.is_file() for path in records) and any(path.is_file() for path in weights)
+    """Whether there is nothing left to train."""
+    return run.recipe is None or run_folder.finished(run.folder)
 
 
 @contextmanager
@@ -150,8 +146,7 @@ def train(run: MatrixRun, recipe: MatrixRecipe, started: list[subprocess.Popen])
     with locked(log.with_suffix(".lock")) as lock:
         if finished(run):
             return False
-        states = run.folder.glob("checkpoint-*/trainer_state.json")
-        resume = any(path.is_file() for path in states)
+        resume = bool(run_folder.whole_checkpoints(run.folder))
         if not resume and run.folder.exists():
             shutil.rmtree(run.folder)
         command = [*(shlex.split(recipe.launch) or [sys.executable]), str(TRAINER), str(run.recipe)]

@@ -1,8 +1,6 @@
 """The rows of a recipe, for whoever reads one: training, preview, audit and export."""
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from rich.markup import escape
@@ -14,7 +12,7 @@ from fmtrain.data.files import Rows
 from fmtrain.data.row_format import BOX_FRAMES, LENGTH, box_frame
 from fmtrain.data.sources import DIGITS, Source
 from fmtrain.training.recipe import Recipe
-from fmtrain.training.run_folder import STATE
+from fmtrain.training.run_folder import trainer_state
 from fmtrain.training.tracking import say
 
 
@@ -164,8 +162,7 @@ def _resumed_stream(
             raise ValueError(
                 f"{recipe.path}: a stream is resumed where it stopped; ignore_data_skip cannot be"
             )
-        state = json.loads((Path(checkpoint) / STATE).read_text())
-        skip = state["global_step"] * training.gradient_accumulation_steps
+        skip = trainer_state(checkpoint)["global_step"] * training.gradient_accumulation_steps
     longest, limit = longest_row(recipe, positions)
     check = stream.checker(processor, longest, data.max_pixels, data.allow_evaluation_data, limit)
     sequence = stream.Stream(

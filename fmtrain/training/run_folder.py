@@ -25,7 +25,7 @@ from fmtrain.provenance import revision, versions
 from fmtrain.training import trainable
 from fmtrain.training.recipe import Recipe
 
-RECORD, RECIPE = "run.json", "recipe.yaml"
+RECORD, RECIPE, CONFIG = "run.json", "recipe.yaml", "config.json"
 STATE = "trainer_state.json"  # the last file of a checkpoint, and of a run
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 # What a run cannot change when it is resumed; the mask is checked before anything is loaded.
@@ -56,7 +56,7 @@ def checkpoint_of(recipe: Recipe) -> str | None:
         _check_free(folder)
     if checkpoint is None:
         return None
-    if not (Path(checkpoint) / "config.json").is_file():
+    if not (Path(checkpoint) / CONFIG).is_file():
         raise ValueError(f"{checkpoint}: not a checkpoint of a run")
     recorded = recorded_mask(checkpoint)
     if recorded != recipe.mask:
@@ -82,45 +82,58 @@ def _check_free(folder: Path) -> None:
     if not (folder / RECORD).exists() and not any(folder.glob("checkpoint-*")):
         return
     advice = "resume it (--resume_from_checkpoint true)"
-    if not _whole(folder):
+    if not whole_checkpoints(folder):
         advice = "it has no whole checkpoint, so remove it"
     raise ValueError(f"{folder}: holds a run already; {advice} or name another output_dir")
 
 
-def _whole(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("checkpoint-*") if _state(path)]
-
-
-def _state(checkpoint: Path) -> dict | None:
-    """The trainer's state; None where a run was killed before it was written, or while it was."""
+def trainer_state(folder: str | Path) -> dict:
+    """The trainer's state in a checkpoint or the folder of a run. Raises `ValueError` where a run
+    was killed before it was written, or while it was."""
     try:
-        return json.loads((checkpoint / STATE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
+        return json.loads((Path(folder) / STATE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder}: not a whole checkpoint (no {STATE}, or half of it)") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        trainer_state(folder)
+    except ValueError:
+        return False
+    return True
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run that were written to their end, from which it can be resumed."""
+    return [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+
+
+def finished(folder: Path) -> bool:
+    """Whether a run has ended and is saved: its record, config and weights, and the state of its
+    trainer."""
+    saved = all((folder / name).is_file() for name in (RECORD, CONFIG))
+    return saved and any((folder / name).is_file() for name in WEIGHTS) and _is_whole(folder)
 
 
 def _newest(folder: Path) -> str:
-    whole = _whole(folder)
+    whole = whole_checkpoints(folder)
     if not whole:
         raise ValueError(f"{folder}: no whole checkpoint to resume from")
     return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
 
 
 def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
-    """There is nothing to resume behind the last step, unless the run was killed before it had
-    saved its weights."""
-    state, training = _state(checkpoint), recipe.training
-    if state is None:
-        raise ValueError(f"{checkpoint}: not a whole checkpoint (no {STATE}, or half of it)")
+    """There is nothing to resume behind the last step, unless the run was killed before it was
+    saved."""
+    state, training = trainer_state(checkpoint), recipe.training
     done = state["global_step"]
     if training.max_steps > 0:
         left, end = training.max_steps - done, f"max_steps {training.max_steps}"
     else:
         left = training.num_train_epochs - (state["epoch"] or 0)
         end = f"num_train_epochs {training.num_train_epochs:g}"
-    folder = checkpoint.parent
-    saved = _state(folder) and any((folder / name).is_file() for name in WEIGHTS)
-    if left <= 0 and saved:
+    if left <= 0 and finished(checkpoint.parent):
         raise ValueError(f"{checkpoint}: step {done} is the end already ({end}); nothing to resume")
 
 

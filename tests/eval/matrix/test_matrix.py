@@ -356,6 +356,23 @@ def test_a_half_done_run_is_resumed_or_restarted(stand_in, folder):
     )
 
 
+@pytest.mark.parametrize("text", ["", '{"global_step": 2, "ep'])
+def test_a_state_that_is_half_written_is_passed_over(stand_in, folder, text):
+    """Of a checkpoint, from which no run goes on, and of a run, which is not finished."""
+    run, recipe = stand_in("v2v")
+    log, torn = folder / "work" / "logs" / "v2v-seed0.log", run.folder / "checkpoint-2"
+    torn.mkdir(parents=True)
+    (torn / "trainer_state.json").write_text(text)
+    assert runs.train(run, recipe, []) and runs.finished(run) and not torn.exists()
+    assert [line for line in log.read_text().splitlines() if "begin" in line] == ["begin []"]
+    for name, state in (("checkpoint-1", "{}"), ("checkpoint-2", text), (".", text)):
+        (run.folder / name).mkdir(exist_ok=True)
+        (run.folder / name / "trainer_state.json").write_text(state)
+    assert not runs.finished(run)
+    assert runs.train(run, recipe, []) and runs.finished(run) and torn.exists()
+    assert log.read_text().endswith("begin ['--resume_from_checkpoint', 'true']\n")
+
+
 def test_a_failed_run_says_why(stand_in):
     run, recipe = stand_in("future")
     with pytest.raises(

@@ -512,7 +512,12 @@ def test_a_run_is_resumed_as_the_same_run_or_not_at_all(folder):
 
 
 @pytest.mark.parametrize(
-    "lost", [["trainer_state.json", "adapter_model.safetensors"], ["adapter_model.safetensors"]]
+    "lost",
+    [
+        ["trainer_state.json", "adapter_model.safetensors"],
+        ["adapter_model.safetensors"],
+        ["config.json"],
+    ],
 )
 def test_a_run_killed_while_it_saved_gets_its_weights_and_no_step(folder, lost):
     assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "2"]) == 0
