@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from fmtrain.command_line import one_line
 from fmtrain.data.render import markers
 from fmtrain.data.template import lawful
+from fmtrain.host import check_adapter
 from fmtrain.hub import names_hub
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
@@ -45,19 +46,6 @@ def is_adapter(path: str | Path) -> bool:
 def base_of(path: str | Path) -> str:
     """The base model that an adapter names."""
     return json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
-
-
-def check_adapter(path: str | Path) -> None:
-    """Raises `ValueError` for an adapter that puts positions of its own before a row, of which no
-    layout knows."""
-    from peft import PeftConfig
-
-    adapter = PeftConfig.from_pretrained(str(path))
-    if adapter.is_prompt_learning:
-        raise ValueError(
-            f"{path}: {adapter.peft_type.value} adds positions that no mask knows; "
-            f"LoRA and the like do not"
-        )
 
 
 def recorded_mask(path: str | Path, trust_remote_code: bool = False, **hub) -> Mask | None:
@@ -130,12 +118,22 @@ def _of_hub(kwargs: dict) -> dict:
     return {key: value for key, value in kwargs.items() if key in HUB}
 
 
+def _check_adapter(path: str | Path) -> None:
+    from peft import PeftConfig
+
+    config = PeftConfig.from_pretrained(str(path))
+    try:
+        check_adapter(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def load_plain(path: str | Path, dtype: str | torch.dtype = "auto", **kwargs):
     """(model, processor) of a checkpoint or of a run with an adapter, with nothing attached;
     keywords as in `load`, those about the hub for the base of an adapter."""
     source, hub = str(path), _of_hub(kwargs)
     if is_adapter(path):
-        check_adapter(path)
+        _check_adapter(path)
         source, hub = base_of(path), {}
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
     if is_adapter(path):

@@ -87,15 +87,19 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     raise ValueError(f"{type(model).__name__} holds no transformers vision-language model")
 
 
+def check_adapter(config) -> None:
+    """Raises `ValueError` for the `PeftConfig` of an adapter that puts positions of its own before
+    a row, of which no layout knows."""
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{config.peft_type.value} adds positions that no mask knows; LoRA and the like do not"
+        )
+
+
 def check_wrapper(model: nn.Module) -> None:
-    """Raises `ValueError` for adapters of PEFT that put positions of their own before a row, of
-    which no layout knows."""
+    """`check_adapter` for every adapter of a PEFT model; any other has none."""
     for config in getattr(model, "peft_config", {}).values():
-        if config.is_prompt_learning:
-            raise ValueError(
-                f"{config.peft_type.value} adds positions that no mask knows; LoRA and the like do "
-                "not"
-            )
+        check_adapter(config)
 
 
 def check_implementation(mask: Mask, implementation: str) -> None:
