@@ -97,9 +97,8 @@ def encode(
 def labels(input_ids: torch.Tensor, layout: Layout, context: int = 0) -> torch.Tensor:
     """The ids of the answers [B, T], `IGNORED` elsewhere; the first `context` answers of a sample
     are ignored too."""
-    turn = layout.prefill.cummax(1).values.clamp(
-        min=0
-    )  # an answer belongs to the prefill before it
+    # An answer belongs to the prefill before it.
+    turn = layout.prefill.cummax(1).values.clamp(min=0)
     return torch.where(layout.answer & (turn >= context), input_ids, IGNORED)
 
 

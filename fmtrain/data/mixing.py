@@ -105,7 +105,7 @@ def _entry(place: str, value: str | dict) -> Entry:
 def _require_kinds(place: str, value: dict) -> None:
     """Raises `ValueError` for a value of the wrong kind."""
     for key, kind in _TEXTS.items():
-        if key in value and not (isinstance(value[key], str) and value[key]):
+        if key in value and not _is_text(value[key]):
             raise ValueError(f"{place}: {key} {value[key]!r} is not {kind}")
     columns = value.get("columns", ["-"])
     if not isinstance(columns, list) or not columns or not all(map(_is_text, columns)):
@@ -144,7 +144,7 @@ def shares(mixture: list[Entry], sizes: list[int]) -> list[int]:
     sizes: rows of each set. Raises `ValueError` for epochs that come to no row.
     """
     if mixture[0].fraction is not None:
-        return _fractions([entry.fraction or 0.0 for entry in mixture], mixture, sizes)
+        return _fractions(mixture, sizes)
     epochs = [None if entry.weight is not None else entry.epochs or 1.0 for entry in mixture]
     counted = sum(
         size * times for size, times in zip(sizes, epochs, strict=True) if times is not None
@@ -161,8 +161,9 @@ def shares(mixture: list[Entry], sizes: list[int]) -> list[int]:
     return counts
 
 
-def _fractions(fractions: list[float], mixture: list[Entry], sizes: list[int]) -> list[int]:
+def _fractions(mixture: list[Entry], sizes: list[int]) -> list[int]:
     """As in TRL: the largest mix of these shares in which no row comes twice."""
+    fractions = [entry.fraction or 0.0 for entry in mixture]
     shares = [fraction / sum(fractions) for fraction in fractions]
     total = min(size / share for size, share in zip(sizes, shares, strict=True))
     counts = [round(share * total) for share in shares]
