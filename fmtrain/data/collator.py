@@ -39,9 +39,16 @@ def row_labels(row: dict, encoded: Encoded) -> torch.Tensor:
     return labels(encoded.inputs["input_ids"], encoded.layout, context_answers(row))
 
 
-def encode_prompt(processor, row: dict, turn: Turn, image_root: str | Path = ".") -> Encoded:
+def encode_prompt(
+    processor,
+    row: dict,
+    turn: Turn,
+    image_root: str | Path = ".",
+    max_pixels: int = MAX_PIXELS,
+) -> Encoded:
     """What generation is fed before the answer of one of the row's `turns`."""
-    return encode_row(processor, turn.prompt(row), image_root, add_generation_prompt=True)
+    prompt = turn.prompt(row)
+    return encode_row(processor, prompt, image_root, max_pixels, add_generation_prompt=True)
 
 
 def batch(processor, rows: Sequence[Encoded], padding_side: str = "right") -> Encoded:

@@ -15,9 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from fmtrain.data.collator import encode_row
+from fmtrain.data.collator import encode_prompt
 from fmtrain.data.dialogue import Turn, turns
-from fmtrain.data.encode import Encoded
 from fmtrain.data.files import Rows
 from fmtrain.decoding import Decoder, right
 from fmtrain.patch import attached
@@ -65,21 +64,15 @@ class Answers:
 
     def _right(self, model: nn.Module, questions: list[tuple[dict, Turn]]) -> int:
         decoder = Decoder(model, self.processor)
-        prompts = [self._prompt(row, turn) for row, turn in questions]
+        prompts = []
+        for row, turn in questions:
+            prompts.append(encode_prompt(self.processor, row, turn, max_pixels=self.max_pixels))
         settings = {"max_new_tokens": self.max_new_tokens}
         masks, correct = [attached(model).mask], 0
         for indices, [texts] in decoder.in_batches(prompts, masks, self.batch_size, **settings):
             for k, text in zip(indices, texts):
                 correct += right(text, questions[k][1].reference)
         return correct
-
-    def _prompt(self, row: dict, turn: Turn) -> Encoded:
-        return encode_row(
-            self.processor,
-            turn.prompt(row),
-            max_pixels=self.max_pixels,
-            add_generation_prompt=True,
-        )
 
 
 def answers_of(recipe: Recipe, processor, rows: Rows | None) -> Answers | None:
