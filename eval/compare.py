@@ -16,6 +16,7 @@ from eval import held_out
 from eval.held_out import HeldOut
 from fmtrain.checkpoint import check_folder, load, recorded_mask
 from fmtrain.command_line import Parser, guarded
+from fmtrain.data.sources import DIGITS
 from fmtrain.decoding import Decoder, right
 from fmtrain.masks import Mask
 from fmtrain.tiny import digits
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--before", required=True, metavar="CHECKPOINT")
     add("--after", required=True, metavar="CHECKPOINT")
-    add("--data", default="digits", help="digits, or rows as a recipe names them")
+    add("--data", default=DIGITS, help="digits, or rows as a recipe names them")
     add("--tasks", nargs="+", default=list(digits.TASKS), metavar="TASK", help="of digits")
     add("--image_root", metavar="DIR")
     add("--show", type=int, default=10, help="questions to print")

@@ -9,7 +9,7 @@ from fmtrain.data import files, sources
 from fmtrain.data.collator import encode_prompt
 from fmtrain.data.dialogue import Turn, turns
 from fmtrain.data.encode import Encoded
-from fmtrain.data.sources import Source
+from fmtrain.data.sources import DIGITS, Source
 from fmtrain.tiny import digits
 
 SEED = 1  # of the held-out digits; training rows come from other scans
@@ -69,7 +69,7 @@ def by_task(
     Raises `ValueError` for a task that is not there or has no row.
     """
     rows = []
-    if name == "digits":
+    if name == DIGITS:
         for task in tasks or digits.TASKS:
             rows += digits.rows("test", [task], rows_per_task, seed=SEED).with_format(None)
         return HeldOut(rows, ".")
@@ -91,7 +91,7 @@ def mixed(
     name: str, tasks: Iterable[str], count: int, image_root: str | None, seed: int = SEED
 ) -> HeldOut:
     """`count` rows of all tasks: of the digits' test scans, or the first ones of a file."""
-    if name == "digits":
+    if name == DIGITS:
         return HeldOut(list(digits.rows("test", list(tasks), count, seed).with_format(None)), ".")
     loaded = files.load(sources.held_out(Source(name, split="test")), count, image_root)
     return HeldOut(list(loaded.rows.with_format(None)), loaded.image_root)
@@ -99,7 +99,7 @@ def mixed(
 
 def chance(name: str | None, tasks: Iterable[str]) -> dict[str, float]:
     """{task: share of right answers without a look at the pictures}, known of the digits' tasks."""
-    if name != "digits":
+    if name != DIGITS:
         return {}
     by_task = dict(digits.CHANCE)
     by_task["dialogue"] = (by_task["read"] + by_task["changed"]) / 2  # a question for each turn

@@ -10,6 +10,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from fmtrain.command_line import Help, nearest, one_line
+from fmtrain.data.sources import DIGITS
 from fmtrain.masks import Mask, parse_masks
 from fmtrain.training.recipe import load_values
 
@@ -89,7 +90,7 @@ class MatrixRecipe:
         metadata={"help": "rows trained elsewhere, as YAML: {name: folder, or several}"},
     )
     data: str = field(
-        default="digits", metadata={"help": "`digits`, or rows as a training recipe names them"}
+        default=DIGITS, metadata={"help": "`digits`, or rows as a training recipe names them"}
     )
     tasks: list[str] = field(
         default_factory=list, metadata={"help": "by default all; of rows, their `task` or `source`"}

@@ -28,7 +28,7 @@ from eval.tables import Table
 from fmtrain.checkpoint import check_folder, load_plain, recorded_mask
 from fmtrain.command_line import Parser, guarded, replacing, write_whole
 from fmtrain.data import files, sources
-from fmtrain.data.sources import Source
+from fmtrain.data.sources import DIGITS, Source
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
 from fmtrain.tiny import digits
@@ -133,7 +133,7 @@ def study_checkpoint(options: argparse.Namespace) -> None:
         raise ValueError(f"--rows {options.rows}: it is 1 or more")
     check_folder(options.checkpoint)
     mask = studied_mask(options)
-    if options.dataset == "digits":
+    if options.dataset == DIGITS:
         loaded = files.Rows(digits.rows("test", list(digits.TASKS), options.rows), ".")
     else:
         source = sources.held_out(Source(options.dataset, split="test"))

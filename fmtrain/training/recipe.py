@@ -21,6 +21,7 @@ from fmtrain.command_line import folded, nearest
 from fmtrain.data.aspect import ASPECTS
 from fmtrain.data.images import MAX_PIXELS
 from fmtrain.data.mixing import entries
+from fmtrain.data.sources import DIGITS
 from fmtrain.masks import LIGHT, Mask, parse_masks
 from fmtrain.tiny import CHECKPOINT
 
@@ -125,7 +126,7 @@ class DataArguments:
                     "datasets takes the place of dataset_name, dataset_config and "
                     "dataset_train_split, and each entry has its own image_root, name and split"
                 )
-        files = self.dataset_rows is None and self.dataset_name != "digits"
+        files = self.dataset_rows is None and self.dataset_name != DIGITS
         if self.dataset_streaming and not files:
             raise ValueError(
                 "dataset_streaming reads files, all of them; it goes with neither dataset_rows nor "

@@ -57,7 +57,7 @@ def check_boxes(recipe: Recipe, processor) -> list[str]:
     data, aspect, lines = recipe.data, aspect_of(processor), []
     names = [entry.path for entry in mixing.entries(data.datasets)] if data.datasets else []
     for name in [*names, data.dataset_name, data.eval_dataset_name]:
-        frame = None if name in (None, "digits") else box_frame(name)
+        frame = None if name in (None, DIGITS) else box_frame(name)
         if aspect is None or frame is None or (aspect, frame) == ("pad", "square"):
             continue
         line = (
