@@ -63,7 +63,8 @@ def read(folder: Path) -> Answers:
     scores: dict[Cell, list[float]] = {}
     texts: dict[Cell, list[str]] = {}
     try:
-        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        # Of bytes; a text also ends lines at characters that JSON does not escape.
+        lines = gzip.decompress(path.read_bytes()).splitlines()
         for line in map(json.loads, lines):
             fields = (line[key] for key in ("task", "unit", "question", "reference"))
             questions.append(Question(*fields))

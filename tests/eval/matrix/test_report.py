@@ -15,7 +15,7 @@ from PIL import Image
 from wandb_files import wandb_records
 
 from eval import provenance
-from eval.held_out import HeldOut
+from eval.held_out import HeldOut, Question
 from eval.matrix import analysis, charts, numbers, published, report, showcase, tracking
 from eval.matrix import answers as raw_answers
 from eval.matrix.analysis import MatrixRow
@@ -437,6 +437,15 @@ def test_answers_come_back_and_their_file_is_the_same_every_time(raw, tmp_path):
     two.write_bytes(gzip.compress("\n".join(lines).encode()))
     with pytest.raises(ValueError, match="under causal has 47 of 48 questions"):
         raw_answers.read(tmp_path / "two")
+
+
+def test_answers_with_any_end_of_line_come_back(tmp_path):
+    """Unicode has more of them than JSON escapes."""
+    [text] = texts = ["a\u2028b\x85c\u2029d\x0be\x1cf\r\ng"]
+    raw = Answers([Question("count", "0", text, text)], {("c", "causal"): [1]})
+    raw = Answers(raw.questions, raw.scores, {("c", "causal"): texts})
+    raw_answers.write(tmp_path, raw)
+    assert raw_answers.read(tmp_path) == raw
 
 
 def _media(records) -> dict[str, str]:
