@@ -21,6 +21,7 @@ import numpy as np
 from eval import paired
 from eval.matrix import answers, numbers
 from eval.matrix.analysis import tasks_of
+from eval.matrix.answers import Answers
 from eval.provenance import made_with
 from eval.tables import Table
 from fmtrain.command_line import Parser, guarded, write_whole
@@ -38,35 +39,44 @@ def digits(folder: Path) -> list[dict]:
     """Of every row and digit: the share that is right under the row's own mask, with its interval,
     and the difference from the row that was trained causally.
 
-    Raises `ValueError` for a matrix without answers to the task, or without a causal row.
+    Raises `ValueError` for a matrix without answers to the task, without a row that was trained
+    and run causally, or with one that was not run under its own mask.
     """
     raw, results = answers.read(folder), json.loads((folder / "results.json").read_text())
-    chosen = [k for k, question in enumerate(raw.questions) if question.task == TASK]
-    if not chosen or not raw.texts or results["reference"] is None:
-        raise ValueError(f"{folder}: no answers to {TASK!r}, or no causal row to compare with")
-    questions, entries = [raw.questions[k] for k in chosen], []
-    [task] = tasks_of(questions)
+    asked = [k for k, question in enumerate(raw.questions) if question.task == TASK]
+    if not asked or not raw.texts:
+        raise ValueError(f"{folder}: no answers to {TASK!r}")
+    rows = [row for row in results["rows"] if row["name"] != "base"]
+    reference, _ = results["reference"] or (None, None)
+    if reference not in [row["name"] for row in rows]:
+        raise ValueError(f"{folder}: no row that was trained and run causally, to compare with")
+    for row in rows:
+        if row["mask"] not in results["masks"]:
+            name, mask = row["name"], row["mask"]
+            raise ValueError(f"{folder}: row {name!r} was not run under its own mask, {mask}")
+    [task], entries = tasks_of([raw.questions[k] for k in asked]), []
     for digit, word in WORDS.items():
-        scores = {}
-        for row in [row for row in results["rows"] if row["name"] != "base"]:
-            texts = [raw.texts[run, row["mask"]] for run in row["runs"]]
-            right = [
-                [digit_right(of_run[k], raw.questions[k].reference, word) for k in chosen]
-                for of_run in texts
-            ]
-            scores[row["name"]] = {TASK: np.array(right, float)}
-        causal = scores[results["reference"][0]]
+        scores = {row["name"]: {TASK: _right(raw, row, asked, word)} for row in rows}
+        causal = scores[reference]
         for name, of_row in scores.items():
-            share = paired.mean([task], of_row)
-            low, high = share.interval()
-            entry = {"digit": digit, "row": name, "share": share.value}
-            entry["interval"] = [max(0.0, low), min(1.0, high)]
+            share = paired.estimate([task], of_row)
+            entry = {"digit": digit, "row": name, "share": share.score}
+            entry["interval"] = [share.low, share.high]
             if of_row is not causal:
                 apart = paired.mean([task], paired.difference(of_row, causal))
                 entry |= {"difference": asdict(apart) | {"interval": apart.interval()}}
                 entry["p"] = apart.p()
             entries.append(entry)
     return entries
+
+
+def _right(raw: Answers, row: dict, asked: Sequence[int], word: int) -> np.ndarray:
+    """Which answers have this word right [S, Q]: of each run of a row, to the questions `asked`."""
+    lines = []
+    for run in row["runs"]:
+        texts = raw.texts[run, row["mask"]]
+        lines.append([digit_right(texts[k], raw.questions[k].reference, word) for k in asked])
+    return np.array(lines, float)
 
 
 def table(entries: Sequence[dict]) -> Table:
