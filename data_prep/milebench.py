@@ -18,6 +18,7 @@ from typing import Any
 from data_prep.converting import json_stream
 from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
 from data_prep.converting.fields import field, integer, shown, text_of, texts
+from data_prep.converting.prompts import lettered
 from data_prep.converting.rows import Part, Row, assistant, image_part, text_part, user
 
 _MARK = re.compile(r"\{(?:image|table)#(\d+)\}")
@@ -64,11 +65,7 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     prompt = f"{_instruction(sample, instructions)}\n{field(instance, 'context')}"
     if "choice_list" in instance:
         choices = texts(instance, "choice_list")
-        lettered = name != _UNLETTERED and len(choices) <= 26
-        listed = (
-            f"{chr(ord('A') + k)}. {choice}" if lettered else choice
-            for k, choice in enumerate(choices)
-        )
+        listed = choices if name == _UNLETTERED or len(choices) > 26 else lettered(choices)
         prompt += "\n".join(["\nChoice list: ", *listed, "Your answer is: "])
     content, images = _with_images(prompt, field(instance, "images_path", list))
     yield {

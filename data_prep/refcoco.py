@@ -2,10 +2,10 @@
 COCO train2014 images).
 
 refs(unc).p is a pickle, of which only plain values are read; the same list as JSON, refs(unc).json,
-goes before it. A reference is {"ref_id",
-"ann_id", "image_id", "split", "sentences": [{"sent", "sent_id", ...}], ...}; its `file_name`
-carries the annotation's number and is not the image's, which instances.json has. RefCOCO and
-RefCOCO+ are split by `unc` (or `google`), RefCOCOg by `umd` (or `google`, whose images overlap).
+goes before it. A reference is {"ref_id", "ann_id", "image_id", "split", "sentences": [{"sent",
+"sent_id", ...}], ...}; its `file_name` carries the annotation's number and is not the image's,
+which instances.json has. RefCOCO and RefCOCO+ are split by `unc` (or `google`), RefCOCOg by `umd`
+(or `google`, whose images overlap).
 """
 
 from argparse import ArgumentParser

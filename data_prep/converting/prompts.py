@@ -31,12 +31,15 @@ def short_answer(question: str, form: str) -> str:
 def multiple_choice(question: str, choices: Sequence[str], form: str) -> str:
     """A question with lettered choices, one a line. Raises `ValueError` for fewer than one or more
     than 26."""
-    listed = "\n".join(
-        f"{letter(index, len(choices))}. {choice}" for index, choice in enumerate(choices)
-    )
-    if not listed:
+    if not choices:
         raise ValueError("a multiple-choice question has no choices")
+    listed = "\n".join(lettered(choices))
     return f"{question}\n{listed}\n{CHOICE}" if form == "llava" else f"{question}\n{listed}"
+
+
+def lettered(choices: Sequence[str]) -> list[str]:
+    """Each choice behind its letter. Raises `ValueError` for more than 26."""
+    return [f"{letter(index, len(choices))}. {choice}" for index, choice in enumerate(choices)]
 
 
 def letter(index: int, choices: int) -> str:
