@@ -83,19 +83,20 @@ def table(entries: Sequence[dict]) -> Table:
     """A line for each row and digit, in percent."""
     lines = []
     for one in entries:
-        low, high = one["interval"]
-        line = [
-            one["row"],
-            one["digit"],
-            f"{100 * one['share']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-        ]
+        against = p = ""
         if "p" in one:
-            low, high = one["difference"]["interval"]
-            apart = f"{100 * one['difference']['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            line += [apart, numbers.p_value(one["p"])]
-        lines.append(line + [""] * (5 - len(line)))
+            apart, p = one["difference"], numbers.p_value(one["p"])
+            against = _percent([apart["value"], *apart["interval"]], "+.1f")
+        right = _percent([one["share"], *one["interval"]], ".1f")
+        lines.append([one["row"], one["digit"], right, against, p])
     header = ["mask in training and inference", "digit", "right", "against causal", "p"]
     return Table("The digits of `changed`, percent", header, lines, labels=2)
+
+
+def _percent(shares: Sequence[float], form: str) -> str:
+    """A value and its interval."""
+    value, low, high = (format(100 * share, form) for share in shares)
+    return f"{value} [{low}, {high}]"
 
 
 def write(options: Namespace) -> None:

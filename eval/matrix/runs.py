@@ -52,27 +52,15 @@ def plan(recipe: MatrixRecipe) -> list[MatrixRun]:
     Raises `ValueError` for a checkpoint that is not there or records no mask, and for a training
     recipe that does not fit or is not the one that an existing run was made with.
     """
-    runs = []
-    if recipe.base:
-        runs.append(_run(recipe.base, "base", otherwise=Mask.parse("causal")))
+    base = [_run(recipe.base, "base", otherwise=Mask.parse("causal"))] if recipe.base else []
+    trained = []
     for mask in recipe.masks(recipe.train_masks):
-        for seed in recipe.seeds:
-            name = f"{mask}-seed{seed}"
-            path = recipe.folder / "recipes" / f"{name}.yaml"
-            runs.append(MatrixRun(name, str(mask), mask, recipe.folder / "runs" / name, path))
-            if recipe.scores is None:
-                _write_recipe(recipe, runs[-1], seed)
-        if recipe.scores is None:
-            aspect = training_recipe.read(runs[-1].recipe).data.image_aspect
-            runs = [replace(run, image_aspect=aspect) if run.row == "base" else run for run in runs]
-    for row, folders in recipe.checkpoints.items():
-        of_row = [_run(folder, row) for folder in folders]
-        if len({run.mask for run in of_row}) > 1:
-            masks = ", ".join(sorted({str(run.mask) for run in of_row}))
-            raise ValueError(
-                f"the checkpoints of {row!r} were trained with different masks: {masks}"
-            )
-        runs += of_row
+        trained += [_to_train(recipe, mask, seed) for seed in recipe.seeds]
+    if trained and recipe.scores is None:
+        # Reading checks them; image_aspect is the same in all.
+        aspects = [training_recipe.read(run.recipe).data.image_aspect for run in trained]
+        base = [replace(run, image_aspect=aspects[0]) for run in base]
+    runs = [*base, *trained, *_trained_elsewhere(recipe)]
     names = [run.name for run in runs]
     for name in names:
         if names.count(name) > 1:
@@ -80,6 +68,29 @@ def plan(recipe: MatrixRecipe) -> list[MatrixRun]:
                 f"several checkpoints are in a folder called {name!r}; "
                 "predictions are told apart by that name"
             )
+    return runs
+
+
+def _to_train(recipe: MatrixRecipe, mask: Mask, seed: int) -> MatrixRun:
+    """A run of the matrix itself; unless its scores are there already, its recipe is written."""
+    name = f"{mask}-seed{seed}"
+    path = recipe.folder / "recipes" / f"{name}.yaml"
+    run = MatrixRun(name, str(mask), mask, recipe.folder / "runs" / name, path)
+    if recipe.scores is None:
+        _write_recipe(recipe, run, seed)
+    return run
+
+
+def _trained_elsewhere(recipe: MatrixRecipe) -> list[MatrixRun]:
+    runs = []
+    for row, folders in recipe.checkpoints.items():
+        of_row = [_run(folder, row) for folder in folders]
+        masks = sorted({str(run.mask) for run in of_row})
+        if len({run.mask for run in of_row}) > 1:
+            raise ValueError(
+                f"the checkpoints of {row!r} were trained with different masks: {', '.join(masks)}"
+            )
+        runs += of_row
     return runs
 
 

@@ -217,18 +217,17 @@ def test_the_first_paragraph_is_the_primary_family_in_words(results):
     assert nothing.startswith("No row was trained causally")
 
 
+def rendered_alone(results: dict) -> str:
+    """The page of results with nothing beside them."""
+    nothing = {"title": "", "milebench": None, "chance": {}, "samples": []}
+    return report.render({**nothing, "made": provenance.made_with("", {}), **results})
+
+
 def test_one_run_a_row_is_said_to_take_the_seed_as_given(data, raw):
     rows = [MatrixRow(row.name, row.mask, row.runs[:1]) for row in ROWS]
     results = analysis.results(rows, MASKS, raw.questions, raw.scores)
     assert "nothing here says that another seed would agree" in findings(results)[-1]
-    whole = {
-        "title": "",
-        "milebench": None,
-        "chance": {},
-        "samples": [],
-        "made": provenance.made_with("", {}),
-    }
-    page = report.render({**whole, **results})
+    page = rendered_alone(results)
     assert "the seed is taken as given" in page and "each dot one training run" not in page
 
 
@@ -247,14 +246,7 @@ def test_a_single_task_is_on_the_page_once(data, raw):
     of_task = [k for k, question in enumerate(raw.questions) if question.task == "count"]
     scores = {cell: [values[k] for k in of_task] for cell, values in raw.scores.items()}
     results = analysis.results(ROWS, MASKS, [raw.questions[k] for k in of_task], scores)
-    whole = {
-        "title": "",
-        "milebench": None,
-        "chance": {},
-        "samples": [],
-        "made": provenance.made_with("", {}),
-    }
-    page = report.render({**whole, **results})
+    page = rendered_alone(results)
     assert page.count('class="heat"') == 2 and 'id="tasks"' not in page
     assert "overall" not in page.partition("</style>")[2].lower()
 
