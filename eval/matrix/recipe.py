@@ -47,7 +47,8 @@ class Checkpoints(dict):
         if not isinstance(values, dict):
             raise argparse.ArgumentTypeError(f"{text!r} names no checkpoint folders")
         for name, folders in values.items():
-            self[str(name)] = folders if isinstance(folders, list) else [str(folders)]
+            several = folders if isinstance(folders, list) else [folders]
+            self[str(name)] = [str(folder) for folder in several]
 
 
 def _yaml(text: str):

@@ -327,6 +327,15 @@ def test_values_of_a_recipe_arrive_as_they_are(folder):
     assert changed.overrides == {"max_steps": 3} and changed.checkpoints == recipe.checkpoints
 
 
+def test_a_folder_whose_name_is_a_number_is_a_folder(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    checkpoint(folder, "7", "v2v")
+    for folders in (7, [7]):
+        recipe = matrix_recipe.read(None, ["--out", "x", "--checkpoints", f"{{a: {folders}}}"])
+        assert [run.folder for run in runs.plan(recipe)] == [Path("7")]
+    assert "8: no such checkpoint" in refused(capsys, "--out", "x", "--checkpoints", "{a: [8]}")
+
+
 def test_merge_options_reach_training(folder):
     recipe = matrix_recipe.read(write(folder, train_masks=["v2v+merge"], merge_kernel_size=5))
     run = next(run for run in runs.plan(recipe) if run.row == "v2v+merge")
