@@ -129,8 +129,8 @@ class Pooling:
         shared, ends = sink(merge, layout, start), last(layout, start)
         return cls(merge, past_B1QK, revealed_B1QK, shared, ends, query)
 
-    def rows(self, chunk: slice) -> "Pooling":
-        """For some of the queries."""
+    def rows(self, chunk: slice | torch.Tensor) -> "Pooling":
+        """For some of the queries, also by their indices."""
         return Pooling(
             self.merge,
             self.past_B1QK[:, :, chunk],

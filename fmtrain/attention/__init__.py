@@ -20,7 +20,7 @@ from fmtrain.masks import Mask
 from fmtrain.merge import Merge
 from fmtrain.policies import Policy
 
-BACKENDS = ("reference", "sdpa")
+BACKENDS = ("reference", "sdpa", "flash")
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,22 @@ class Plan:
     prepared: Any
     length: int  # of the keys, those in the cache included
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKD, scale: float | None = None) -> torch.Tensor:
-        return self.backend.attend(
-            q_BHQD, k_BGKD, v_BGKD, self.prepared, scale or q_BHQD.shape[-1] ** -0.5
-        )
+    def attend(
+        self,
+        q_BHQD,
+        k_BGKD,
+        v_BGKD,
+        scale: float | None = None,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        scale = scale or q_BHQD.shape[-1] ** -0.5
+        return self.backend.attend(q_BHQD, k_BGKD, v_BGKD, self.prepared, scale, bias)
 
 
 def get_backend(name: str) -> ModuleType:
-    """The module of a backend; `auto` is `sdpa`. Raises `ValueError` for an unknown name."""
-    if name == "auto":
-        name = "sdpa"
-    if name not in BACKENDS:
+    """The module of a backend, or of the rule that takes one (`auto`). Raises `ValueError` for an
+    unknown name."""
+    if name not in ("auto", *BACKENDS):
         raise ValueError(
             f"unknown attention backend {name!r}; known are auto, {', '.join(BACKENDS)}"
         )
@@ -68,12 +73,14 @@ def attend(
     backend: str = "reference",
     merge: Merge | None = None,
     scale: float | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One attention call under a mask: what `attach` runs in every layer. Returns [B, H, T, D].
 
     `layout` describes the keys; with fewer queries than keys the queries are the last ones. `merge`
-    gives the options of a light form, `scale` defaults to D ** -0.5. Raises `ValueError` for shapes
-    that do not fit each other.
+    gives the options of a light form, `scale` defaults to D ** -0.5. `bias` [H] or []
+    is added to the scores of what the policy reveals. Raises `ValueError` for shapes that do not
+    fit each other.
     """
     (B, H, Q, D), (G, K) = q_BHTD.shape, k_BGTD.shape[1:3]
     if (
@@ -88,4 +95,4 @@ def attend(
             f"shapes do not fit: q {shapes[0]}, k {shapes[1]}, v {shapes[2]}, layout {layout.shape}"
         )
     prepared = plan(layout, Mask.of(mask, merge), get_backend(backend), start=K - Q)
-    return prepared.attend(q_BHTD, k_BGTD, v_BGTD, scale)
+    return prepared.attend(q_BHTD, k_BGTD, v_BGTD, scale, bias)

@@ -2,10 +2,10 @@
 and layers.
 
 Where the mask is plain causal (or one query that sees everything) no mask is passed and `is_causal`
-is set instead, exactly as transformers does, so that `causal` gives the very same numbers. The
-light form with kernel size 1 is one call over the keys twice (`_closed_form`); with a larger kernel
-it goes through chunks of queries that are recomputed in the backward pass, so that no [H, T, T]
-tensor is ever kept.
+is set instead, exactly as transformers does, so that `causal` gives the very same numbers. A light
+form is causal attention, and for the queries that look ahead, in kernel size 1, one call over the
+keys twice (`_closed_form`); with a larger kernel it goes through chunks of queries that are
+recomputed in the backward pass, so that no [H, T, T] tensor is ever kept.
 """
 
 from dataclasses import dataclass
@@ -33,23 +33,49 @@ class Prepared:
 STEP = Prepared(None, False)
 
 
-def prepare(layout: Layout, mask: Mask, start: int) -> Prepared | Pooling:
+@dataclass(frozen=True)
+class Light:
+    """Causal attention, and the pooling of the queries `rows` [n] that look ahead in some row."""
+
+    causal: Prepared
+    rows: torch.Tensor
+    pooling: Pooling
+
+
+def prepare(layout: Layout, mask: Mask, start: int) -> Prepared | Light:
     queries = layout.shape[1] - start
     looks_ahead = mask.looks_ahead and queries > 1
     if looks_ahead and mask.merge is not None:
-        prepared = reference.prepare(layout, mask, start)
-        assert isinstance(prepared, Pooling)
-        return prepared
+        pooling = reference.prepare(layout, mask, start)
+        assert isinstance(pooling, Pooling)
+        [rows] = pooling.revealed_B1QK.any(-1).flatten(0, 1).any(0).nonzero(as_tuple=True)
+        causal = prepare(layout, Mask.of("causal"), start)
+        if not len(rows):
+            return causal
+        assert isinstance(causal, Prepared)
+        return Light(causal, rows, pooling.rows(rows))
     if not looks_ahead and (start == 0 or queries == 1):
         if not layout.padded and not layout.packed:
             return Prepared(None, queries > 1)
     return Prepared(Allowed.of(mask.policy, layout, start).both_B1QK, False)
 
 
-def attend(q_BHQD, k_BGKD, v_BGKD, prepared: Prepared | Pooling, scale: float) -> torch.Tensor:
-    if isinstance(prepared, Pooling):
-        light = _closed_form if prepared.merge.kernel_size == 1 else _chunked
-        return light(q_BHQD, k_BGKD, v_BGKD, prepared, scale)
+def attend(
+    q_BHQD,
+    k_BGKD,
+    v_BGKD,
+    prepared: Prepared | Light,
+    scale: float,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    if isinstance(prepared, Light):
+        _require_none(bias)
+        out_BHQD = attend(q_BHQD, k_BGKD, v_BGKD, prepared.causal, scale)
+        light = _closed_form if prepared.pooling.merge.kernel_size == 1 else _chunked
+        ahead = light(q_BHQD[:, :, prepared.rows], k_BGKD, v_BGKD, prepared.pooling, scale)
+        return out_BHQD.index_copy(2, prepared.rows, ahead)
+    if prepared.mask_B1QK is not None:
+        _require_none(bias)
     return F.scaled_dot_product_attention(
         q_BHQD,
         k_BGKD,
@@ -59,6 +85,11 @@ def attend(q_BHQD, k_BGKD, v_BGKD, prepared: Prepared | Pooling, scale: float) -
         scale=scale,
         enable_gqa=q_BHQD.shape[1] != k_BGKD.shape[1],
     )
+
+
+def _require_none(bias: torch.Tensor | None) -> None:
+    if bias is not None:
+        raise ValueError("backend 'sdpa' adds no bias to what is revealed; take flash or reference")
 
 
 def _closed_form(q_BHQD, k_BGKD, v_BGKD, pooling: Pooling, scale: float) -> torch.Tensor:

@@ -80,19 +80,33 @@ class Tokens(NamedTuple):
 
 def revealed(policy: Policy, q: Tokens, k: Tokens) -> torch.Tensor:
     """The pairs that `policy` adds to causal attention: later keys of the query's own prefill."""
-    pairs = torch.zeros((), dtype=torch.bool, device=q.role.device)
-    for query_role, key_role in policy.reveals:
-        pair = (q.role == int(query_role)) & (k.role == int(key_role))
-        if policy.within_image and (query_role, key_role) == (V, V):
-            pair = pair & (q.image == k.image)
-        pairs = pairs | pair
-    return (
-        pairs
-        & (q.sample == k.sample)
-        & (q.prefill == k.prefill)
-        & (q.prefill >= 0)
-        & (k.index > q.index)
-    )
+    return ahead(*sight(policy), q, k)
+
+
+def sight(policy: Policy) -> tuple[list[int], list[int]]:
+    """What each query role sees ahead, as a sum of 1 << key role: in its prefill, and among the
+    tokens of its own image."""
+    anywhere, within_image = [0] * len(Role), [0] * len(Role)
+    for query, key in policy.reveals:
+        image = policy.within_image and (query, key) == (V, V)
+        (within_image if image else anywhere)[query] |= 1 << key
+    return anywhere, within_image
+
+
+def ahead(anywhere: list[int], within_image: list[int], q: Tokens, k: Tokens) -> torch.Tensor:
+    """The later keys of the query's own prefill that roles with this `sight` see."""
+    bit = 1 << k.role
+    pairs = _sees(anywhere, q.role, bit)
+    if any(within_image):
+        pairs = pairs | (_sees(within_image, q.role, bit) & (q.image == k.image))
+    same = (q.sample == k.sample) & (q.prefill == k.prefill) & (q.prefill >= 0)
+    return pairs & same & (k.index > q.index)
+
+
+def _sees(sight: list[int], role: torch.Tensor, bit: torch.Tensor) -> torch.Tensor:
+    """Only one tensor of all pairs, however many pairs of roles there are."""
+    seen = torch.tensor(sight, device=role.device)[role]
+    return (seen & bit) != 0
 
 
 def past(q: Tokens, k: Tokens) -> torch.Tensor:

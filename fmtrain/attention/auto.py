@@ -1,0 +1,24 @@
+"""`sdpa` or `flash`, whichever was measured to be faster for rows like these.
+
+On a CPU (`eval/results/attention_cpu.md`): `flash` for light forms, for packed rows, and for rows
+of 2,048 tokens and more; a dense mask is faster for shorter ones. On other devices nothing has been
+measured yet, so `sdpa` serves there unless `attention_backend: flash` is asked for.
+"""
+
+from fmtrain.attention import flash, sdpa
+from fmtrain.layout import Layout
+from fmtrain.masks import Mask
+
+LENGTH = 2048
+STEP = sdpa.STEP
+attend = flash.attend  # which hands on what sdpa has prepared
+
+
+def prepare(layout: Layout, mask: Mask, start: int):
+    chosen = flash if _flash_is_faster(layout, mask) else sdpa
+    return chosen.prepare(layout, mask, start)
+
+
+def _flash_is_faster(layout: Layout, mask: Mask) -> bool:
+    long = mask.merge is not None or layout.shape[1] >= LENGTH
+    return layout.role.device.type == "cpu" and (layout.packed or (mask.looks_ahead and long))

@@ -1,0 +1,174 @@
+"""A mask as calls of variable-length attention, without a list of pairs.
+
+What is allowed falls into parts that do not overlap, each of which is a batch of short sequences:
+
+- the past: each sample, causal;
+- *squares*: tokens whose roles see each other ahead, in reversed order `r`: the queries r[1:] over
+  the keys r[:-1], causal, for in reversed order "earlier" means later in the row. A query among
+  them whose role sees nothing ahead is computed and dropped;
+- *rectangles*: roles that see others but not themselves: each run of such tokens over the later
+  tokens of the roles that it sees, all of them.
+
+So a policy is one call for the past and one for what it reveals; two, if it has both squares and
+rectangles. All is planned with NumPy, once a forward.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fmtrain.attention.union import Call
+from fmtrain.layout import Layout, Role
+from fmtrain.policies import Policy, sight
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The real tokens of some rows behind one another, as arrays [M]: the keys.
+
+    place: in the flattened rows. sample, prefill: numbered from 0 over all rows, prefill -1 for
+    none. new: which of them are queries. place_new: these, in the flattened rows of queries.
+    """
+
+    place: np.ndarray
+    role: np.ndarray
+    image: np.ndarray
+    sample: np.ndarray
+    prefill: np.ndarray
+    new: np.ndarray
+    place_new: np.ndarray
+
+    @classmethod
+    def of(cls, layout: Layout, start: int) -> "Tokens":
+        """Of a layout whose queries are the tokens from `start` on. Samples without a query are
+        left out."""
+        role, image, prefill, sample = torch.stack(layout.tensors()).cpu().numpy()
+        rows, columns = np.nonzero(role != int(Role.PAD))
+        number = _numbered(rows, sample[rows, columns])
+        queried = np.isin(number, number[columns >= start])
+        rows, columns = rows[queried], columns[queried]
+        number = _numbered(rows, sample[rows, columns])
+        own = prefill[rows, columns]
+        length = role.shape[1]
+        new = np.flatnonzero(columns >= start)
+        return cls(
+            rows * length + columns,
+            role[rows, columns],
+            image[rows, columns],
+            number,
+            np.where(own >= 0, _numbered(number, own), -1),
+            new,
+            (rows * (length - start) + columns - start)[new],
+        )
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences of queries and keys, by their numbers among the queries; lengths of each, and which
+    queries count."""
+
+    queries: np.ndarray
+    keys: np.ndarray
+    lengths_q: np.ndarray
+    lengths_k: np.ndarray
+    kept: np.ndarray
+    causal: bool
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.queries[self.kept]
+
+    def call(self, device: torch.device, offsets: np.ndarray) -> Call:
+        """offsets: the number of each query among the keys."""
+        kept = None if self.kept.all() else on(device, np.flatnonzero(self.kept))
+        tokens = on(device, self.queries), on(device, offsets[self.keys])
+        sequences = _ends(self.lengths_q, device), _ends(self.lengths_k, device)
+        longest = int(self.lengths_q.max()), int(self.lengths_k.max())
+        return Call(*tokens, *sequences, *longest, self.causal, kept)
+
+
+def past(tokens: Tokens, device: torch.device) -> Call:
+    """Causal attention inside each sample."""
+    queries, keys = np.bincount(tokens.sample[tokens.new]), np.bincount(tokens.sample)
+    sequences = _ends(queries, device), _ends(keys, device)
+    longest = int(queries.max(initial=0)), int(keys.max(initial=0))
+    return Call(None, None, *sequences, *longest, True, None)
+
+
+def revealed(policy: Policy, tokens: Tokens) -> list[Part]:
+    """What the policy reveals, in at most two parts."""
+    # A query sees nothing ahead that is not a query too.
+    role, prefill = tokens.role[tokens.new], tokens.prefill[tokens.new]
+    image = prefill * len(role) + tokens.image[tokens.new]
+    squares, rectangles = [], []
+    for sees, group in zip(map(np.array, sight(policy)), (prefill, image), strict=True):
+        for seen in np.unique(sees[sees > 0]):
+            alike = np.flatnonzero(sees == seen)  # the roles that see just these
+            mutual = (seen >> alike & 1) == 1
+            keys = (prefill >= 0) & ((seen >> role & 1) == 1)
+            if mutual.any():
+                squares.append(_square(group, keys, keys & np.isin(role, alike[mutual])))
+            for alone in alike[~mutual]:
+                rectangles.append(_rectangles(prefill, (prefill >= 0) & (role == alone), keys))
+    joined = [_joined(squares, causal=True), _joined(rectangles, causal=False)]
+    return [part for part in joined if len(part.queries)]
+
+
+Sequences = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # as in `Part`
+
+
+def _square(group: np.ndarray, inside: np.ndarray, kept: np.ndarray) -> Sequences:
+    """The tokens `inside`, of which the kept ones see all later ones of their group."""
+    tokens = np.flatnonzero(inside)[::-1]
+    tokens = tokens[np.argsort(group[tokens], kind="stable")]
+    starts = np.flatnonzero(np.diff(group[tokens], prepend=-1))
+    numbers = np.where(kept[tokens], np.arange(len(tokens)), -1)
+    last = np.maximum.reduceat(numbers, starts) if len(starts) else starts
+    lengths = np.maximum(last - starts, 0)  # what is behind the last kept one is not asked for
+    keys = _ranges(starts, lengths)
+    lengths = lengths[lengths > 0]
+    return tokens[keys + 1], tokens[keys], lengths, lengths, kept[tokens[keys + 1]]
+
+
+def _rectangles(group: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> Sequences:
+    """Each run of queries with the later keys of its group; groups stand behind one another."""
+    columns, before = np.flatnonzero(keys), np.cumsum(keys)
+    ends = np.zeros(group.max(initial=0) + 1, int)
+    np.maximum.at(ends, group[group >= 0], before[group >= 0])
+    asking = np.flatnonzero(queries)
+    asking = asking[ends[group[asking]] > before[asking]]
+    following = before[asking]  # the number of the next key
+    runs = np.flatnonzero(np.diff(following, prepend=-1))
+    lengths_q = np.diff(np.append(runs, len(asking)))
+    lengths_k = ends[group[asking[runs]]] - following[runs]
+    chosen = columns[_ranges(following[runs], lengths_k)]
+    return asking, chosen, lengths_q, lengths_k, np.ones(len(asking), bool)
+
+
+def _joined(parts: list[Sequences], causal: bool) -> Part:
+    nothing = (np.zeros(0, int),) * 4 + (np.zeros(0, bool),)
+    joined = (np.concatenate(each) for each in zip(nothing, *parts))
+    queries, keys, lengths_q, lengths_k, kept = joined
+    return Part(queries, keys, lengths_q, lengths_k, kept, causal)
+
+
+def on(device: torch.device, indices: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(indices)).to(device, torch.int64)
+
+
+def _ends(lengths: np.ndarray, device: torch.device) -> torch.Tensor:
+    assert (lengths > 0).all(), "a sequence without tokens"
+    return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
+
+
+def _numbered(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """The number of the run of equal (outer, inner) that each token stands in."""
+    changes = (np.diff(outer, prepend=-2) != 0) | (np.diff(inner, prepend=-2) != 0)
+    return np.cumsum(changes) - 1
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, .., so many as each length says, behind one another."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - ends + lengths, lengths)
