@@ -27,8 +27,9 @@ from fmtrain.policies import Policy, sight
 class Tokens:
     """The real tokens of some rows behind one another, as arrays [M]: the keys.
 
-    place: in the flattened rows. sample, prefill: numbered from 0 over all rows, prefill -1 for
-    none. new: which of them are queries. place_new: these, in the flattened rows of queries.
+    place: in the flattened rows. sample, prefill: numbered over all rows, prefill -1 for none; a
+    sample stands in one piece, a prefill need not. new: which of them are queries. place_new:
+    these, in the flattened rows of queries.
     """
 
     place: np.ndarray
@@ -42,13 +43,15 @@ class Tokens:
     @classmethod
     def of(cls, layout: Layout, start: int) -> "Tokens":
         """Of a layout whose queries are the tokens from `start` on. Samples without a query are
-        left out."""
+        left out. Raises `ValueError` for a sample in several pieces."""
         role, image, prefill, sample = torch.stack(layout.tensors()).cpu().numpy()
         rows, columns = np.nonzero(role != int(Role.PAD))
         number = _numbered(rows, sample[rows, columns])
         queried = np.isin(number, number[columns >= start])
         rows, columns = rows[queried], columns[queried]
         number = _numbered(rows, sample[rows, columns])
+        if len(rows) and len(_different(rows, sample[rows, columns])[0]) != number[-1] + 1:
+            raise ValueError("backend 'flash': a sample of a packed row stands in several pieces")
         own = prefill[rows, columns]
         length = role.shape[1]
         new = np.flatnonzero(columns >= start)
@@ -57,7 +60,7 @@ class Tokens:
             role[rows, columns],
             image[rows, columns],
             number,
-            np.where(own >= 0, _numbered(number, own), -1),
+            np.where(own >= 0, _different(number, own)[1], -1),
             new,
             (rows * (length - start) + columns - start)[new],
         )
@@ -132,18 +135,18 @@ def _square(group: np.ndarray, inside: np.ndarray, kept: np.ndarray) -> Sequence
 
 
 def _rectangles(group: np.ndarray, queries: np.ndarray, keys: np.ndarray) -> Sequences:
-    """Each run of queries with the later keys of its group; groups stand behind one another."""
+    """Each run of queries with the later keys of its group."""
+    order = np.argsort(group, kind="stable")
+    group, queries, keys = group[order], queries[order], keys[order]
     columns, before = np.flatnonzero(keys), np.cumsum(keys)
-    ends = np.zeros(group.max(initial=0) + 1, int)
-    np.maximum.at(ends, group[group >= 0], before[group >= 0])
-    asking = np.flatnonzero(queries)
-    asking = asking[ends[group[asking]] > before[asking]]
+    ends = before[np.searchsorted(group, group, side="right") - 1]  # of the keys of each group
+    asking = np.flatnonzero(queries & (ends > before))
     following = before[asking]  # the number of the next key
     runs = np.flatnonzero(np.diff(following, prepend=-1))
     lengths_q = np.diff(np.append(runs, len(asking)))
-    lengths_k = ends[group[asking[runs]]] - following[runs]
+    lengths_k = ends[asking[runs]] - following[runs]
     chosen = columns[_ranges(following[runs], lengths_k)]
-    return asking, chosen, lengths_q, lengths_k, np.ones(len(asking), bool)
+    return order[asking], order[chosen], lengths_q, lengths_k, np.ones(len(asking), bool)
 
 
 def _joined(parts: list[Sequences], causal: bool) -> Part:
@@ -166,6 +169,13 @@ def _numbered(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
     """The number of the run of equal (outer, inner) that each token stands in."""
     changes = (np.diff(outer, prepend=-2) != 0) | (np.diff(inner, prepend=-2) != 0)
     return np.cumsum(changes) - 1
+
+
+def _different(outer: np.ndarray, inner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The different pairs (outer, inner), and the number of the pair of each token."""
+    pairs = outer * (inner.max(initial=0) + 2) + inner + 1
+    different, numbers = np.unique(pairs, return_inverse=True)
+    return different, numbers
 
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -30,8 +30,8 @@ class Windows:
 
     size: of a window, in keys. places: the number of each query among the keys [n], on the CPU.
     blocks: of each prefill where its queries begin and end and where its keys end, on the CPU
-    [P, 3]. fields: role and image of each key [2, M]. normalizer: whether the sum over all revealed
-    scores is wanted.
+    [P, 3]. fields: role, image and prefill of each key [3, M]. normalizer: whether the sum over all
+    revealed scores is wanted.
     """
 
     size: int
@@ -55,7 +55,7 @@ class Windows:
         ends[tokens.prefill[inside]] = inside + 1  # the last one of each stays
         cpu = torch.device("cpu")
         blocks = on(cpu, np.stack([starts, stops, ends[prefill[starts]]], axis=1))
-        fields = on(device, np.stack([tokens.role, tokens.image]))
+        fields = on(device, np.stack([tokens.role, tokens.image, tokens.prefill]))
         anywhere, within_image = sight(policy)
         places, normalizer = on(cpu, keys), not merge.normalize
         return cls(merge.kernel_size, anywhere, within_image, places, blocks, fields, normalizer)
@@ -221,15 +221,16 @@ def _blocks(
     wide = torch.promote_types(q_nHD.dtype, torch.float32)
     per_group = q_nHD.shape[1] // groups
     step, budget = QUERIES[device.type], SCORES[device.type]
-    nowhere = torch.zeros((), dtype=torch.int64, device=device)  # all of one prefill
+    one_sample = torch.zeros((), dtype=torch.int64, device=device)
     for first, stop, end in blocks.tolist():
         for begin in range(first, stop, step):
             rows = slice(begin, min(begin + step, stop))
             own = places[rows].to(device)[:, None]
             keys = slice(int(places[begin]) + 1, end)
             index = torch.arange(keys.start, end, device=device)
-            q = policies.Tokens(fields[0, own], fields[1, own], nowhere, nowhere, own)
-            k = policies.Tokens(fields[0, keys], fields[1, keys], nowhere, nowhere, index)
+            role, image, prefill = fields
+            q = policies.Tokens(role[own], image[own], prefill[own], one_sample, own)
+            k = policies.Tokens(role[keys], image[keys], prefill[keys], one_sample, index)
             closed = torch.zeros(len(own), len(index), dtype=wide, device=device)
             closed.masked_fill_(~policies.ahead(anywhere, within_image, q, k), -torch.inf)
             first_ones = index[: int(places[rows][-1] - places[begin])]

@@ -15,6 +15,7 @@ import torch
 from families import IMAGE, assistant, photo, user
 
 from fmtrain import POLICIES, Layout, Merge, Role, attach
+from fmtrain.attention import BACKENDS
 from fmtrain.data.collator import batch
 from fmtrain.data.encode import encode
 
@@ -23,9 +24,28 @@ PAPER = ["causal", "future", "v2v", "v2t", "future+merge", "v2v+merge", "v2t+mer
 VARIANTS = [*POLICIES, *(f"{name}+merge" for name in POLICIES if name != "causal")]
 
 
-def parts(variant: str) -> dict:
+# What attends is the same in all families, so `flash` runs in two of them, one with grouped heads.
+HOSTS = [*((name, "sdpa") for name in families.FAMILIES), ("llava", "flash"), ("internvl", "flash")]
+
+
+@pytest.fixture(params=HOSTS, ids="-".join)
+def host(request) -> tuple[str, str]:
+    return request.param
+
+
+@pytest.fixture
+def family(host) -> str:
+    return host[0]
+
+
+@pytest.fixture
+def backend(host) -> str:
+    return host[1]
+
+
+def parts(variant: str, backend: str) -> dict:
     merge = Merge(prefix=2) if variant.endswith("+merge") else None
-    return {"mask": variant, "merge": merge, "backend": "sdpa"}
+    return {"mask": variant, "merge": merge, "backend": backend}
 
 
 def forward(model, inputs: dict, layout: Layout | None = None, **options) -> torch.Tensor:
@@ -79,10 +99,10 @@ def rows(family):
 @pytest.mark.parametrize(
     "variant, lora", [*((v, False) for v in VARIANTS), *((v, True) for v in PAPER)]
 )
-def test_teacher_forced_is_prefill_and_decoding(family, variant, lora, model_of, rows):
+def test_teacher_forced_is_prefill_and_decoding(family, backend, variant, lora, model_of, rows):
     model, moved = model_of(family, lora), False
     for name, (messages, images) in families.dialogues().items():
-        with attach(model, **parts(variant)), torch.no_grad():
+        with attach(model, **parts(variant, backend)), torch.no_grad():
             taught = forward(model, *rows[name])
             decoded = served(model, families.processor(family), messages, images)
             assert taught.shape == decoded.shape
@@ -93,11 +113,11 @@ def test_teacher_forced_is_prefill_and_decoding(family, variant, lora, model_of,
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_padded_batch_is_its_single_rows(family, variant, side, model_of, rows):
+def test_a_padded_batch_is_its_single_rows(family, backend, variant, side, model_of, rows):
     model = model_of(family)
     inputs, layout = batch(families.processor(family), list(rows.values()), side)
     assert len(inputs["input_ids"]) == 4 and (inputs["attention_mask"] == 0).any()
-    with attach(model, **parts(variant)):
+    with attach(model, **parts(variant, backend)):
         together = forward(model, inputs, layout)
         for row, (single, its) in enumerate(rows.values()):
             real = inputs["attention_mask"][row].bool()
@@ -107,7 +127,9 @@ def test_a_padded_batch_is_its_single_rows(family, variant, side, model_of, rows
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_left_padded_batch_decodes_as_its_single_rows_were_taught(family, variant, model_of):
+def test_a_left_padded_batch_decodes_as_its_single_rows_were_taught(
+    family, backend, variant, model_of
+):
     """Prompts of 0, 1 and 3 images in one batch, prefilled together, each fed its own answer."""
     model, processor = model_of(family), families.processor(family)
     chosen = [families.dialogues()[name] for name in ("text", "single", "three")]
@@ -121,7 +143,7 @@ def test_a_left_padded_batch_decodes_as_its_single_rows_were_taught(family, vari
         row[0]["input_ids"][0, prompt[0]["input_ids"].shape[1] :]
         for row, prompt in zip(taught, prompts)
     ]
-    with attach(model, **parts(variant)), torch.no_grad():
+    with attach(model, **parts(variant, backend)), torch.no_grad():
         out = model(**inputs, **layout.model_inputs(), use_cache=True)
         logits, mask = [out.logits[:, -1]], inputs["attention_mask"]
         for t in range(max(map(len, answers))):
@@ -142,14 +164,14 @@ def test_a_left_padded_batch_decodes_as_its_single_rows_were_taught(family, vari
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_dialogue_prefilled_again_is_the_dialogue_continued(family, variant, model_of):
+def test_a_dialogue_prefilled_again_is_the_dialogue_continued(family, backend, variant, model_of):
     """The other way of serving: for its second answer the whole dialogue is fed again, in one
     forward with its layout."""
     model, processor = model_of(family), families.processor(family)
     messages, images = families.dialogues()["two_turns"]
     again = encode(processor, messages[:-1], images, add_generation_prompt=True)
     whole = encode(processor, messages, images)
-    with attach(model, **parts(variant)):
+    with attach(model, **parts(variant, backend)):
         expected = forward(model, *whole)
         length = again[0]["input_ids"].shape[1]
         torch.testing.assert_close(forward(model, *again), expected[:, :length], **NEAR)
@@ -159,14 +181,14 @@ def test_a_dialogue_prefilled_again_is_the_dialogue_continued(family, variant, m
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
 @pytest.mark.parametrize("variant", PAPER)
 def test_training_mode_with_gradient_checkpointing(
-    family, variant, reentrant, lora, model_of, rows
+    family, backend, variant, reentrant, lora, model_of, rows
 ):
     """Logits in training mode, with checkpointing off and on, are those of evaluation, and the
     gradients are the same."""
     model = model_of(family, lora)
     inputs, layout = batch(families.processor(family), list(rows.values()), "right")
     results = []
-    with attach(model, **parts(variant)):
+    with attach(model, **parts(variant, backend)):
         evaluated = forward(model, inputs, layout)
         for checkpointing in (False, True):
             with training(model, checkpointing, reentrant):
@@ -206,6 +228,7 @@ def training(model, checkpointing: bool, reentrant: bool):
         model.eval()
 
 
+@pytest.mark.parametrize("family", families.FAMILIES)
 @pytest.mark.parametrize("backend", ["auto", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_causal_attached_is_the_unpatched_model_exactly(family, side, backend, model_of, rows):
@@ -252,7 +275,7 @@ def generate(model, inputs: dict, **options):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_reference_backend_in_the_model_is_sdpa_in_the_model(variant, model_of):
+def test_every_backend_is_the_reference_in_the_model(variant, model_of):
     model, processor = model_of("llava"), families.processor("llava")
     inputs, layout = batch(
         processor,
@@ -260,14 +283,15 @@ def test_reference_backend_in_the_model_is_sdpa_in_the_model(variant, model_of):
         "left",
     )
     found = []
-    for backend in ("reference", "sdpa"):
-        with attach(model, **{**parts(variant), "backend": backend}):
+    for backend in BACKENDS:
+        with attach(model, **parts(variant, backend)):
             found.append(forward(model, inputs, layout)[inputs["attention_mask"].bool()])
-    torch.testing.assert_close(*found, **NEAR)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], **NEAR)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_packed_samples_are_the_samples_alone(family, variant, model_of, rows):
+def test_packed_samples_are_the_samples_alone(family, backend, variant, model_of, rows):
     model = model_of(family)
     chosen = [rows[name] for name in ("single", "text", "two_turns")]
     layouts = [
@@ -279,7 +303,7 @@ def test_packed_samples_are_the_samples_alone(family, variant, model_of, rows):
         families.processor(family), chosen, "right"
     )  # for its pixels, which are those of all rows in order
     ids = torch.cat([inputs["input_ids"] for inputs, _ in chosen], 1)
-    with attach(model, **parts(variant)):
+    with attach(model, **parts(variant, backend)):
         packed = forward(model, {"input_ids": ids, **pixels(stacked)}, layout)
         begin = 0
         for inputs, its in chosen:
@@ -331,15 +355,14 @@ def moved_by(model, inputs: dict, layout: Layout, token: int, before: torch.Tens
 
 
 @pytest.mark.parametrize(
-    "family, variant",
-    [
-        (family, variant)
-        for family in families.FAMILIES
-        for variant in (VARIANTS if family == "llava" else PAPER)
-    ],
-    indirect=["family"],
+    "host, variant",
+    [(host, variant) for host in HOSTS for variant in (VARIANTS if host[0] == "llava" else PAPER)],
+    indirect=["host"],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
-def test_no_logit_moves_but_those_that_the_policy_lets_move(family, variant, model_of, leak):
+def test_no_logit_moves_but_those_that_the_policy_lets_move(
+    family, backend, variant, model_of, leak
+):
     """Each token (and image) in turn is changed: exactly bit-identical wherever four layers of the
     mask cannot reach, and moved wherever one look reaches from the query's own prefill."""
     model, (inputs, layout) = model_of(family), leak
@@ -347,7 +370,7 @@ def test_no_logit_moves_but_those_that_the_policy_lets_move(family, variant, mod
     assert model.config.get_text_config().num_hidden_layers >= 4
     reach, direct = oracle.reach(name, layout, 4)[0], oracle.allowed(name, layout)[0]
     size, seen_ahead = layout.shape[1], set()
-    with attach(model, **parts(variant)):
+    with attach(model, **parts(variant, backend)):
         before = forward(model, inputs, layout)
         for token in range(size):
             same = (
@@ -376,13 +399,15 @@ def test_no_logit_moves_but_those_that_the_policy_lets_move(family, variant, mod
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_images_of_one_prefill_see_each_other_as_the_policy_says(family, variant, model_of):
+def test_images_of_one_prefill_see_each_other_as_the_policy_says(
+    family, backend, variant, model_of
+):
     model, processor = model_of(family), families.processor(family)
     inputs, layout = encode(
         processor, [user(IMAGE, "a", IMAGE, "which?"), assistant("red")], [photo(1), photo(2)]
     )
     first = layout.image[0] == 0
-    with attach(model, **parts(variant)):
+    with attach(model, **parts(variant, backend)):
         moved = moved_by(
             model,
             inputs,
@@ -398,12 +423,12 @@ def test_images_of_one_prefill_see_each_other_as_the_policy_says(family, variant
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_later_turns_and_answers_move_no_earlier_logit(family, variant, model_of, leak):
+def test_later_turns_and_answers_move_no_earlier_logit(family, backend, variant, model_of, leak):
     """All later tokens changed at once, and cut off: whatever an earlier turn predicts stays, bit
     for bit (cut off: to rounding)."""
     model, (inputs, layout) = model_of(family), leak
     answers = (layout.role[0] == Role.ANSWER).nonzero().flatten().tolist()
-    with attach(model, **parts(variant)):
+    with attach(model, **parts(variant, backend)):
         before = forward(model, inputs, layout)
         for cut in answers:
             other = inputs
@@ -431,7 +456,9 @@ def unbounded(layout: Layout, name: str) -> Layout:
 @pytest.mark.parametrize(
     "variant", ["v2v", "future", "v2t", "prefix_lm", "v2v+merge", "future+merge", "v2t+merge"]
 )
-def test_the_unbounded_form_does_leak_so_the_tests_can_see(family, variant, model_of, leak):
+def test_the_unbounded_form_does_leak_so_the_tests_can_see(
+    family, backend, variant, model_of, leak
+):
     """Changing the last token of answer 1 moves the logits that predict answer 1: through image 1
     that has seen image 2 (v2v), or the answer itself (the others)."""
     model, (inputs, layout) = model_of(family), leak
@@ -439,7 +466,7 @@ def test_the_unbounded_form_does_leak_so_the_tests_can_see(family, variant, mode
     last = next(int(t) for t in answers if layout.role[0, t + 1] != Role.ANSWER)
     predicting = torch.arange(int(answers[0]) - 1, last)
     free = unbounded(layout, variant.removesuffix("+merge"))
-    with attach(model, **parts(variant)):
+    with attach(model, **parts(variant, backend)):
         before = forward(model, inputs, free)
         assert moved_by(model, inputs, free, last, before)[predicting].any()
         assert not moved_by(model, inputs, layout, last, forward(model, inputs, layout))[

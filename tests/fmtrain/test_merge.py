@@ -8,11 +8,11 @@ import torch
 from oracle import is_revealed, sinks
 
 from fmtrain import POLICIES, Layout, Merge, Role, attend
+from fmtrain.attention import BACKENDS
 
 SCALE = 0.7
 LIGHT = [name for name in POLICIES if name != "causal"]
 PREFIXES = [1, 2, 8, 0.1, 1.0]
-BACKENDS = ["reference", "sdpa"]
 
 
 def inputs(layout: Layout, size: int = 4, heads: int = 2, seed: int = 0) -> list[torch.Tensor]:

@@ -1,0 +1,315 @@
+"""The backend of flash kernels: in float64 it is the reference to 1e-10, for any table of a policy;
+no pair is computed twice; no tensor grows with the square of the length; what it cannot serve is
+refused; and on a GPU (`pytest -m cuda`) what only a GPU can tell.
+
+Shape names: H query heads, G key heads, T tokens, D head size.
+"""
+
+import random
+from types import SimpleNamespace
+
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fmtrain import POLICIES, Layout, Merge, Policy, Role, attend
+from fmtrain.attention import calls, flash, get_backend, kernels, plan, sdpa, windows
+from fmtrain.masks import Mask
+
+T, V = Role.TEXT, Role.VISUAL
+PAIRS = [(query, key) for query in (T, V) for key in (T, V)]
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+@st.composite
+def policies(draw) -> Policy:
+    """Any table, those of nobody's policy too."""
+    reveals = draw(st.frozensets(st.sampled_from(PAIRS), min_size=1))
+    return Policy("drawn", reveals, draw(st.booleans()))
+
+
+merges = st.one_of(
+    st.none(),
+    st.builds(
+        Merge,
+        prefix=st.one_of(st.integers(1, 6), st.sampled_from([0.1, 0.5, 1.0])),
+        kernel_size=st.integers(1, 6),
+        normalize=st.booleans(),
+    ),
+)
+
+
+def tensors(layout: Layout, heads=(4, 2), size=4, seed=0, start=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    rows, length = layout.shape
+    shapes = [(heads[0], length - start), (heads[1], length), (heads[1], length)]
+    made = [torch.randn(rows, *each, size, generator=generator) for each in shapes]
+    return [each.to(layout.role.device, dtype).requires_grad_() for each in made]
+
+
+def compared(layout, mask, merge, start=0, bias=None, **options):
+    """Output and gradients by `reference` and by `flash`."""
+    results = []
+    queried = layout[:, start:].real[:, None, :, None]
+    for backend in ("reference", "flash"):
+        q, k, v = tensors(layout, start=start, **options)
+        learnt = [q, k, v]
+        if bias is not None:
+            learnt.append(torch.tensor(bias, dtype=q.dtype).requires_grad_())
+        out = attend(q, k, v, layout, mask, backend, merge, 0.6, *learnt[3:])
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(9)).to(out)
+        (out * weights * queried).sum().backward()
+        results.append([out.detach(), *(each.grad for each in learnt)])
+    return zip(*results, strict=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(policies(), merges, st.integers(0, 10**6), st.sampled_from([(4, 2), (3, 1), (2, 2)]))
+def test_any_policy_on_any_layout_is_the_reference(policy, merge, seed, heads):
+    layout = oracle.random_layout(random.Random(seed), rows=2, samples=3, turns=3)
+    for exact, found in compared(layout, policy, merge, heads=heads, seed=seed):
+        assert (exact - found).abs().max() < 1e-10
+
+
+@settings(max_examples=60, deadline=None)
+@given(policies(), merges, st.integers(0, 10**6))
+def test_a_prefill_in_several_pieces_is_the_reference(policy, merge, seed):
+    """No encoder writes such rows, but a layout can say it: the whole sample one prefill."""
+    whole = oracle.random_layout(random.Random(seed), rows=2, samples=2, turns=3)
+    prefill = torch.where(whole.visual | (whole.role == int(T)), 0, -1)
+    layout = Layout(whole.role, whole.image, prefill, whole.sample)
+    for exact, found in compared(layout, policy, merge, seed=seed):
+        assert (exact - found).abs().max() < 1e-10
+
+
+def test_a_sample_in_several_pieces_is_refused():
+    layout = Layout.parse("TIT A | TIT A")
+    mixed = Layout(layout.role, layout.image, layout.prefill, layout.sample % 2)
+    mixed.sample[0, -1] = 0
+    with pytest.raises(ValueError, match="several pieces"):
+        flash.prepare(mixed, Mask.parse("v2v"), 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(policies(), merges, st.integers(0, 10**6), st.data())
+def test_behind_a_cache_it_is_the_reference(policy, merge, seed, data):
+    """Queries from any token on, also from the middle of a prefill."""
+    layout = oracle.random_layout(random.Random(seed), rows=2, samples=2, turns=3)
+    start = data.draw(st.integers(1, layout.shape[1] - 1))
+    for exact, found in compared(layout, policy, merge, start=start, seed=seed):
+        assert (exact - found).abs().max() < 1e-10
+
+
+@settings(max_examples=60, deadline=None)
+@given(policies(), merges, st.integers(0, 10**6), st.floats(-3, 3), st.booleans())
+def test_a_bias_on_what_is_revealed_is_the_reference_with_its_gradient(
+    policy, merge, seed, value, one
+):
+    layout = oracle.random_layout(random.Random(seed), rows=2, samples=2, turns=2)
+    bias = value if one else [value, 0.0, -value, 1.5]
+    for exact, found in compared(layout, policy, merge, bias=bias, seed=seed):
+        assert (exact - found).abs().max() < 1e-10
+
+
+def test_a_bias_moves_what_looks_ahead_and_nothing_else():
+    layout = Layout.parse("TIIJT A / TIT A")
+    q, k, v = tensors(layout)
+    plain = attend(q, k, v, layout, "v2v", "flash")
+    moved = attend(q, k, v, layout, "v2v", "flash", bias=torch.tensor(2.0))
+    rows = [1, 2]  # the last visual token of a prefill has nothing ahead
+    assert (plain != moved).any(-1).any(1)[0].nonzero()[:, 0].tolist() == rows
+    closed = attend(q, k, v, layout, "v2v", "flash", bias=torch.tensor(-1e4))
+    torch.testing.assert_close(closed, attend(q, k, v, layout, "causal", "flash"))
+    with pytest.raises(ValueError, match="bias"):
+        attend(q, k, v, layout, "v2v", "sdpa", bias=torch.tensor(2.0))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("seed", range(8))
+def test_each_allowed_pair_is_in_one_call_once(name, seed):
+    layout = oracle.random_layout(random.Random(seed), rows=2, samples=2, turns=3)
+    tokens = calls.Tokens.of(layout, 0)
+    count = torch.zeros(layout.shape[0], layout.shape[1], layout.shape[1], dtype=torch.int)
+    length = layout.shape[1]
+
+    def add(query: int, key: int) -> None:
+        (row, q), (_, k) = divmod(tokens.place[query], length), divmod(tokens.place[key], length)
+        count[row, q, k] += 1
+
+    for query in range(len(tokens.sample)):
+        for key in range(query + 1):
+            if tokens.sample[query] == tokens.sample[key]:
+                add(query, key)
+    for part in calls.revealed(POLICIES[name], tokens):
+        begin_q = begin_k = 0
+        for size_q, size_k in zip(part.lengths_q, part.lengths_k):
+            for i in range(size_q):
+                for j in range(i + 1 if part.causal else size_k):
+                    if part.kept[begin_q + i]:
+                        add(part.queries[begin_q + i], part.keys[begin_k + j])
+            begin_q, begin_k = begin_q + size_q, begin_k + size_k
+    padded = ~layout.real
+    expected = oracle.allowed(name, layout).int() * ~padded[:, :, None]
+    assert torch.equal(count, expected.int())
+    assert len(calls.revealed(POLICIES[name], tokens)) <= 1
+
+
+def test_a_long_row_goes_through_several_blocks_of_windows(monkeypatch):
+    """Blocks of five queries and of one head at a time give what one block gives."""
+    layout = Layout.cat([Layout.parse("TIIIJJTTKKLLT A / TIJTTIIT AA | TIJKLTTTT A  ")] * 2)
+    for merge in (Merge(), Merge(0.3, 4, normalize=False)):
+        whole = [found for _, found in compared(layout, "future", merge)]
+        monkeypatch.setitem(windows.QUERIES, "cpu", 5)
+        monkeypatch.setitem(windows.SCORES, "cpu", 1)
+        for (exact, found), once in zip(compared(layout, "future", merge), whole):
+            assert (exact - found).abs().max() < 1e-10 > (once - found).abs().max()
+        monkeypatch.undo()
+
+
+def largest_allocation(run) -> int:
+    """Bytes of the largest tensor that any operator makes."""
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        run()
+    return max(event.self_cpu_memory_usage for event in profiler.events())
+
+
+@pytest.mark.parametrize("merge", [None, Merge(kernel_size=1), Merge()])
+def test_no_tensor_grows_with_the_square_of_the_length(merge):
+    length = 4096
+    layout = Layout.parse("T" + "I" * (length - 10) + "T" * 5 + "AAAA")
+    q, k, v = tensors(layout, heads=(2, 1), size=8, dtype=torch.float32)
+
+    def run(backend: str):
+        attend(q, k, v, layout, "v2v", backend, merge).sum().backward()
+
+    block = 4 * windows.SCORES["cpu"] if merge == Merge() else 0
+    linear = 2 * 4 * length * 8 * 4  # a few vectors a token and head
+    assert largest_allocation(lambda: run("flash")) <= max(block, linear) < length**2
+    if merge is None:
+        assert largest_allocation(lambda: run("sdpa")) >= length**2
+
+
+def test_a_decoded_token_is_left_to_sdpa():
+    layout = Layout.cat([Layout.parse("..TIT A"), Layout.parse("TIIJT A")])
+    for mask in ("v2v", "v2v+merge"):
+        assert isinstance(flash.prepare(layout, Mask.parse(mask), 5), sdpa.Prepared)
+    assert flash.STEP is sdpa.STEP
+
+
+def test_auto_takes_flash_for_light_forms_packed_rows_and_long_ones():
+    auto = get_backend("auto")
+    long = Layout.parse("T" + "I" * 2046 + "A")
+
+    def chosen(layout, mask) -> str:
+        prepared = auto.prepare(layout, Mask.parse(mask), 0)
+        return "flash" if isinstance(prepared, flash.Prepared) else "sdpa"
+
+    short, packed = Layout.parse("TIIT A"), Layout.parse("TIIT A | TIT A")
+    assert [chosen(layout, "v2v") for layout in (short, packed, long)] == ["sdpa", "flash", "flash"]
+    assert [chosen(short, "v2v+merge"), chosen(packed, "causal")] == ["flash", "flash"]
+    assert [chosen(long, "causal"), chosen(long[:, :2047], "v2v")] == ["sdpa", "sdpa"]
+    q, k, v = tensors(packed)
+    for mask in ("v2v", "future+merge"):
+        out = plan(packed, Mask.parse(mask), auto).attend(q, k, v)
+        exact = plan(packed, Mask.parse(mask), get_backend("reference")).attend(q, k, v)
+        torch.testing.assert_close(out, exact)
+
+
+@pytest.mark.parametrize(
+    "device, dtype, size, named",
+    [
+        ("mps", torch.bfloat16, 64, "mps"),
+        ("cuda", torch.float32, 64, "float32"),
+        ("cuda", torch.bfloat16, 20, "20"),
+        ("cuda", torch.float16, 264, "264"),
+    ],
+)
+def test_what_no_kernel_takes_is_refused_by_name(device, dtype, size, named):
+    query = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 2, 3, size))
+    with pytest.raises(ValueError, match=named) as error:
+        kernels.check(query)
+    assert "sdpa" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["fa3", "flash_attn", "fa7"])
+def test_an_implementation_that_is_not_here_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=name) as error:
+        kernels.use(name)
+    assert "\n" not in str(error.value)
+
+
+# bfloat16 rounds values, weights and outputs to 2**-9; scores and sums stay in float32. On a GPU
+# the backward kernels are fed an output and a log-sum-exp that they did not compute.
+LENGTHS = [1, 127, 128, 129, 700]
+
+
+def prompt(length: int) -> Layout:
+    """One image, a word, two images, a question and an answer; as many tokens as asked for."""
+    third = length // 4
+    picture = "T" + "I" * third + "T" + "J" * third + "K" * third + "TTT"
+    return Layout.parse((picture + "A" * length)[:length])
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize("heads, size", [((8, 1), 64), ((4, 4), 128), ((4, 2), 256)])
+@pytest.mark.parametrize("length", [*LENGTHS, pytest.param(4097, marks=pytest.mark.cuda)])
+@pytest.mark.parametrize(
+    "name, merge",
+    [
+        *((name, None) for name in ("causal", "v2v", "future", "mma_interleaved")),
+        ("v2v", Merge(kernel_size=1)),
+        ("future", Merge()),
+    ],
+)
+def test_bfloat16_errs_at_most_twice_as_much_as_sdpa(device, heads, size, length, name, merge):
+    """As sdpa under the policy itself, since its light form computes in float32. The gradient of a
+    pooled score is the difference of two dot products of rounded vectors: twice the roundings."""
+    half = max(1, length // 2)
+    layout = Layout.cat([prompt(length), prompt(half).pad(right=length - half)]).to(device)
+    real = layout.real[:, None, :, None]
+
+    def found(backend: str, dtype: torch.dtype, merge) -> list[torch.Tensor]:
+        q, k, v = (
+            each.detach().to(torch.bfloat16).to(dtype).requires_grad_()
+            for each in tensors(layout, heads, size, dtype=torch.float32)
+        )
+        out = attend(q, k, v, layout, name, backend, merge) * real
+        out.float().square().sum().backward()
+        return [each.float() for each in (out.detach(), q.grad, k.grad, v.grad)]
+
+    def errors(backend: str, merge) -> list[float]:
+        exact = found("reference", torch.float32, merge)
+        pairs = zip(found(backend, torch.bfloat16, merge), exact)
+        return [((x - y).abs().max() / y.abs().max().clamp(min=1e-6)).item() for x, y in pairs]
+
+    for ours, theirs in zip(errors("flash", merge), errors("sdpa", None)):
+        assert ours <= max(2 * theirs, 2**-7 if merge is None else 2**-6)
+
+
+@pytest.mark.cuda
+def test_memory_on_a_gpu_is_linear_in_the_length():
+    peaks = []
+    for length in (8192, 16384):
+        layout = prompt(length).to("cuda")
+        q, k, v = tensors(layout, (8, 8), 64, dtype=torch.bfloat16)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attend(q, k, v, layout, "v2v", "flash").sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] < 2.2 * peaks[0]
+
+
+@pytest.mark.cuda
+def test_a_query_that_is_dropped_has_no_gradient_on_a_gpu():
+    """Text between the images is computed among them under `future` and dropped."""
+    layout = prompt(512).to("cuda")
+    q, k, v = tensors(layout, (4, 2), 64, dtype=torch.bfloat16)
+    prepared = flash.prepare(layout, Mask.parse("future"), 0)
+    [call] = prepared.ahead
+    assert call.kept is not None
+    out = attend(q, k, v, layout, "future", "flash")
+    visual = layout.visual[0]
+    (out[:, :, visual]).float().sum().backward()
+    assert (q.grad[:, :, ~visual] == 0).all() and torch.isfinite(q.grad).all()
