@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from fmtrain.attention import kernels
 from fmtrain.checkpoint import load
 from fmtrain.command_line import Parser, guarded, write_whole
 from fmtrain.consistency import Result, check
@@ -32,7 +33,9 @@ def subject(name: str):
         model, processor = load(name)
         return model, processor, noise.rows(), "."
     # A recipe in bf16 may be audited where there is no GPU.
-    recipe = recipes.read(name, [] if torch.accelerator.is_available() else ["--use_cpu", "true"])
+    accelerated = torch.accelerator.is_available()
+    recipe = recipes.read(name, [] if accelerated else ["--use_cpu", "true"])
+    kernels.use(recipe.masking.flash_impl if accelerated else "torch")
     model, processor = load_model(recipe)
     attach(model, recipe.mask, recipe.masking.attention_backend, markers=markers(processor))
     rows = rows_of(recipe, ROWS)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fmtrain.attention import attend
+from fmtrain.attention import attend, flash, kernels
 from fmtrain.data.collator import batch, encode_prompt, encode_row
 from fmtrain.data.dialogue import Turn, turns, typed
 from fmtrain.data.encode import Encoded
 from fmtrain.data.images import open_image
-from fmtrain.host import unwrap
+from fmtrain.host import PLAN, unwrap
 from fmtrain.infer import OTHER_TOKENS
 from fmtrain.layout import Layout, Role
 from fmtrain.masks import Allowed
@@ -228,7 +228,8 @@ def leaks(model, encoded: Encoded) -> Result:
 def recorded_attention(model) -> Iterator[list[tuple]]:
     """Record (layer, q, k, v, scale, output) of every attention call of the language model, and of
     one more in float32 with queries so short that no score is over 1: there every pair of the mask
-    weighs something, however sharp the model's own attention is, and however coarse its dtype."""
+    weighs something, however sharp the model's own attention is, and however coarse its dtype.
+    (In the model's dtype where a flash kernel takes no other.)"""
     inner = unwrap(model)
     layers = {id(module): name for name, module in inner.base_model.language_model.named_modules()}
     name = inner.config.get_text_config()._attn_implementation
@@ -240,6 +241,10 @@ def recorded_attention(model) -> Iterator[list[tuple]]:
         if id(module) in layers:
             calls.append((layers[id(module)], query, key, value, scaling, out[0]))
             wide = torch.promote_types(query.dtype, torch.float32)
+            plan = kwargs.get(PLAN)  # none where the model's own attention serves
+            flashed = plan is not None and isinstance(plan.prepared, flash.Prepared)
+            if flashed and not kernels.serves(query.device, wide):
+                wide = query.dtype
             shrunk = query.to(wide) / largest_score(query, key, scaling).clamp(min=1.0)
             even = (shrunk, key.to(wide), value.to(wide))
             with torch.autocast(query.device.type, enabled=False):

@@ -16,6 +16,7 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 import datasets
 import torch
 
+from fmtrain.attention import auto, kernels
 from fmtrain.command_line import asks_for_help, one_line, quiet
 from fmtrain.data.aspect import described
 from fmtrain.data.render import markers
@@ -54,10 +55,13 @@ def main(arguments: list[str]) -> int:
     answers = answers_of(recipe, processor, eval_rows)
     say(f"{rows.size} rows; {rows.dropped} dropped, longer than max_length {training.max_length}")
 
+    kernels.use(recipe.masking.flash_impl)
     model = load_weights(recipe)
     handle = attach(
         model, recipe.mask, recipe.masking.attention_backend, markers=markers(processor)
     )
+    if recipe.masking.attention_backend == "auto" and not handle.host:
+        say(f"attention: {auto.described(training.device)}")
     stop = SaveOnTerm()
     trainer = build_trainer(recipe, model, processor, rows, eval_rows, stop, answers)
     say(trainable.summary(trainer.model))

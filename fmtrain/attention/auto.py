@@ -5,11 +5,13 @@ of 2,048 tokens and more; a dense mask is faster for shorter ones. On other devi
 measured yet, so `sdpa` serves there unless `attention_backend: flash` is asked for.
 """
 
+import torch
+
 from fmtrain.attention import flash, sdpa
 from fmtrain.layout import Layout
 from fmtrain.masks import Mask
 
-LENGTH = 2048
+LENGTH = 2048  # tokens of a row
 STEP = sdpa.STEP
 attend = flash.attend  # which hands on what sdpa has prepared
 
@@ -22,3 +24,13 @@ def prepare(layout: Layout, mask: Mask, start: int):
 def _flash_is_faster(layout: Layout, mask: Mask) -> bool:
     long = mask.merge is not None or layout.shape[1] >= LENGTH
     return layout.role.device.type == "cpu" and (layout.packed or (mask.looks_ahead and long))
+
+
+def described(device: torch.device) -> str:
+    """What is taken on this device, and why, in a line."""
+    if device.type == "cpu":
+        return (
+            f"flash for light forms, packed rows and rows of {LENGTH} tokens or more, sdpa else "
+            "(the faster one on a CPU)"
+        )
+    return f"sdpa; `attention_backend: flash` is exact too, but has not been timed on {device.type}"

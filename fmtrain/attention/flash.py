@@ -67,16 +67,21 @@ def attend(
     if not isinstance(prepared, Prepared):
         return sdpa.attend(q_BHQD, k_BGKD, v_BGKD, prepared, scale, bias)
     device = q_BHQD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q_BHQD, k_BGKD, v_BGKD = q_BHQD.to(dtype), k_BGKD.to(dtype), v_BGKD.to(dtype)
+    if not torch.is_autocast_enabled(device):
+        return _attend(q_BHQD, k_BGKD, v_BGKD, prepared, scale, bias)
+    dtype = torch.get_autocast_dtype(device)
+    low = q_BHQD.to(dtype), k_BGKD.to(dtype), v_BGKD.to(dtype)
+    with torch.autocast(device, enabled=False):  # which would round the scores of a light form
+        return _attend(*low, prepared, scale, bias)
+
+
+def _attend(q_BHQD, k_BGKD, v_BGKD, prepared: Prepared, scale: float, bias) -> torch.Tensor:
     kernels.check(q_BHQD)
     rows, heads, queries, size = q_BHQD.shape
     q_NHD = _tokens(q_BHQD, prepared.queries)
     k_MGD, v_MGD = _tokens(k_BGKD, prepared.keys), _tokens(v_BGKD, prepared.keys)
-    if bias is None:
-        bias = q_NHD.new_zeros(())
     wide = torch.promote_types(q_NHD.dtype, torch.float32)
+    bias = q_NHD.new_zeros(()) if bias is None else bias
     bias_H1 = bias.to(wide).expand(heads)[:, None]
     if prepared.light is None:
         out_NHD = _Union.apply(q_NHD, k_MGD, v_MGD, bias_H1, prepared, scale)

@@ -77,22 +77,7 @@ def forward(
     and the last key. Every token belongs to a sequence, and every query sees a key.
     """
     if q_NHD.device.type == "cpu":
-        wide = torch.promote_types(q_NHD.dtype, torch.float32)
-        out_NHD = torch.empty_like(q_NHD)
-        lse_HN = q_NHD.new_empty(q_NHD.shape[1], q_NHD.shape[0], dtype=wide)
-        for q, k, mask, aligned in _sequences(q_NHD, k_MGD, ends_q, ends_k, causal):
-            out_1HLD, lse_1HL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _heads_first(q_NHD, q),
-                _heads_first(k_MGD, k),
-                _heads_first(v_MGD, k),
-                0.0,
-                aligned,
-                attn_mask=mask,
-                scale=scale,
-            )
-            out_NHD[q] = out_1HLD[0].transpose(0, 1)
-            lse_HN[:, q] = lse_1HL[0]
-        return out_NHD, lse_HN
+        return _forward_on_cpu(q_NHD, k_MGD, v_MGD, ends_q, ends_k, causal, scale)
     if _used == "flash_attn":
         from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
             _flash_attn_varlen_forward,
@@ -144,23 +129,8 @@ def backward(
     so that each part of a softmax gives its own part of the gradients.
     """
     if q_NHD.device.type == "cpu":
-        grads = [torch.empty_like(each) for each in (q_NHD, k_MGD, v_MGD)]
-        for q, k, mask, aligned in _sequences(q_NHD, k_MGD, ends_q, ends_k, causal):
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                _heads_first(grad_NHD, q),
-                _heads_first(q_NHD, q),
-                _heads_first(k_MGD, k),
-                _heads_first(v_MGD, k),
-                _heads_first(out_NHD, q),
-                lse_HN[None, :, q],
-                0.0,
-                aligned,
-                attn_mask=mask,
-                scale=scale,
-            )
-            for grad, tokens, part in zip(grads, (q, k, k), parts, strict=True):
-                grad[tokens] = part[0].transpose(0, 1)
-        return grads[0], grads[1], grads[2]
+        tensors = grad_NHD, q_NHD, k_MGD, v_MGD, out_NHD, lse_HN
+        return _backward_on_cpu(*tensors, ends_q, ends_k, causal, scale)
     if _used == "flash_attn":
         from flash_attn.flash_attn_interface import (  # pyright: ignore[reportMissingImports]
             _flash_attn_varlen_backward,
@@ -212,6 +182,49 @@ def backward(
 @backward.register_fake
 def _(grad_NHD, q_NHD, k_MGD, v_MGD, *rest):
     return torch.empty_like(q_NHD), torch.empty_like(k_MGD), torch.empty_like(v_MGD)
+
+
+def _forward_on_cpu(
+    q_NHD, k_MGD, v_MGD, ends_q, ends_k, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = torch.promote_types(q_NHD.dtype, torch.float32)
+    out_NHD = torch.empty_like(q_NHD)
+    lse_HN = q_NHD.new_empty(q_NHD.shape[1], q_NHD.shape[0], dtype=wide)
+    for q, k, mask, aligned in _sequences(q_NHD, k_MGD, ends_q, ends_k, causal):
+        out_1HLD, lse_1HL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            _heads_first(q_NHD, q),
+            _heads_first(k_MGD, k),
+            _heads_first(v_MGD, k),
+            0.0,
+            aligned,
+            attn_mask=mask,
+            scale=scale,
+        )
+        out_NHD[q] = out_1HLD[0].transpose(0, 1)
+        lse_HN[:, q] = lse_1HL[0]
+    return out_NHD, lse_HN
+
+
+def _backward_on_cpu(
+    grad_NHD, q_NHD, k_MGD, v_MGD, out_NHD, lse_HN, ends_q, ends_k, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    grads = [torch.empty_like(each) for each in (q_NHD, k_MGD, v_MGD)]
+    for q, k, mask, aligned in _sequences(q_NHD, k_MGD, ends_q, ends_k, causal):
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _heads_first(grad_NHD, q),
+            _heads_first(q_NHD, q),
+            _heads_first(k_MGD, k),
+            _heads_first(v_MGD, k),
+            _heads_first(out_NHD, q),
+            lse_HN[None, :, q],
+            0.0,
+            aligned,
+            attn_mask=mask,
+            scale=scale,
+        )
+        for grad, tokens, part in zip(grads, (q, k, k), parts, strict=True):
+            grad[tokens] = part[0].transpose(0, 1)
+    return grads[0], grads[1], grads[2]
 
 
 def _heads_first(x_NHD: torch.Tensor, tokens: slice) -> torch.Tensor:

@@ -41,7 +41,12 @@ class MaskArguments:
     """Which attention mask the model is trained with."""
 
     mask: str | None = _argument(None, "A policy (`fmtrain policies` lists them), or POLICY+merge.")
-    attention_backend: str = _argument("auto", "auto, reference or sdpa.")
+    attention_backend: str = _argument(
+        "auto", "auto (the faster one, by device and length), flash, sdpa or reference."
+    )
+    flash_impl: str = _argument(
+        "torch", "Kernels of flash: torch's own, flash_attn (the package), or fa3 (Hopper)."
+    )
     base_mask: str | None = _argument(
         None, "The mask that the starting checkpoint records, if neither causal nor `mask`."
     )

@@ -16,15 +16,15 @@ import fmtrain
 from fmtrain import consistency, patch
 from fmtrain.checkpoint import load
 from fmtrain.data import noise, template
-from fmtrain.layout import Layout
+from fmtrain.layout import Layout, Role
 
 
-def results(family, policy, merge=None, lawful=True):
+def results(family, policy, merge=None, lawful=True, backend="auto"):
     """As of a checkpoint of fmtrain's, or with the chat template of the hub."""
     model, processor = families.model(family), copy.copy(families.processor(family))
     if lawful:
         processor.chat_template = template.lawful(processor)
-    with fmtrain.attach(model, policy, merge=merge):
+    with fmtrain.attach(model, policy, backend, merge):
         return {
             result.check: result for result in consistency.check(model, processor, noise.rows())
         }
@@ -126,13 +126,31 @@ def test_decoding_that_differs_is_found(monkeypatch):
 
     attend = sdpa.attend
 
-    def forgetful(q, k, v, prepared, scale):
+    def forgetful(q, k, v, prepared, scale, bias=None):
         first = 1 if prepared is sdpa.STEP else 0
         return attend(q, k[:, :, first:], v[:, :, first:], prepared, scale)
 
     monkeypatch.setattr(sdpa, "attend", forgetful)
     found = results("llava", "v2v")
     assert "logits" in failed(found) and found["mask in each layer: evaluation"].passed
+
+
+@pytest.mark.parametrize("mask", ["v2v", "future+merge"])
+def test_a_plan_of_flash_calls_that_is_off_is_found(mask, monkeypatch):
+    """One visual token is planned as text."""
+    from fmtrain.attention import flash
+
+    prepare = flash.prepare
+
+    def blind(layout, *rest):
+        role = layout.role.clone()
+        for row, token in layout.visual.nonzero()[-1:].tolist():
+            role[row, token] = int(Role.TEXT)
+        return prepare(Layout(role, layout.image, layout.prefill, layout.sample), *rest)
+
+    assert not failed(results("llava", mask, backend="flash"))
+    monkeypatch.setattr(flash, "prepare", blind)
+    assert "mask in each layer" in failed(results("llava", mask, backend="flash"))
 
 
 def test_the_command_line_on_checkpoint_and_recipe(tmp_path):

@@ -26,6 +26,7 @@ from transformers import (
 
 import fmtrain
 from fmtrain import Layout, Mask, Merge, attach, attend, encode
+from fmtrain.attention import BACKENDS
 from fmtrain.consistency import leaks
 from fmtrain.data import noise
 from fmtrain.data.collator import batch, encode_row
@@ -186,7 +187,7 @@ def test_threads_do_not_share_the_layout_or_the_mask(model):
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_autocast_leaves_the_scores_of_a_light_form_in_float32(backend, kernel_size):
     """bfloat16 has 8 bits: values may round by 2^-9 of theirs, scores before a softmax may not."""
     layout = Layout.parse("TT" + "I" * 40 + "J" * 40 + "TT AA")

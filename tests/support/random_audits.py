@@ -17,7 +17,7 @@ import families
 import torch
 
 import fmtrain
-from fmtrain.attention import sdpa
+from fmtrain.attention import reference, sdpa
 from fmtrain.consistency import Result, check
 from fmtrain.data import noise, template
 from fmtrain.masks import Allowed, Mask
@@ -70,7 +70,9 @@ def one_pair_off(rng: random.Random):
             revealed[row, 0, query, int(free.nonzero()[-1])] = True
         if isinstance(prepared, sdpa.Prepared):
             return sdpa.Prepared(pairs.past_B1QK | revealed, False)
-        return replace(prepared, revealed_B1QK=revealed)
+        pooling = replace(reference.prepare(layout, mask, start), revealed_B1QK=revealed)
+        every = torch.arange(revealed.shape[2])
+        return sdpa.Light(original(layout, Mask.of("causal"), start), every, pooling)
 
     sdpa.prepare = prepare
     try:
@@ -87,10 +89,11 @@ def audit(seed: int, broken: bool = False) -> tuple[str, list[Result]]:
     processor.chat_template = template.lawful(processor)
     model = families.model(family, rng.randrange(1000)).to(dtype)
     dialogues = rows(rng)
-    with fmtrain.attach(model, chosen, "sdpa", markers=families.markers(model)):
+    backend = "sdpa" if broken else rng.choice(["sdpa", "flash"])
+    with fmtrain.attach(model, chosen, backend, markers=families.markers(model)):
         with one_pair_off(rng) if broken else contextlib.nullcontext():
             results = check(model, processor, dialogues)
-    return f"{seed}: {family}, {chosen} {chosen.merge or ''}, {dtype}", results
+    return f"{seed}: {family}, {backend}, {chosen} {chosen.merge or ''}, {dtype}", results
 
 
 def main() -> int:

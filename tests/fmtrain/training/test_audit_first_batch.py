@@ -64,7 +64,7 @@ def test_a_mask_that_is_lost_everywhere_is_noticed_by_its_missing_effect(
 def test_a_layer_that_computes_something_else_is_noticed(folder, tmp_path, monkeypatch):
     attend = sdpa.attend
 
-    def louder(q, k, v, prepared, scale):
+    def louder(q, k, v, prepared, scale, bias=None):
         return attend(q, k, v, prepared, 1.01 * scale)
 
     monkeypatch.setattr(sdpa, "attend", louder)

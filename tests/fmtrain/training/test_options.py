@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
 from fmtrain import attach, sft
+from fmtrain.attention import BACKENDS
 from fmtrain.data.collator import Collator
 from fmtrain.data.encode import Encoded
 
@@ -117,7 +118,7 @@ def sizes(batch: int) -> list[str]:
 )
 @given(
     mask=st.sampled_from(MASKS),
-    backend=st.sampled_from(["auto", "sdpa", "reference"]),
+    backend=st.sampled_from(["auto", *BACKENDS]),
     batch=st.sampled_from([1, 2, 4]),
     peft=st.booleans(),
     precision=st.sampled_from(list(PRECISIONS)),

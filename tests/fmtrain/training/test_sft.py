@@ -79,7 +79,7 @@ def test_a_lora_run_writes_adapter_recipe_and_record(folder):
     run = json.loads((out / "run.json").read_text())
     assert (
         run["policy"] == "v2v"
-        and run["backend"] == "sdpa"
+        and run["backend"] == "auto"
         and run["rows"] == 24
         and run["versions"]["torch"] == torch.__version__
     )
@@ -236,6 +236,8 @@ def test_recipe_mistakes(folder):
     assert "'q_prj'" in refused(folder)
     training.write_recipe(folder, attention_backend="flush")
     assert "'flush'" in refused(folder) and "sdpa" in refused(folder)
+    training.write_recipe(folder, flash_impl="fa7")
+    assert "'fa7'" in refused(folder) and "flash_attn" in refused(folder)
     training.write_recipe(folder, mask="causal+merge")
     assert "causal" in refused(folder)
     training.write_recipe(folder)
