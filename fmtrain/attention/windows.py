@@ -221,11 +221,12 @@ def _blocks(
     wide = torch.promote_types(q_nHD.dtype, torch.float32)
     per_group = q_nHD.shape[1] // groups
     step, budget = QUERIES[device.type], SCORES[device.type]
+    on_device = places.to(device)
     one_sample = torch.zeros((), dtype=torch.int64, device=device)
     for first, stop, end in blocks.tolist():
         for begin in range(first, stop, step):
             rows = slice(begin, min(begin + step, stop))
-            own = places[rows].to(device)[:, None]
+            own = on_device[rows, None]
             keys = slice(int(places[begin]) + 1, end)
             index = torch.arange(keys.start, end, device=device)
             role, image, prefill = fields
