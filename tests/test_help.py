@@ -12,7 +12,7 @@ from trl import ModelConfig, SFTConfig
 
 from fmtrain import sft
 from fmtrain.__main__ import main
-from fmtrain.training.recipe import DataArguments, EvaluationArguments, MaskArguments
+from fmtrain.training.arguments import DataArguments, EvaluationArguments, MaskArguments
 
 COMMANDS = []
 for package in ("fmtrain", "eval", "data_prep"):

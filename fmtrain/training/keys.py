@@ -4,7 +4,8 @@ import textwrap
 from argparse import Action
 from dataclasses import fields
 
-from fmtrain.training.recipe import DataArguments, EvaluationArguments, MaskArguments, parser
+from fmtrain.training.arguments import DataArguments, EvaluationArguments, MaskArguments
+from fmtrain.training.recipe import parser
 
 TRL = "https://huggingface.co/docs/trl/sft_trainer"
 WIDTH, COLUMN = 100, 36
