@@ -198,7 +198,7 @@ def test_a_decoded_token_is_left_to_sdpa():
     assert flash.STEP is sdpa.STEP
 
 
-def test_auto_takes_flash_for_light_forms_packed_rows_and_long_ones():
+def test_auto_takes_flash_for_packed_rows_and_long_ones():
     auto = get_backend("auto")
     long = Layout.parse("T" + "I" * 2046 + "A")
 
@@ -208,8 +208,12 @@ def test_auto_takes_flash_for_light_forms_packed_rows_and_long_ones():
 
     short, packed = Layout.parse("TIIT A"), Layout.parse("TIIT A | TIT A")
     assert [chosen(layout, "v2v") for layout in (short, packed, long)] == ["sdpa", "flash", "flash"]
-    assert [chosen(short, "v2v+merge"), chosen(packed, "causal")] == ["flash", "flash"]
+    assert [chosen(short, "v2v+merge"), chosen(packed, "causal")] == ["sdpa", "flash"]
     assert [chosen(long, "causal"), chosen(long[:, :2047], "v2v")] == ["sdpa", "sdpa"]
+    assert [chosen(long[:, :128], "v2v+merge"), chosen(long[:, :127], "v2v+merge")] == [
+        "flash",
+        "sdpa",
+    ]
     q, k, v = tensors(packed)
     for mask in ("v2v", "future+merge"):
         out = plan(packed, Mask.parse(mask), auto).attend(q, k, v)
