@@ -1,5 +1,5 @@
-"""Rows into batches: encoded dialogues, padded on one side, pixels of all images behind one
-another.
+"""Rows into batches: encoded dialogues, several of them in one row or each in its own, padded on
+one side, pixels of all images behind one another.
 
 A row is a dict with `messages` and `images` (names below the image folder, `datasets.Image` cells
 or PIL images), and perhaps an `id`, an `image_root`, its own image folder (in a mix of several
@@ -7,7 +7,8 @@ sets), and `prompt_messages`, how many of its messages are a prompt whose answer
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -70,16 +71,36 @@ def batch(processor, rows: Sequence[Encoded], padding_side: str = "right") -> En
         if name in rows[0].inputs:
             padded = [pad(row.inputs[name], side, value=value) for row, side in zip(rows, sides)]
             merged[name] = torch.cat(padded)
-    for inputs, _ in rows:
-        for name in inputs:
-            if name not in merged:
-                merged[name] = _stack([row.inputs[name] for row in rows if name in row.inputs])
-    return Encoded(merged, layout)
+    return Encoded({**merged, **_pixels(rows)}, layout)
+
+
+def pack(samples: Sequence[Encoded]) -> Encoded:
+    """Encoded samples with their labels behind one another in one row [1, T]; none make a row
+    without tokens."""
+    if len(samples) == 1:
+        return samples[0]
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    layouts = [Layout(nothing, nothing, nothing, nothing)]
+    for number, (_, layout) in enumerate(samples):
+        layouts.append(replace(layout, sample=layout.sample + number))
+    merged = {}
+    for name in ("input_ids", "labels"):
+        merged[name] = torch.cat([nothing, *(sample.inputs[name] for sample in samples)], dim=1)
+    return Encoded({**merged, **_pixels(samples)}, Layout.cat(layouts, dim=1))
+
+
+def _pixels(rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Pixels, sizes and counts of the images of several rows, in their order."""
+    names = dict.fromkeys(chain.from_iterable(row.inputs for row in rows))
+    stacked = {}
+    for name in names:
+        if name not in ("input_ids", "labels", "attention_mask"):
+            stacked[name] = _stack([row.inputs[name] for row in rows if name in row.inputs])
+    return stacked
 
 
 def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Pixels (and sizes) of several rows along the first dimension; llava-next pads images to the
-    most tiles."""
+    """Along the first dimension; llava-next pads images to the most tiles."""
     if tensors[0].ndim == 5:
         tiles = max(tensor.shape[1] for tensor in tensors)
         tensors = [
@@ -90,8 +111,10 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 @dataclass
 class Collator:
-    """A list of rows into one training batch: ids, padding mask, pixels, labels and the tensors of
-    the layout.
+    """A list of rows, or of packs (lists of rows that share one), into one training batch: ids,
+    padding mask, pixels, labels and the tensors of the layout.
+
+    padding_free: the whole batch shares one row.
 
     blank: model inputs of any row with an image. With several processes, a batch without images
     gets that image in its padding, where nothing attends to it and no gradient comes from: every
@@ -103,12 +126,17 @@ class Collator:
     image_root: str | Path = "."
     max_pixels: int = MAX_PIXELS
     blank: dict[str, torch.Tensor] | None = None
+    padding_free: bool = False
 
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        if rows[0]["messages"] is None:
+    def __call__(self, rows: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
+        packs = [row if isinstance(row, list) else [row] for row in rows]
+        if self.padding_free:
+            packs = [list(chain.from_iterable(packs))]
+        if any(row["messages"] is None for row in chain.from_iterable(packs)):
             # A batch before the one that a stream resumes at; the trainer throws it away.
             return {}
-        inputs, layout = batch(self.processor, [self.encode(row) for row in rows])
+        packed = [pack(list(map(self.encode, samples))) for samples in packs]
+        inputs, layout = batch(self.processor, packed)
         if self.blank is not None and "pixel_values" not in inputs:
             inputs, layout = self._with_blank(inputs, layout)
         return Encoded(inputs, layout).kwargs()

@@ -1,14 +1,20 @@
 """Which rows share a packed row, and what the packed row is: every sample of it as it is alone."""
 
+import functools
 from itertools import chain
 
 import datasets
+import families
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fmtrain import POLICIES, Merge, attach
 from fmtrain.data import packing
+from fmtrain.data.collator import Collator, batch, pack
+from fmtrain.data.encode import IGNORED, Encoded
 from fmtrain.data.packing import Packs, best_fit, packed
 from fmtrain.data.row_format import LENGTH
 
@@ -53,8 +59,8 @@ def test_best_fit_is_that_of_a_slow_search(lengths):
     expected: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
         fits = []
-        for k, pack in enumerate(expected):
-            room = LIMIT - sum(lengths[row] for row in pack)
+        for k, taken in enumerate(expected):
+            room = LIMIT - sum(lengths[row] for row in taken)
             if room >= lengths[number]:
                 fits.append((room, k))
         if fits:
@@ -70,10 +76,9 @@ def test_a_row_stays_in_its_window_or_waits_for_the_next(monkeypatch):
     lengths = np.array([13, 5, 40, 21, 8, 30, 2, 11] * 5)
     long, short = (packed(lengths, np.arange(n), LIMIT, 2) for n in (40, 24))
     assert long[:6] == short[:6]
-    for place, pack in enumerate(long):
-        windows = {row // 8 for row in pack}
-        assert max(windows) - min(windows) <= 1, (place, pack)
-    assert [min(pack) // 8 for pack in long] != [0] * len(long)
+    for found in long:
+        assert max(found) // 8 - min(found) // 8 <= 1, found
+    assert max(min(found) for found in long) // 8 == 4
 
 
 def test_the_packs_of_a_group_have_about_as_many_tokens():
@@ -107,3 +112,130 @@ def test_without_a_limit_every_row_is_alone_and_groups_are_filled_with_nothing(c
     packs = Packs(rows([9] * count), None, group=4)
     assert len(packs) == expected
     assert list(packs) == [[k] for k in range(count)] + [[]] * (expected - count)
+
+
+# --- what a packed row is -------------------------------------------------------------------------
+
+NEAR = dict(rtol=0, atol=1e-10)
+VARIANTS = [*POLICIES, *(f"{name}+merge" for name in POLICIES if name != "causal")]
+MASKS = ["causal", "v2v", "prefix_lm", "image", "future+merge", "v2v+merge"]
+NAMES = ("single", "text", "three", "two_turns")  # of the dialogues of tests/support/families.py
+
+
+def samples_of(family: str) -> list[Encoded]:
+    """Dialogues with 1, 0, 3 and 2 images, of one turn and of two, with what is learnt of them."""
+    encoded = []
+    for name in NAMES:
+        messages, images = families.dialogues()[name]
+        row = {"messages": messages, "images": images}
+        encoded.append(Collator(families.processor(family)).encode(row))
+    return encoded
+
+
+@functools.cache
+def precise(family: str):
+    """In float64, where packing shows and rounding does not."""
+    return families.model(family).double()
+
+
+def forward(model, encoded: Encoded) -> torch.Tensor:
+    inputs = {name: value for name, value in encoded.to(model).kwargs().items() if name != "labels"}
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def attach_to(model, variant: str):
+    merge = Merge(prefix=2) if variant.endswith("+merge") else None
+    return attach(model, variant, "sdpa", merge)
+
+
+def test_a_packed_row_has_every_sample_whole_and_positions_that_restart(family):
+    samples = samples_of(family)
+    row = pack(samples)
+    lengths = [sample.layout.shape[1] for sample in samples]
+    assert row.layout.shape == (1, sum(lengths))
+    positions = list(chain.from_iterable(map(range, lengths)))
+    assert row.layout.positions()[0].tolist() == positions
+    pictures = [str(sample.layout) for sample in samples]
+    assert str(row.layout) == "|".join(pictures)
+    begin = 0
+    for number, (sample, length) in enumerate(zip(samples, lengths)):
+        part = slice(begin, begin + length)
+        begin += length
+        for name in ("input_ids", "labels"):
+            assert torch.equal(row.inputs[name][:, part], sample.inputs[name])
+        assert set(row.layout.sample[0, part].tolist()) == {number}
+        assert torch.equal(row.layout.image[:, part], sample.layout.image)
+        # the sample before it does not foretell its first token
+        assert sample.inputs["labels"][0, 0] == IGNORED
+    images = [
+        sample.inputs["pixel_values"] for sample in samples if "pixel_values" in sample.inputs
+    ]
+    assert len(row.inputs["pixel_values"]) == sum(map(len, images))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_logits_of_a_packed_sample_are_those_of_the_sample_alone(family, variant):
+    """Beside a shorter row, so that one is padded too."""
+    model, samples = precise(family), samples_of(family)
+    rows = batch(families.processor(family), [pack(samples[:3]), samples[3]])
+    assert rows.layout.packed and rows.layout.padded
+    with attach_to(model, variant):
+        together = forward(model, rows)
+        begin = 0
+        for sample in samples[:3]:
+            alone = forward(model, sample)
+            end = begin + alone.shape[1]
+            torch.testing.assert_close(together[:1, begin:end], alone, **NEAR)
+            begin = end
+        alone = forward(model, samples[3])
+        torch.testing.assert_close(together[1:, : alone.shape[1]], alone, **NEAR)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_changed_sample_moves_no_bit_of_its_neighbours(variant):
+    """Its ids and its pixels; its own logits do move."""
+    model, samples = families.model("llava"), samples_of("llava")
+    lengths = [sample.layout.shape[1] for sample in samples]
+    with attach_to(model, variant):
+        before = forward(model, pack(samples))
+        for number, sample in enumerate(samples):
+            ids = sample.inputs["input_ids"]
+            inputs = {**sample.inputs, "input_ids": torch.where(sample.layout.visual, ids, ids + 1)}
+            if "pixel_values" in inputs:
+                inputs["pixel_values"] = -inputs["pixel_values"]
+            changed = [*samples]
+            changed[number] = Encoded(inputs, sample.layout)
+            moved = (forward(model, pack(changed)) != before).any(-1)[0]
+            own = (
+                torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(lengths)) == number
+            )
+            assert not moved[~own].any() and moved[own].all()
+
+
+def gradients(model, rows: list[Encoded], processor) -> tuple[float, dict[str, torch.Tensor]]:
+    """The mean over all answer tokens, by the model's own loss, and the gradients."""
+    model.zero_grad()
+    encoded = batch(processor, rows).to(model)
+    learnt = (encoded.inputs["labels"][:, 1:] != IGNORED).sum()
+    loss = model(**encoded.kwargs(), num_items_in_batch=learnt).loss
+    loss.backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[name] = parameter.grad.clone()
+    return loss.item(), found
+
+
+@pytest.mark.parametrize("variant", MASKS)
+def test_loss_and_gradients_are_those_of_the_rows(family, variant):
+    model, processor, samples = precise(family), families.processor(family), samples_of(family)
+    with attach_to(model, variant):
+        loss, expected = gradients(model, samples, processor)
+        for rows in ([pack(samples)], [pack(samples[:2]), pack(samples[2:])]):
+            again, found = gradients(model, rows, processor)
+            assert again == pytest.approx(loss, rel=1e-6)  # summed in float32
+            assert found.keys() == expected.keys() and len(expected) > 20
+            for name, gradient in expected.items():
+                difference = (found[name] - gradient).abs().max().item()
+                assert difference <= 1e-6 * gradient.abs().max().item(), name
