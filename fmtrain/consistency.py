@@ -193,10 +193,24 @@ def _placeholders(inner) -> torch.Tensor:
     return torch.tensor([token for token in tokens if token is not None], device=inner.device)
 
 
+def _cuts(layout: Layout) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What is changed and what must not move then, bool [B, T] each: all tokens from the k-th
+    answer of a row on, and those before; a sample of a packed row, and all others."""
+    starts = layout.answer
+    starts[:, 1:] &= ~layout.answer[:, :-1]
+    for turn in range(int(starts.sum(1).max())):
+        behind = (starts.cumsum(1) > turn) & layout.real
+        yield behind, ~behind & layout.real
+    if layout.packed:
+        for sample in range(int(layout.sample.max()) + 1):
+            own = layout.sample == sample
+            yield own, ~own & layout.real
+
+
 @torch.no_grad()
 def leaks(model, encoded: Encoded) -> Result:
     """Change every token from the start of each answer on, and look whether any earlier logit moves
-    by a bit.
+    by a bit; of packed rows, change every sample, and look whether a logit of another does.
 
     encoded: a batch as in training. All text and answer ids behind the cut are replaced.
     """
@@ -205,16 +219,12 @@ def leaks(model, encoded: Encoded) -> Result:
     ids, moved, cuts = inputs["input_ids"], 0, 0
     inner = unwrap(model)  # `model` may be wrapped for several processes
     vocabulary, placeholders = inner.get_input_embeddings().num_embeddings, _placeholders(inner)
-    starts = layout.answer
-    starts[:, 1:] &= ~layout.answer[:, :-1]
-    for turn in range(int(starts.sum(1).max())):
-        behind = (starts.cumsum(1) > turn) & layout.real  # from this turn's answer on
+    for behind, protected in _cuts(layout):
         other = (ids + 1) % vocabulary
         while bool((among := torch.isin(other, placeholders)).any()):
             other = torch.where(among, (other + 1) % vocabulary, other)
         changed = torch.where(behind & ~layout.visual, other, ids)
         after = model(**Encoded({**inputs, "input_ids": changed}, layout).kwargs()).logits
-        protected = ~behind & layout.real
         moved += int((before != after).any(-1)[protected].sum())
         cuts += int(behind.any(1).sum())
     return Result(

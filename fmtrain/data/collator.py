@@ -75,8 +75,8 @@ def batch(processor, rows: Sequence[Encoded], padding_side: str = "right") -> En
 
 
 def pack(samples: Sequence[Encoded]) -> Encoded:
-    """Encoded samples with their labels behind one another in one row [1, T]; none make a row
-    without tokens."""
+    """Encoded samples behind one another in one row [1, T], with their labels if they have them;
+    none make a row without tokens."""
     if len(samples) == 1:
         return samples[0]
     nothing = torch.zeros(1, 0, dtype=torch.long)
@@ -85,7 +85,9 @@ def pack(samples: Sequence[Encoded]) -> Encoded:
         layouts.append(replace(layout, sample=layout.sample + number))
     merged = {}
     for name in ("input_ids", "labels"):
-        merged[name] = torch.cat([nothing, *(sample.inputs[name] for sample in samples)], dim=1)
+        if all(name in sample.inputs for sample in samples):
+            joined = [nothing, *(sample.inputs[name] for sample in samples)]
+            merged[name] = torch.cat(joined, dim=1)
     return Encoded({**merged, **_pixels(samples)}, Layout.cat(layouts, dim=1))
 
 

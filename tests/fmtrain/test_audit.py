@@ -13,9 +13,10 @@ import torch
 import training
 
 import fmtrain
-from fmtrain import consistency, patch
+from fmtrain import consistency, patch, policies
 from fmtrain.checkpoint import load
 from fmtrain.data import noise, template
+from fmtrain.data.collator import batch, encode_row, pack
 from fmtrain.layout import Layout, Role
 
 
@@ -43,6 +44,27 @@ def test_a_merged_policy_passes():
 
 def failed(found) -> set[str]:
     return {name.split(":")[0] for name, result in found.items() if not result.passed}
+
+
+@pytest.mark.parametrize("mask", ["causal", "v2v", "future+merge"])
+@pytest.mark.parametrize("broken", [None, "past", "revealed"])
+def test_a_leak_between_the_samples_of_a_packed_row_is_found(mask, broken, monkeypatch):
+    """Later samples that read earlier ones, and images that see those of later samples."""
+    model, processor = families.model("llava"), families.processor("llava")
+    rows = [encode_row(processor, row) for row in noise.rows()]
+    encoded = batch(processor, [pack(rows[:2]), pack(rows[1:])])
+    if broken is not None:
+        original = getattr(policies, broken)
+
+        def boundless(*tokens):
+            one = [each._replace(sample=each.sample.clamp(max=0)) for each in tokens[-2:]]
+            return original(*tokens[:-2], *one)
+
+        monkeypatch.setattr(policies, broken, boundless)
+    with fmtrain.attach(model, mask, "sdpa"):
+        found = consistency.leaks(model, encoded)
+    sound = broken is None or (broken == "revealed" and mask == "causal")
+    assert found.passed == sound, found
 
 
 def test_a_leak_is_found(monkeypatch):
