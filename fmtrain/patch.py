@@ -91,6 +91,7 @@ def attach(
     backend: str = "auto",
     merge: Merge | None = None,
     markers: Markers | None = None,
+    packed: bool = False,
 ) -> "Handle":
     """Give `model` (a transformers VLM, wrapped by PEFT or not) a mask, in training, evaluation and
     `generate` alike.
@@ -99,8 +100,9 @@ def attach(
     it makes of a bare policy too. backend: `auto`, or a name of `fmtrain.attention.BACKENDS`. With
     `auto`, a policy that reveals nothing leaves the model's own attention in place where that is
     causal. markers: `fmtrain.markers(processor)`, by which a forward or `generate` without a layout
-    finds the answers of earlier turns; a checkpoint of fmtrain's records them. Returns a handle
-    that is a context manager and has `.detach()`.
+    finds the answers of earlier turns; a checkpoint of fmtrain's records them. packed: whether rows
+    will hold several samples, which only a backend keeps apart. Returns a handle that is a context
+    manager and has `.detach()`.
 
     Raises `ValueError` for an unknown name, a model that already carries a mask, a model loaded
     with flash_attention_2 or another implementation that would drop the mask, one with layers that
@@ -111,7 +113,8 @@ def attach(
     before = attached(inner)
     if before is not None:
         raise ValueError(f"the model already carries the mask '{before.mask}': detach it first")
-    return Handle(inner, mask, backend, markers or recorded_markers(inner.config))
+    known = markers or recorded_markers(inner.config)
+    return Handle(inner, mask, backend, known, packed)
 
 
 class _PerThread(threading.local):
@@ -126,12 +129,17 @@ class Handle:
     for bit."""
 
     def __init__(
-        self, inner: PreTrainedModel, mask: Mask, backend: str, markers: Markers | None = None
+        self,
+        inner: PreTrainedModel,
+        mask: Mask,
+        backend: str,
+        markers: Markers | None = None,
+        packed: bool = False,
     ):
         self._mask, self._here, self._markers = mask, _PerThread(), markers
         # Whether the model's own attention serves, which must be causal.
         own = inner.config.model_type in CAUSAL_HOSTS
-        self.host = backend == "auto" and not mask.looks_ahead and own
+        self.host = backend == "auto" and not mask.looks_ahead and own and not packed
         self.backend = attention.get_backend(backend)
         self._inner = inner
         self._before = inner.config.get_text_config()._attn_implementation
@@ -222,7 +230,7 @@ class Handle:
         if self.host:
             if layout is not None and layout.packed:
                 raise ValueError(
-                    "packed rows need a backend of fmtrain's: attach with backend='sdpa'"
+                    "packed rows need a backend of fmtrain's: attach with packed=True"
                 )
             if layout is not None and kwargs.get("attention_mask") is None and layout.padded:
                 raise ValueError("the layout has padding: pass its attention_mask as well")

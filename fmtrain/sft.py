@@ -21,7 +21,7 @@ from fmtrain.command_line import asks_for_help, one_line, quiet
 from fmtrain.data.aspect import described
 from fmtrain.data.render import markers
 from fmtrain.patch import attach
-from fmtrain.training import keys, trainable
+from fmtrain.training import keys, packing, trainable
 from fmtrain.training import recipe as recipes
 from fmtrain.training.answers import answers_of
 from fmtrain.training.model import load_processor_of, load_weights
@@ -57,15 +57,14 @@ def main(arguments: list[str]) -> int:
 
     kernels.use(recipe.masking.flash_impl)
     model = load_weights(recipe)
-    handle = attach(
-        model, recipe.mask, recipe.masking.attention_backend, markers=markers(processor)
-    )
-    if recipe.masking.attention_backend == "auto" and not handle.host:
+    backend, packed = recipe.masking.attention_backend, packing.packs(training)
+    handle = attach(model, recipe.mask, backend, markers=markers(processor), packed=packed)
+    if backend == "auto" and not handle.host:
         say(f"attention: {auto.described(training.device)}")
     stop = SaveOnTerm()
     trainer = build_trainer(recipe, model, processor, rows, eval_rows, stop, answers)
     say(trainable.summary(trainer.model))
-    record = record_of(recipe, handle, processor, rows, trainer.model)
+    record = record_of(recipe, handle, processor, rows, trainer.model, trainer.packs)
     check_resumed(checkpoint, record)
 
     with recorded(recipe, record, trainer.is_world_process_zero()):

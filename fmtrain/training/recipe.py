@@ -20,6 +20,7 @@ import fmtrain
 from fmtrain.command_line import folded, nearest
 from fmtrain.masks import LIGHT, Mask, parse_masks
 from fmtrain.tiny import CHECKPOINT
+from fmtrain.training import packing
 from fmtrain.training.arguments import DataArguments, EvaluationArguments, MaskArguments
 
 PACKAGE = Path(fmtrain.__file__).parent
@@ -70,13 +71,6 @@ class Recipe:
         """The seed of the rows: their draw, their order."""
         return self.training.seed if self.training.data_seed is None else self.training.data_seed
 
-    @property
-    def rows_of_run(self) -> int | None:
-        """How many rows a run with a number of steps takes; None for one that counts epochs."""
-        training = self.training
-        batches = training.max_steps * training.gradient_accumulation_steps * training.world_size
-        return batches * training.train_batch_size if batches > 0 else None
-
 
 class _Parser(TrlParser):
     def error(self, message: str):
@@ -122,6 +116,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
         )
     check_init(path, training.model_init_kwargs)
     _check_use_of_rows(path, data, training, {*values, *changed})
+    packing.check(path, training, data.dataset_streaming)
     mask = masking.parse()
     if masking.base_mask is not None:
         parse_masks([masking.base_mask])

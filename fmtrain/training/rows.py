@@ -11,6 +11,7 @@ from fmtrain.data.checks import prepare
 from fmtrain.data.files import Rows
 from fmtrain.data.row_format import BOX_FRAMES, LENGTH, box_frame
 from fmtrain.data.sources import DIGITS, Source
+from fmtrain.training import packing
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.run_folder import trainer_state
 from fmtrain.training.tracking import say
@@ -88,8 +89,21 @@ def _mixed(
     entries, sets = mixing.entries(data.datasets), []
     for entry in entries:
         sets.append(check(files.load(entry, image_root=entry.image_root), entry.path))
-    run = recipe.rows_of_run
+    run = _rows_of_run(recipe, entries, sets)
     return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, run, say).head(first)
+
+
+def _rows_of_run(recipe: Recipe, entries: list[mixing.Entry], sets: list[Rows]) -> int | None:
+    """How many rows of a mix of weights a run with a number of steps takes; None for one that
+    counts epochs."""
+    training = recipe.training
+    batches = training.max_steps * training.gradient_accumulation_steps * training.world_size
+    if batches <= 0:
+        return None
+    rows, checked = batches * training.train_batch_size, LENGTH in sets[0].rows.column_names
+    if training.packing and checked and mixing.only_weights(entries):
+        return packing.rows_that_fill(rows, training, entries, sets, recipe.data_seed)
+    return rows
 
 
 def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> Rows | None:

@@ -19,6 +19,7 @@ from fmtrain.checkpoint import recorded_mask
 from fmtrain.command_line import write_whole
 from fmtrain.data.aspect import aspect_of
 from fmtrain.data.files import Rows
+from fmtrain.data.packing import Packs
 from fmtrain.data.row_format import LENGTH
 from fmtrain.patch import Handle
 from fmtrain.provenance import revision, versions
@@ -29,7 +30,7 @@ RECORD, RECIPE, CONFIG = "run.json", "recipe.yaml", "config.json"
 STATE = "trainer_state.json"  # the last file of a checkpoint, and of a run
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 # What a run cannot change when it is resumed; the mask is checked before anything is loaded.
-FIXED = ("base_model", "data", "image_aspect", "trainable", "lora")
+FIXED = ("base_model", "data", "image_aspect", "trainable", "lora", "packing")
 
 
 def checkpoint_of(recipe: Recipe) -> str | None:
@@ -137,7 +138,14 @@ def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint}: step {done} is the end already ({end}); nothing to resume")
 
 
-def record_of(recipe: Recipe, handle: Handle, processor, rows: Rows, model: nn.Module) -> dict:
+def record_of(
+    recipe: Recipe,
+    handle: Handle,
+    processor,
+    rows: Rows,
+    model: nn.Module,
+    packs: Packs | None = None,
+) -> dict:
     """What a run is made with."""
     lora = get_peft_config(recipe.model)
     return {
@@ -148,6 +156,7 @@ def record_of(recipe: Recipe, handle: Handle, processor, rows: Rows, model: nn.M
         "rows": rows.size,
         "rows_dropped": rows.dropped,
         "data": fingerprint(rows),
+        "packing": None if packs is None else packs.record(),
         "image_aspect": aspect_of(processor),
         "trainable": trainable.counts(model),
         "lora": None if lora is None else {"rank": lora.r, "alpha": lora.lora_alpha},

@@ -15,10 +15,11 @@ from fmtrain import consistency
 from fmtrain.checkpoint import is_adapter
 from fmtrain.data import noise
 from fmtrain.data.collator import Collator, encode_row
-from fmtrain.data.encode import Encoded
+from fmtrain.data.encode import IGNORED, Encoded
 from fmtrain.data.files import Rows
+from fmtrain.data.packing import Packs
 from fmtrain.patch import attached, unwrap
-from fmtrain.training import trainable
+from fmtrain.training import packing, trainable
 from fmtrain.training.answers import Answers
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.tracking import say
@@ -29,6 +30,17 @@ class MaskedSFTTrainer(SFTTrainer):
     `config.json`, and the metrics of `answers` are among those of every evaluation."""
 
     answers: Answers | None = None
+    packs: Packs | None = None
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.packs is None:
+            return super()._get_train_sampler(train_dataset)
+        return self.packs
+
+    def _get_eval_sampler(self, eval_dataset):
+        if isinstance(eval_dataset, Packs):
+            return eval_dataset
+        return super()._get_eval_sampler(eval_dataset)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Draws no random number of training's; the loader of the evaluation rows would."""
@@ -42,11 +54,24 @@ class MaskedSFTTrainer(SFTTrainer):
             np.random.set_state(before[1])
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The loss is the mean over all answer tokens; transformers' is one over batches, whose
+        rows would count the less the more of them share a row."""
+        self._learnt = [0.0, 0]  # the sum of their losses, their number
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = torch.tensor([self._learnt], device=self.args.device)
+        total, count = self.accelerator.gather(sums).sum(0).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(1, count)
         if self.answers is not None:
             metrics = self.answers.metrics(self.model, self.accelerator, metric_key_prefix)
             output.metrics.update(metrics)
         return output
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        results = super().prediction_step(model, inputs, *args, **kwargs)
+        count = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        self._learnt[0] += float(results[0]) * count
+        self._learnt[1] += count
+        return results
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """transformers looks for the module's own parameter names, but a LLaVA is saved under the
@@ -71,6 +96,8 @@ class MaskedSFTTrainer(SFTTrainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self.packs is not None:
+            self.packs.epoch = kwargs["epoch"]
         super()._run_epoch(*args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -159,6 +186,8 @@ def build_trainer(
     training = copy.copy(recipe.training)
     training.max_length = None  # rows are dropped whole, before training; TRL would cut them
     training.dataset_kwargs = {"skip_prepare_dataset": True}
+    training.packing = training.padding_free = False  # of images TRL refuses both
+    training.eval_packing = None
     if rows.ordered and training.train_sampling_strategy == "random":
         training.train_sampling_strategy = "sequential"
     blank = encode_row(processor, noise.rows()[1]).inputs  # a row with one image
@@ -174,7 +203,11 @@ def build_trainer(
         model=model,
         args=training,
         data_collator=Collator(
-            processor, rows.image_root, recipe.data.max_pixels, blank if several else None
+            processor,
+            rows.image_root,
+            recipe.data.max_pixels,
+            blank if several else None,
+            recipe.training.padding_free,
         ),
         train_dataset=rows.rows,
         eval_dataset=eval_rows.rows if eval_rows else None,
@@ -182,8 +215,15 @@ def build_trainer(
         peft_config=lora,
     )
     trainer.answers = answers
+    if eval_rows is not None:
+        trainer.eval_dataset = packing.evaluation_packs(recipe.training, eval_rows.rows)
     trainable.run_tower_without_graph(trainer.model)
-    first = rows.first(max(2, min(4, training.per_device_train_batch_size)))
+    first = rows.first(count := max(2, min(4, training.per_device_train_batch_size)))
+    if recipe.training.packing:
+        packs = packing.training_packs(recipe.training, rows, recipe.data_seed)
+        trainer.packs = trainer.train_dataset = packs
+        first = [packs[pack] for pack in packs.small(count)]
+        say(str(packs))
     for callback in (
         AuditFirstBatch(trainer, first),
         trainable.EveryParameterLearns(trainer.model),

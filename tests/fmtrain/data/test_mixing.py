@@ -254,7 +254,7 @@ def test_the_evaluation_loss_opens_the_pictures_of_its_own_set(place, tmp_path, 
     processor, model = families.processor("llava"), families.model("llava")
     rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
     trainer = build_trainer(recipe, model, processor, rows, held_out, SaveOnTerm())
-    batch = trainer.data_collator([trainer.eval_dataset[0]])
+    batch = trainer.data_collator([trainer.eval_dataset[[0]]])
     own = data.load(str(place / "b"))
     expected = encode_row(processor, own.rows[0], own.image_root)
     assert torch.equal(batch["pixel_values"], expected.inputs["pixel_values"])
