@@ -13,7 +13,7 @@ LEARNING = "train_parts", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "l
 CONCEPTS = {
     "The mask": [key.name for key in fields(MaskArguments)],
     "The data": [key.name for key in fields(DataArguments) if key.name != "train_parts"]
-    + ["max_length", "dataset_num_proc", "dataloader_num_workers"],
+    + ["max_length", "packing", "padding_free", "dataset_num_proc", "dataloader_num_workers"],
     "The model, and what of it learns": ["model_name_or_path", "dtype", *LEARNING],
     "The run": [
         *("output_dir", "run_name", "resume_from_checkpoint", "max_steps", "num_train_epochs"),
@@ -23,13 +23,16 @@ CONCEPTS = {
     ],
     "Evaluation": [
         *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "metric_for_best_model"),
-        *("greater_is_better", "load_best_model_at_end"),
+        *("greater_is_better", "load_best_model_at_end", "eval_packing"),
         *(key.name for key in fields(EvaluationArguments)),
     ],
 }
 OPEN = {"output_dir": "runs/RECIPE-MASK-sSEED", "run_name": "RECIPE-MASK-sSEED"}
 OURS = {  # where TRL's text says something else, or little
     "max_length": "Rows of more tokens are dropped whole and counted.",
+    "packing": "Several rows in one of at most max_length tokens; batch sizes count packed rows.",
+    "padding_free": "All rows of a batch in one, without padding.",
+    "eval_packing": "packing of the evaluation rows; by default as in training.",
     "model_name_or_path": "A name on the hub, a folder, or `tiny`, the model inside the package.",
     "output_dir": "Where the run is written; a new folder, unless it is resumed.",
     "run_name": "Of the run, in W&B and elsewhere.",

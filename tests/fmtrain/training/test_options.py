@@ -31,6 +31,7 @@ PRECISIONS = {  # options, relative tolerance of the loss: of float32, and of 8 
     "float32": ([], 1e-5),
     "autocast": (["--use_cpu", "true", "--bf16", "true"], 2e-2),
 }
+GRADIENTS = 3e-4  # of float32: so loud a model differs from its twin in float64 by 5e-5
 CHECKPOINTING = {
     "none": [],
     "reentrant": ["--gradient_checkpointing_kwargs", '{"use_reentrant": true}'],
@@ -44,6 +45,8 @@ OTHERS = [
     ["--auto_find_batch_size", "true"],
     ["--include_num_input_tokens_seen", "true"],
     ["--torch_empty_cache_steps", "1"],
+    ["--padding_free", "true"],
+    ["--packing", "true", "--max_length", "100"],
 ]
 ROWS = 4
 EXAMPLES = int(os.environ.get("OPTION_EXAMPLES", "6"))
@@ -144,7 +147,7 @@ def test_options_do_not_change_the_mask(
     step = first_step(folder, mask, *sizes(batch), *fixed, *options)
     assert float(step["loss"]) == pytest.approx(expected(folder, mask), rel=tolerance)
     assert float(step["grad_norm"]) == pytest.approx(
-        plain_gradient(folder, mask, *fixed), rel=10 * tolerance
+        plain_gradient(folder, mask, *fixed), rel=max(GRADIENTS, 10 * tolerance)
     )
 
 

@@ -161,7 +161,7 @@ def test_tokens_are_counted_without_padding(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("free", ["false", "true"], ids=["padded", "padding free"])
-def test_two_processes_give_the_losses_of_one(folder, free):
+def test_two_processes_of_a_packed_run_give_the_losses_of_one(folder, free):
     """A pack a process is what two packs are to one; text alone is in some, and the evaluation
     counts every row once."""
     shutil.copy(folder / "data" / "rows.jsonl", folder / "data" / "held.jsonl")
