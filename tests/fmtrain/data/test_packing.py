@@ -239,3 +239,25 @@ def test_loss_and_gradients_are_those_of_the_rows(family, variant):
             for name, gradient in expected.items():
                 difference = (found[name] - gradient).abs().max().item()
                 assert difference <= 1e-6 * gradient.abs().max().item(), name
+
+
+def test_a_row_without_samples_is_padding_and_runs_the_same_modules():
+    """What a process gets that has no row left; the picture is one that nothing attends to."""
+    processor, model = families.processor("llava"), families.model("llava")
+    messages, images = families.dialogues()["single"]
+    row = {"messages": messages, "images": images}
+    blank = Collator(processor).encode(row).inputs
+    collator = Collator(processor, blank={key: blank[key] for key in ("input_ids", "pixel_values")})
+    runs = []
+    hook = model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    with attach(model, "v2v", "sdpa"):
+        for rows, learnt in (([[], []], 0), ([[], [row]], int((blank["labels"] != IGNORED).sum()))):
+            inputs = collator(rows)
+            assert int((inputs["labels"] != IGNORED).sum()) == learnt
+            assert not inputs["attention_mask"][0].any()
+            out = model(**inputs, num_items_in_batch=torch.tensor(max(1, learnt)))
+            assert out.logits.isfinite().all() and out.loss.isfinite()
+            assert (out.loss > 0) == bool(learnt)
+            out.loss.backward()
+    hook.remove()
+    assert len(runs) == 2

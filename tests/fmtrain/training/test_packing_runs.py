@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from fmtrain import attach, policies, sft
 from fmtrain.data.collator import Collator
 from fmtrain.data.encode import IGNORED
+from fmtrain.data.packing import Packs
 from fmtrain.training.recipe import read
 from fmtrain.training.rows import evaluation_rows, training_rows
 from fmtrain.training.trainer import SaveOnTerm, build_trainer
@@ -114,14 +115,24 @@ def test_every_row_comes_once_an_epoch_with_and_without_workers(folder):
     assert found[0] == found[1]
 
 
-def test_a_resumed_run_goes_on_in_its_packs_bit_for_bit(folder):
-    """In its first epoch, where the second begins, and in the second."""
+def test_a_resumed_run_goes_on_in_its_packs_bit_for_bit(folder, monkeypatch):
+    """In its first epoch, where the second begins, and in the second, which has packs of its
+    own."""
+    original, epochs = Packs.__iter__, []
+
+    def watched(self):
+        epochs.append(self.epoch)
+        return original(self)
+
+    monkeypatch.setattr(Packs, "__iter__", watched)
     recipe = packing(folder, max_steps=8, save_steps=1, lora_dropout=0.1)
     steps = len(trainer_of(recipe).packs) // 2
     assert steps < 7
     out = folder / "whole"
     expected = run(recipe, out)
-    for step in (2, steps, steps + 1):
+    assert epochs == [0, 1]
+    for step, left in ((2, [0, 1]), (steps, [1]), (steps + 1, [1])):
+        epochs.clear()
         again = folder / f"from {step}"
         shutil.copytree(out / f"checkpoint-{step}", again / f"checkpoint-{step}")
         for name in ("run.json", "recipe.yaml"):
@@ -129,6 +140,7 @@ def test_a_resumed_run_goes_on_in_its_packs_bit_for_bit(folder):
         assert run(recipe, again, "--resume_from_checkpoint", "true") == expected
         for key, tensor in weights(out).items():
             assert torch.equal(weights(again)[key], tensor), (step, key)
+        assert epochs == left
 
 
 def test_a_run_is_not_resumed_in_other_packs(folder):
