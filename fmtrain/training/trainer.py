@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
-from trl import SFTTrainer, get_peft_config
+from trl import SFTConfig, SFTTrainer, get_peft_config
 
 from fmtrain import consistency
 from fmtrain.checkpoint import is_adapter
@@ -173,6 +173,14 @@ class SaveOnTerm(TrainerCallback):
         signal.signal(signal.SIGTERM, self._before)
 
 
+def _first(packs: Packs | None, rows: Rows, training: SFTConfig) -> list:
+    """A few rows for the audit, or packs of two: its reference needs the square of their tokens."""
+    if packs is not None:
+        return [packs[pack] for pack in packs.small(1 if training.padding_free else 2)]
+    batch_size = training.per_device_train_batch_size
+    return rows.first(2 if training.padding_free else max(2, min(4, batch_size)))
+
+
 def build_trainer(
     recipe: Recipe,
     model,
@@ -218,14 +226,12 @@ def build_trainer(
     if eval_rows is not None:
         trainer.eval_dataset = packing.evaluation_packs(recipe.training, eval_rows.rows)
     trainable.run_tower_without_graph(trainer.model)
-    first = rows.first(count := max(2, min(4, training.per_device_train_batch_size)))
     if recipe.training.packing:
         packs = packing.training_packs(recipe.training, rows, recipe.data_seed)
         trainer.packs = trainer.train_dataset = packs
-        first = [packs[pack] for pack in packs.small(count)]
         say(str(packs))
     for callback in (
-        AuditFirstBatch(trainer, first),
+        AuditFirstBatch(trainer, _first(trainer.packs, rows, recipe.training)),
         trainable.EveryParameterLearns(trainer.model),
         stop,
     ):
