@@ -21,11 +21,16 @@ def eval_packing(training: SFTConfig) -> bool:
     return training.packing if training.eval_packing is None else training.eval_packing
 
 
+def is_on(training: SFTConfig) -> bool:
+    """Whether rows are packed up to `max_length`, in training or in evaluation."""
+    return training.packing or eval_packing(training)
+
+
 def check(place: object, training: SFTConfig, streaming: bool) -> None:
     """Raises `ValueError`, beginning with the place, for what packing does not go with."""
-    name = "packing" if training.packing else "eval_packing"
-    if not training.packing and not eval_packing(training):
+    if not is_on(training):
         return
+    name = "packing" if training.packing else "eval_packing"
     if training.max_length is None:
         raise ValueError(f"{place}: {name} needs max_length, the tokens of a packed row")
     if training.packing_strategy != "bfd":
@@ -47,7 +52,7 @@ def check(place: object, training: SFTConfig, streaming: bool) -> None:
 
 def packs(training: SFTConfig) -> bool:
     """Whether any row holds several samples, which no model's own attention keeps apart."""
-    return training.packing or training.padding_free or eval_packing(training)
+    return is_on(training) or training.padding_free
 
 
 def training_packs(training: SFTConfig, rows: Rows, seed: int) -> Packs:

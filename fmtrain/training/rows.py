@@ -128,11 +128,13 @@ def _say(line: str) -> None:
 
 def longest_row(recipe: Recipe, positions: int | None) -> tuple[int | None, str]:
     """How many tokens a row may have, and what says so: `max_length`, or else the positions of the
-    model. Raises `ValueError` for a `max_length` that is more than these."""
+    model. Raises `ValueError` for a `max_length` that is more than these, unless rows are packed,
+    for positions start again in each."""
     limit = recipe.training.max_length
-    if limit is None:
+    beyond = None not in (limit, positions) and limit > positions
+    if limit is None or (beyond and packing.is_on(recipe.training)):
         return positions, f"the model's {positions} positions"
-    if positions is not None and limit > positions:
+    if beyond:
         raise ValueError(f"max_length {limit} is more than the model's {positions} positions")
     return limit, f"max_length {limit}"
 

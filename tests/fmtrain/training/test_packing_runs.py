@@ -296,6 +296,17 @@ def test_what_packing_does_not_go_with(folder, keys, words):
         read(packing(folder, **keys))
 
 
+def test_a_packed_row_may_be_longer_than_the_models_positions_but_no_sample(folder):
+    processor = families.processor("llava")
+    with pytest.raises(ValueError, match="max_length 100 is more than the model's 40 positions"):
+        training_rows(read(packing(folder, packing=False)), processor, positions=40)
+    recipe = read(packing(folder))
+    rows = training_rows(recipe, processor, positions=40)
+    assert max(rows.rows["length"]) <= 40 and rows.size == 24
+    with pytest.raises(ValueError, match=r"rows are longer than the model's 25 positions; `max_l"):
+        training_rows(recipe, processor, positions=25)
+
+
 @pytest.mark.parametrize("broken", ["past", "revealed"])
 def test_samples_that_see_each_other_are_found_before_step_0(folder, broken, monkeypatch):
     original = getattr(policies, broken)
