@@ -229,9 +229,7 @@ class Handle:
             check_padding(layout, kwargs.get("attention_mask"))
         if self.host:
             if layout is not None and layout.packed:
-                raise ValueError(
-                    "packed rows need a backend of fmtrain's: attach with packed=True"
-                )
+                raise ValueError("packed rows need a backend of fmtrain's: attach with packed=True")
             if layout is not None and kwargs.get("attention_mask") is None and layout.padded:
                 raise ValueError("the layout has padding: pass its attention_mask as well")
             return (), kwargs

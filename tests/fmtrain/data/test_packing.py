@@ -116,6 +116,7 @@ def test_without_a_limit_every_row_is_alone_and_groups_are_filled_with_nothing(c
 
 # --- what a packed row is -------------------------------------------------------------------------
 
+BACKENDS = ("sdpa", "flash")
 NEAR = dict(rtol=0, atol=1e-10)
 VARIANTS = [*POLICIES, *(f"{name}+merge" for name in POLICIES if name != "causal")]
 MASKS = ["causal", "v2v", "prefix_lm", "image", "future+merge", "v2v+merge"]
@@ -144,9 +145,9 @@ def forward(model, encoded: Encoded) -> torch.Tensor:
         return model(**inputs).logits
 
 
-def attach_to(model, variant: str):
+def attach_to(model, variant: str, backend: str):
     merge = Merge(prefix=2) if variant.endswith("+merge") else None
-    return attach(model, variant, "sdpa", merge)
+    return attach(model, variant, backend, merge)
 
 
 def test_a_packed_row_has_every_sample_whole_and_positions_that_restart(family):
@@ -174,13 +175,14 @@ def test_a_packed_row_has_every_sample_whole_and_positions_that_restart(family):
     assert len(row.inputs["pixel_values"]) == sum(map(len, images))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_logits_of_a_packed_sample_are_those_of_the_sample_alone(family, variant):
+def test_the_logits_of_a_packed_sample_are_those_of_the_sample_alone(family, variant, backend):
     """Beside a shorter row, so that one is padded too."""
     model, samples = precise(family), samples_of(family)
     rows = batch(families.processor(family), [pack(samples[:3]), samples[3]])
     assert rows.layout.packed and rows.layout.padded
-    with attach_to(model, variant):
+    with attach_to(model, variant, backend):
         together = forward(model, rows)
         begin = 0
         for sample in samples[:3]:
@@ -192,12 +194,13 @@ def test_the_logits_of_a_packed_sample_are_those_of_the_sample_alone(family, var
         torch.testing.assert_close(together[1:, : alone.shape[1]], alone, **NEAR)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_changed_sample_moves_no_bit_of_its_neighbours(variant):
+def test_a_changed_sample_moves_no_bit_of_its_neighbours(variant, backend):
     """Its ids and its pixels; its own logits do move."""
     model, samples = families.model("llava"), samples_of("llava")
     lengths = [sample.layout.shape[1] for sample in samples]
-    with attach_to(model, variant):
+    with attach_to(model, variant, backend):
         before = forward(model, pack(samples))
         for number, sample in enumerate(samples):
             ids = sample.inputs["input_ids"]
@@ -227,10 +230,11 @@ def gradients(model, rows: list[Encoded], processor) -> tuple[float, dict[str, t
     return loss.item(), found
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("variant", MASKS)
-def test_loss_and_gradients_are_those_of_the_rows(family, variant):
+def test_loss_and_gradients_are_those_of_the_rows(family, variant, backend):
     model, processor, samples = precise(family), families.processor(family), samples_of(family)
-    with attach_to(model, variant):
+    with attach_to(model, variant, backend):
         loss, expected = gradients(model, samples, processor)
         for rows in ([pack(samples)], [pack(samples[:2]), pack(samples[2:])]):
             again, found = gradients(model, rows, processor)
