@@ -24,6 +24,7 @@ from fmtrain.patch import attach
 from fmtrain.training import keys, packing, trainable
 from fmtrain.training import recipe as recipes
 from fmtrain.training.answers import answers_of
+from fmtrain.training.head import check_liger
 from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
 from fmtrain.training.run_folder import check_resumed, checkpoint_of, record_of, recorded
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
             "usage: accelerate launch fmtrain/sft.py RECIPE.yaml [--any_trl_argument value]"
         )
     recipe = recipes.read(arguments[0], arguments[1:])
+    check_liger(recipe)
     training = recipe.training
     checkpoint = checkpoint_of(recipe)
     prepare_tracking(training.report_to)

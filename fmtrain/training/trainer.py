@@ -21,6 +21,7 @@ from fmtrain.data.packing import Packs
 from fmtrain.patch import attached, unwrap
 from fmtrain.training import packing, trainable
 from fmtrain.training.answers import Answers
+from fmtrain.training.head import run_head_where_learnt
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.tracking import say
 
@@ -136,9 +137,10 @@ class AuditFirstBatch(TrainerCallback):
             if not handle.host:
                 results += [consistency.effect(model, encoded), *consistency.layers(model, encoded)]
             with torch.no_grad():
-                loss = model(**encoded.kwargs(), labels=labels).loss.item()
+                learning = {**encoded.kwargs(), "labels": labels, "fused_lm_head": True}
+                loss = model(**learning).loss.item()
                 with handle.under("causal"):
-                    causal = model(**encoded.kwargs(), labels=labels).loss.item()
+                    causal = model(**learning).loss.item()
         finally:
             model.train(training)
         losses = f"loss {loss:.4f} under {handle.mask}, {causal:.4f} causal"
@@ -226,6 +228,7 @@ def build_trainer(
     if eval_rows is not None:
         trainer.eval_dataset = packing.evaluation_packs(recipe.training, eval_rows.rows)
     trainable.run_tower_without_graph(trainer.model)
+    run_head_where_learnt(trainer.model)
     if recipe.training.packing:
         packs = packing.training_packs(recipe.training, rows, recipe.data_seed)
         trainer.packs = trainer.train_dataset = packs
