@@ -147,7 +147,8 @@ class Pooling:
             return future_BHQK.sum(-1)
         length = future_BHQK.shape[-1]
         kernel = min(size, length)
-        flat = F.max_pool1d(future_BHQK.flatten(0, 1), kernel, stride=1)
+        # Of one dimension less, torch.compile would compile it anew for every length.
+        flat = F.max_pool2d(future_BHQK.flatten(0, 1), (1, kernel), stride=1)
         windows_BHQW = flat.unflatten(0, future_BHQK.shape[:2])
         first = torch.arange(length - kernel + 1, device=future_BHQK.device)
         ends_inside_BQW = first + size - 1 <= self.last_BQ[..., None]

@@ -115,6 +115,11 @@ def _closed_form(q_BHQD, k_BGKD, v_BGKD, pooling: Pooling, scale: float) -> torc
 def _chunked(q_BHQD, k_BGKD, v_BGKD, pooling: Pooling, scale: float) -> torch.Tensor:
     if q_BHQD.shape[2] <= CHUNK:
         return reference.attend(q_BHQD, k_BGKD, v_BGKD, pooling, scale)
+    return _in_chunks(q_BHQD, k_BGKD, v_BGKD, pooling, scale)
+
+
+@torch.compiler.disable()  # which would unroll the loop, for every length anew
+def _in_chunks(q_BHQD, k_BGKD, v_BGKD, pooling: Pooling, scale: float) -> torch.Tensor:
     outputs = []
     for begin in range(0, q_BHQD.shape[2], CHUNK):
         chunk = slice(begin, begin + CHUNK)

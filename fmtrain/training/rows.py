@@ -172,7 +172,12 @@ def _resumed_stream(
         raise ValueError(
             f"{recipe.path}: a stream has no end, so `dataset_streaming: true` needs max_steps"
         )
-    skip = 0
+    skip, order = 0, training.train_sampling_strategy
+    if order not in ("random", "sequential"):
+        raise ValueError(
+            f"{recipe.path}: train_sampling_strategy {order} needs the lengths of all rows, and "
+            "dataset_streaming knows none"
+        )
     if checkpoint is not None:
         if training.ignore_data_skip:
             raise ValueError(
