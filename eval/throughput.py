@@ -1,37 +1,38 @@
-"""What a mask costs when the model learns: training tokens per second and peak memory.
+"""What a mask costs when the model learns: training speed and peak memory.
 
     python -m eval.throughput                                  a random LLaVA, LoRA and full
     python -m eval.throughput --model CHECKPOINT --train lora --masks causal v2v --backends sdpa
+    python -m eval.throughput --tables runs --images 1 6 --packing 4096
 
-A step is forward, backward and AdamW on one batch, the same for all. Steps of every mask and
-backend, and of the model with nothing attached (plain transformers, causal), take turns in one run,
-in an order shuffled anew each round. Tokens are those of the batch without padding, visual ones
-included. A backend that cannot serve a mask is listed with its reason.
+`runs`: stock TRL's trainer against fmtrain's as users start them, data loading included
+(`eval.trainers`). `backends`: a step is forward, backward and AdamW on one batch in memory, the
+same for every mask and backend and for the model with nothing attached (plain transformers,
+causal). In both, steps take turns in one run, in an order shuffled anew each round. Tokens are
+without padding, visual ones included. A backend that cannot serve a mask is listed with its reason.
 """
 
 import argparse
-import ctypes
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tqdm import tqdm
 
-from eval import subjects, timing
+from eval import subjects, timing, trainers
 from eval.latency import MASKS, setups
 from eval.subjects import Subject
 from eval.tables import Table
-from eval.timing import BASE, Setup, Stopwatch, paired_ratio, ratio_text, shuffled
+from eval.timing import BASE, Setup, Stopwatch, paired_ratio, peak, ratio_text, shuffled
 from fmtrain.attention import BACKENDS
 from fmtrain.command_line import Parser, guarded, one_line
 from fmtrain.data.collator import Collator
 from fmtrain.data.encode import Encoded
 from fmtrain.layout import Role
+from fmtrain.masks import parse_masks
 from fmtrain.training import trainable
 
 HEADER = ("mask", "backend", "tokens/s", "of causal's [95 %]", "ms/step", "peak MiB")
@@ -101,36 +102,6 @@ def step(
         return stopwatch.ms(run)[0]
 
 
-def peak(run: Callable, device: torch.device) -> float | None:
-    """MiB that `run` needs at its peak above what is held before it; None if that cannot be told.
-
-    On CUDA from the allocator. On Linux from the process's resident set: freed memory is handed
-    back to the system first, and the kernel's high-water mark is reset (proc_pid_clear_refs(5));
-    good to a tenth or so.
-    """
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    marks = Path("/proc/self/clear_refs")
-    if not marks.exists():
-        run()
-        return None
-    ctypes.CDLL(None).malloc_trim(0)
-    marks.write_text("5")
-    before = _resident("VmRSS")
-    run()
-    return (_resident("VmHWM") - before) / 2**10
-
-
-def _resident(name: str) -> int:
-    """A line of /proc/self/status, in KiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name + ":")).split()[1])
-
-
 def measure(
     model, optimizer, batch: Encoded, setups: Sequence[Setup], rounds: int, stopwatch: Stopwatch
 ) -> dict[Setup, Steps]:
@@ -178,7 +149,7 @@ def study(
 ) -> dict:
     """All steps of one model, trained in one way."""
     description = subject.describe()
-    batch = make_batch(subject, options.batch, options.images, options.words, options.answer)
+    batch = make_batch(subject, options.batch, options.images[-1], options.words, options.answer)
     model, optimizer = learner(subject, train, batch, options.gradient_checkpointing)
     learnt = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     tokens = int((batch.layout.role != Role.PAD).sum())
@@ -218,8 +189,11 @@ def table(study: dict) -> Table:
 
 def measure_training(options: argparse.Namespace, command: str) -> None:
     """Measure LoRA and full training, print the tables and write the results."""
-    if min(options.batch, options.images, options.words, options.answer, options.rounds) < 1:
+    counts = (options.batch, *options.images, options.words, options.answer, options.rounds)
+    if min(counts) < 1:
         raise ValueError("--batch, --images, --words, --answer and --rounds are 1 or more")
+    if len(options.images) > 2 or options.images[0] > options.images[-1]:
+        raise ValueError("--images: one number, or two of them, from .. to")
     device, dtype = timing.choose_device(options.device, options.dtype, options.threads)
     stopwatch = Stopwatch(device, options.clock)
     timed = setups(options.masks, options.backends, options.merge_kernel_size)
@@ -230,18 +204,26 @@ def measure_training(options: argparse.Namespace, command: str) -> None:
         "command": command,
         "machine": timing.machine(stopwatch),
         "memory": MEMORY,
+        "runs": [],
         "studies": [],
     }
-    for train in options.train:
+    masks = parse_masks(options.masks, kernel_size=options.merge_kernel_size)
+    tables = []
+    for train in options.train if "runs" in options.tables else ():
+        subject = subjects.subject(options.model, size, "cpu", dtype)
+        results["runs"].append(trainers.study(subject, train, masks, options, stopwatch))
+        tables.append(trainers.table(results["runs"][-1]))
+        Console(width=140).print(tables[-1].as_rich())
+    for train in options.train if "backends" in options.tables else ():
         subject = subjects.subject(options.model, size, device, dtype)
         results["studies"].append(study(subject, train, timed, options, stopwatch))
-        Console(width=140).print(table(results["studies"][-1]).as_rich())
+        tables.append(table(results["studies"][-1]))
+        Console(width=140).print(tables[-1].as_rich())
     print(timing.caption(results["machine"]))
     tail = (
-        f"Ratios are of tokens/s against {BASE!r} (plain transformers, causal) of the same round. "
-        f"{MEMORY}."
+        f"Ratios are of the same round, of runs against {trainers.STOCK!r}, of backends against "
+        f"{BASE!r} (plain transformers, causal). {MEMORY}."
     )
-    tables = [*map(table, results["studies"])]
     timing.write(options.out, results, "Training throughput", tables, tail)
 
 
@@ -259,8 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--masks", nargs="+", default=list(MASKS), metavar="POLICY[+merge]")
     served = [name for name in BACKENDS if name != "reference"]
     add("--backends", nargs="+", default=served, choices=BACKENDS)
+    tables = ["runs", "backends"]
+    add("--tables", nargs="+", default=tables, choices=tables)
+    add("--packing", type=int, metavar="TOKENS", help="runs with packed rows of so many, too")
+    add("--peak_tflops", type=float, help="of the device, for the share of it that is used")
     add("--batch", type=int, default=2, metavar="ROWS")
-    add("--images", type=int, default=2, help="of a row")
+    add("--images", type=int, nargs="+", default=[2], help="of a row; two numbers: from .. to")
     add("--words", type=int, default=48, help="of the question")
     add("--answer", type=int, default=32, help="words of the answer")
     add("--gradient_checkpointing", action="store_true")

@@ -6,6 +6,7 @@ Ratios are medians with a 95 % bootstrap interval over rounds.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -110,6 +111,36 @@ class Stopwatch:
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def peak(run: Callable, device: torch.device) -> float | None:
+    """MiB that `run` needs at its peak above what is held before it; None if that cannot be told.
+
+    On CUDA from the allocator. On Linux from the process's resident set: freed memory is handed
+    back to the system first, and the kernel's high-water mark is reset (proc_pid_clear_refs(5));
+    good to a tenth or so.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    marks = Path("/proc/self/clear_refs")
+    if not marks.exists():
+        run()
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    marks.write_text("5")
+    before = _resident("VmRSS")
+    run()
+    return (_resident("VmHWM") - before) / 2**10
+
+
+def _resident(name: str) -> int:
+    """A line of /proc/self/status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name + ":")).split()[1])
 
 
 def add_arguments(parser: Parser, rounds: int) -> None:

@@ -115,7 +115,7 @@ def test_the_processor_clock_wants_one_thread(monkeypatch):
 
 def test_peak_memory_is_what_a_step_needs_above_what_is_held():
     held = torch.ones(2**22)  # 16 MiB
-    used = throughput.peak(lambda: torch.ones(2**24).sum(), torch.device("cpu"))  # 64 MiB
+    used = timing.peak(lambda: torch.ones(2**24).sum(), torch.device("cpu"))  # 64 MiB
     assert held[0] == 1 and 60 < used < 80
 
 

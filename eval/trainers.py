@@ -1,0 +1,348 @@
+"""Stock TRL and fmtrain as users start them, an optimizer step of each in turn.
+
+Every variant is a trainer of its own that runs its own `train()`, with its own data loader, in a
+thread. A callback stops it behind each step until its next turn comes, so only one of them ever
+runs, and what is timed from turn to turn is everything that a step costs a user: rows read,
+images decoded, rows collated, forward, backward, optimizer, metrics and logging. All are given the
+same files and arguments, and the same parameters learn. Stock TRL (`SFTTrainer`, its own collator,
+plain causal attention) learns every token of such rows, fmtrain the answers. All models are held at
+once.
+
+Floating-point operations are those of the model and not of the variant (PaLM's count,
+arXiv 2204.02311, appendix B): a token costs 6 N + 12 L H D T, for N parameters of the language
+model without its embeddings, L layers, H heads of D, and rows of T tokens; 4 N with LoRA, as frozen
+weights need no gradient. Padding and the vision tower count nothing.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import datasets
+import yaml
+from tqdm import tqdm
+from transformers import TrainerCallback
+from trl import SFTTrainer, get_peft_config
+
+from eval import subjects
+from eval.subjects import Subject
+from eval.tables import Table
+from eval.timing import Stopwatch, paired_ratio, peak, ratio_text, shuffled
+from fmtrain.command_line import one_line
+from fmtrain.data import noise
+from fmtrain.data.collator import encode_row
+from fmtrain.host import unwrap
+from fmtrain.masks import Mask
+from fmtrain.patch import attach
+from fmtrain.training import recipe as recipes
+from fmtrain.training import trainable
+from fmtrain.training.model import load_model
+from fmtrain.training.recipe import Recipe
+from fmtrain.training.rows import training_rows
+from fmtrain.training.trainer import build_trainer
+
+STOCK = "stock TRL"
+HEADER = ("run", "samples/s", "of stock's [95 %]", "tokens/s", "ms/step", "peak MiB", "GFLOP/s")
+WARM = 2  # steps of each before it is timed; the second one tells the memory
+BASE_FOLDER, ROWS, RECIPE = "base", "rows.jsonl", "steps.yaml"  # of a workplace
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the rows: how many, images from .. to, words of a question and of an answer."""
+
+    rows: int
+    images: tuple[int, int]
+    words: int
+    answer: int
+
+
+def workplace(folder: Path, subject: Subject, shape: Shape) -> None:
+    """The subject's checkpoint in `folder`, and rows of noise with their pictures as JPEG files.
+
+    Every second question is half as long. Raises `ValueError` for rows that are too long.
+    """
+    subject.model.save_pretrained(folder / BASE_FOLDER)
+    subject.processor.save_pretrained(folder / BASE_FOLDER)
+    chance, lines = Random(0), []
+    for number in range(shape.rows):
+        words = shape.words if number % 2 == 0 else max(1, shape.words // 2)
+        row = subjects.row(chance.randint(*shape.images), words, shape.answer, number)
+        names = [f"{number}_{k}.jpg" for k in range(len(row["images"]))]
+        for name, picture in zip(names, row["images"]):
+            picture.save(folder / name, quality=90)
+        lines.append(json.dumps({**row, "images": names}) + "\n")
+    longest = subjects.row(shape.images[1], shape.words, shape.answer)
+    subjects.check_length(subject, encode_row(subject.processor, longest).layout.shape[1])
+    (folder / ROWS).write_text("".join(lines))
+
+
+def recipe_of(folder: Path, name: str, mask: Mask, options: dict) -> Recipe:
+    """What a user would write to train a workplace's model on its rows."""
+    values = {
+        "model_name_or_path": str(folder / BASE_FOLDER),
+        "dataset_name": str(folder / ROWS),
+        "mask": str(mask),
+        "output_dir": str(folder / name.replace(" ", "_")),
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 1e-5,
+        **({} if mask.merge is None else {"merge_kernel_size": mask.merge.kernel_size}),
+        **options,
+    }
+    path = folder / RECIPE
+    path.write_text(yaml.safe_dump(values))
+    return recipes.read(path)
+
+
+def fmtrain_trainer(recipe: Recipe, stop: TrainerCallback) -> SFTTrainer:
+    """fmtrain's, as `fmtrain train` builds it."""
+    model, processor = load_model(recipe)
+    rows = training_rows(recipe, processor)
+    backend = recipe.masking.attention_backend
+    if recipe.training.packing and backend == "auto":
+        backend = "sdpa"  # of `causal` too: a model's own attention knows no packed rows
+    attach(model, recipe.mask, backend)
+    return build_trainer(recipe, model, processor, rows, None, stop)
+
+
+def stock_trainer(recipe: Recipe, folder: Path) -> SFTTrainer:
+    """TRL's own, with its own collator, on the same rows and parameters."""
+    model, processor = load_model(recipe)
+    training, lora = copy.copy(recipe.training), get_peft_config(recipe.model)
+    blank = encode_row(processor, noise.rows()[1]).inputs
+    text = ("input_ids", "attention_mask")
+    pixels = {name: value for name, value in blank.items() if name not in text}
+    trainable.set_trainable(model, lora, None, pixels)
+    rows = []
+    for line in (folder / ROWS).read_text().splitlines():
+        row = json.loads(line)
+        images = [str(folder / name) for name in row["images"]]
+        rows.append({"messages": row["messages"], "images": images})
+    loaded = datasets.Dataset.from_list(rows)
+    loaded = loaded.cast_column("images", datasets.Sequence(datasets.Image()))
+    return SFTTrainer(
+        model=model,
+        args=training,
+        train_dataset=loaded,
+        processing_class=processor,
+        peft_config=lora,
+    )
+
+
+class Turns(TrainerCallback):
+    """A trainer whose own loop runs a step whenever `step` is called.
+
+    samples, tokens: of the batches that were collated so far; a data loader is a batch ahead.
+    """
+
+    def __init__(self, trainer: SFTTrainer):
+        self.samples = self.tokens = 0
+        self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._stop, self._error = False, None
+        self._collate = trainer.data_collator
+        trainer.data_collator = self._counted
+        trainer.add_callback(self)
+        self._thread = threading.Thread(target=self._train, args=(trainer,), daemon=True)
+        self._thread.start()
+
+    def _train(self, trainer: SFTTrainer) -> None:
+        self._go.acquire()
+        try:
+            trainer.train()
+        except BaseException as error:  # which `step` raises, in the thread that asked
+            self._error = error
+        finally:
+            self._done.release()
+
+    def _counted(self, rows: list) -> dict:
+        batch = self._collate(rows)
+        self.samples += sum(len(row) if isinstance(row, list) else 1 for row in rows)
+        self.tokens += int(batch["attention_mask"].sum())
+        return batch
+
+    def _wait(self, control) -> None:
+        self._done.release()
+        self._go.acquire()
+        if self._stop:
+            control.should_training_stop = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._wait(control)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._wait(control)
+
+    def step(self) -> None:
+        """The next optimizer step; the first call starts up instead, and stops before step 0."""
+        self._go.release()
+        self._done.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Let the loop end behind one more step."""
+        self._stop = True
+        while self._thread.is_alive():
+            self._go.release()
+            self._thread.join(timeout=0.1)
+
+
+def flops_per_token(model, length: float, lora: bool) -> float:
+    """Forward and backward of a causal model on a row of `length` tokens, by the count above."""
+    inner = unwrap(model)
+    text, embeddings = inner.config.get_text_config(), inner.get_input_embeddings()
+    head = inner.get_output_embeddings()
+    parts = [*inner.base_model.language_model.parameters(), head.weight]
+    weights = sum({id(part): part.numel() for part in parts}.values()) - embeddings.weight.numel()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = 12 * text.num_hidden_layers * text.num_attention_heads * size * length
+    return (4 if lora else 6) * weights + attention
+
+
+def variants(
+    folder: Path, masks: Sequence[Mask], options: dict, packing: int | None
+) -> dict[str, SFTTrainer | ValueError]:
+    """Trainers by name, or why there is none: stock TRL, fmtrain's of each mask, and packed ones if
+    `packing` says how many tokens a packed row may have."""
+    plain = Mask.parse("causal")
+    trainers: dict = {STOCK: stock_trainer(recipe_of(folder, "stock", plain, options), folder)}
+    wanted = [(f"fmtrain {mask}", mask, options) for mask in masks]
+    if packing is not None:
+        packed = {**options, "packing": True, "max_length": packing}
+        wanted += [(f"fmtrain {mask}, packed", mask, packed) for mask in masks]
+    for name, mask, keys in wanted:
+        try:
+            trainers[name] = fmtrain_trainer(recipe_of(folder, name, mask, keys), TrainerCallback())
+        except ValueError as error:
+            trainers[name] = error
+    return trainers
+
+
+def study(
+    subject: Subject,
+    train: str,
+    masks: Sequence[Mask],
+    options: argparse.Namespace,
+    stopwatch: Stopwatch,
+) -> dict:
+    """Steps of all variants, trained in one way (`lora` or `full`), on the same files."""
+    images = (options.images[0], options.images[-1])
+    shape = Shape(
+        options.batch * (options.rounds + WARM + 1), images, options.words, options.answer
+    )
+    described, dtype = subject.describe(), str(subject.model.dtype).removeprefix("torch.")
+    keys = {
+        "use_peft": train == "lora",
+        "dtype": dtype,
+        "use_cpu": stopwatch.device.type == "cpu",
+        "per_device_train_batch_size": options.batch,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "max_steps": options.rounds + 4 * WARM,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        workplace(Path(folder), subject, shape)
+        built = variants(Path(folder), masks, keys, options.packing)
+        measured = measure(built, options.rounds, stopwatch)
+    length = measured[STOCK]["tokens"] / measured[STOCK]["samples"]
+    flops = flops_per_token(subject.model, length, train == "lora")
+    entries = summarize(measured, flops, options.peak_tflops)
+    return {
+        **described,
+        "train": train,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "batch": options.batch,
+        "images": list(images),
+        "tokens_per_sample": length,
+        "flops_per_token": flops,
+        "rounds": options.rounds,
+        "variants": entries,
+    }
+
+
+def measure(
+    trainers: dict[str, SFTTrainer | ValueError], rounds: int, stopwatch: Stopwatch
+) -> dict[str, dict]:
+    """Of each trainer the ms of its steps, samples and tokens a step, and MiB at its peak; or why
+    it is refused."""
+    turns, results = {}, {}
+    for name, trainer in trainers.items():
+        try:
+            if isinstance(trainer, ValueError):
+                raise trainer
+            one = Turns(trainer)
+            for _ in range(WARM):  # start-up, and all steps but one
+                one.step()
+            results[name] = {"ms": [], "peak": peak(one.step, stopwatch.device)}
+        except ValueError as error:
+            if name == STOCK:
+                raise
+            results[name] = {"refused": one_line(error)}
+            continue
+        one.samples = one.tokens = 0
+        turns[name] = one
+    for order in tqdm(shuffled(list(turns), rounds), total=rounds, unit="round", leave=False):
+        for name in order:
+            results[name]["ms"].append(stopwatch.ms(turns[name].step)[0])
+    for name, one in turns.items():
+        results[name] |= {"samples": one.samples / rounds, "tokens": one.tokens / rounds}
+        one.finish()
+    return results
+
+
+def summarize(measured: dict[str, dict], flops: float, peak_tflops: float | None) -> list[dict]:
+    """What the report says of each variant."""
+    base, entries = measured[STOCK], []
+    for name, steps in measured.items():
+        if "refused" in steps:
+            entries.append({"run": name, **steps})
+            continue
+        ms = statistics.median(steps["ms"])
+        more = steps["samples"] / base["samples"]  # in a step, where rows are packed
+        ratio = paired_ratio([more * one for one in base["ms"]], steps["ms"])
+        gflops = flops * steps["tokens"] / ms / 1e6
+        entry = {
+            "run": name,
+            "samples_per_s": 1e3 * steps["samples"] / ms,
+            "tokens_per_s": 1e3 * steps["tokens"] / ms,
+            "speed_ratio": asdict(ratio),
+            "step_ms": ms,
+            "peak_mib": steps["peak"],
+            "gflops": gflops,
+        }
+        if peak_tflops is not None:
+            entry["utilisation"] = gflops / peak_tflops / 1e3
+        entries.append(entry)
+    return entries
+
+
+def table(study: dict) -> Table:
+    """One model's runs."""
+    low, high = study["images"]
+    images = f"{low}" if low == high else f"{low} to {high}"
+    checkpointing = ", gradient checkpointing" if study["gradient_checkpointing"] else ""
+    title = (
+        f"Runs as users start them: {study['model']}, {study['train']}, {study['dtype']}"
+        f"{checkpointing}; {study['batch']} rows a step of {study['tokens_per_sample']:.0f} tokens "
+        f"on average, {images} images each; {study['rounds']} rounds"
+    )
+    used = "utilisation" in study["variants"][0]
+    header, rows = [*HEADER, *(["MFU"] if used else [])], []
+    for entry in study["variants"]:
+        if "refused" in entry:
+            reason = [entry["run"], "refused", entry["refused"]]
+            rows.append(reason + ["-"] * (len(header) - len(reason)))
+            continue
+        memory = "-" if entry["peak_mib"] is None else f"{entry['peak_mib']:.0f}"
+        row = [entry["run"], f"{entry['samples_per_s']:.2f}", ratio_text(entry["speed_ratio"])]
+        row += [f"{entry['tokens_per_s']:.0f}", f"{entry['step_ms']:.0f}", memory]
+        row.append(f"{entry['gflops']:.1f}")
+        rows.append(row + ([f"{100 * entry['utilisation']:.1f} %"] if used else []))
+    return Table(title, header, rows)
