@@ -11,7 +11,8 @@ once.
 Floating-point operations are those of the model and not of the variant (PaLM's count,
 arXiv 2204.02311, appendix B): a token costs 6 N + 12 L H D T, for N parameters of the language
 model without its embeddings, L layers, H heads of D, and rows of T tokens; 4 N with LoRA, as frozen
-weights need no gradient. Padding and the vision tower count nothing.
+weights need no gradient. Padding and the vision tower count nothing; `tower` is the part of a step
+that the tower's forward takes.
 """
 
 import argparse
@@ -49,7 +50,10 @@ from fmtrain.training.rows import training_rows
 from fmtrain.training.trainer import build_trainer
 
 STOCK = "stock TRL"
-HEADER = ("run", "samples/s", "of stock's [95 %]", "tokens/s", "ms/step", "peak MiB", "GFLOP/s")
+HEADER = (
+    *("run", "samples/s", "of stock's [95 %]", "tokens/s", "ms/step", "tower", "peak MiB"),
+    "GFLOP/s",
+)
 WARM = 2  # steps of each before it is timed; the second one tells the memory
 BASE_FOLDER, ROWS, RECIPE = "base", "rows.jsonl", "steps.yaml"  # of a workplace
 
@@ -245,7 +249,7 @@ def study(
         "use_cpu": stopwatch.device.type == "cpu",
         "per_device_train_batch_size": options.batch,
         "gradient_checkpointing": options.gradient_checkpointing,
-        "max_steps": options.rounds + 4 * WARM,
+        "max_steps": options.rounds + 5 * WARM,
     }
     with tempfile.TemporaryDirectory() as folder:
         workplace(Path(folder), subject, shape)
@@ -293,8 +297,28 @@ def measure(
             results[name]["ms"].append(stopwatch.ms(turns[name].step)[0])
     for name, one in turns.items():
         results[name] |= {"samples": one.samples / rounds, "tokens": one.tokens / rounds}
+        results[name]["tower"] = tower_share(trainers[name], one, stopwatch)
         one.finish()
     return results
+
+
+def tower_share(trainer: SFTTrainer, turns: Turns, stopwatch: Stopwatch) -> float:
+    """The part of a step that the forward of the vision tower takes: a median of three."""
+    tower, inside, shares = unwrap(trainer.model).base_model.vision_tower, [], []
+    forward = tower.forward
+
+    def timed(*args, **kwargs):
+        ms, output = stopwatch.ms(lambda: forward(*args, **kwargs))
+        inside.append(ms)
+        return output
+
+    tower.forward = timed
+    for _ in range(3):
+        inside.clear()
+        ms, _ = stopwatch.ms(turns.step)
+        shares.append(sum(inside) / ms)
+    tower.forward = forward
+    return statistics.median(shares)
 
 
 def summarize(measured: dict[str, dict], flops: float, peak_tflops: float | None) -> list[dict]:
@@ -315,6 +339,7 @@ def summarize(measured: dict[str, dict], flops: float, peak_tflops: float | None
             "speed_ratio": asdict(ratio),
             "step_ms": ms,
             "peak_mib": steps["peak"],
+            "tower_share": steps["tower"],
             "gflops": gflops,
         }
         if peak_tflops is not None:
@@ -342,7 +367,7 @@ def table(study: dict) -> Table:
             continue
         memory = "-" if entry["peak_mib"] is None else f"{entry['peak_mib']:.0f}"
         row = [entry["run"], f"{entry['samples_per_s']:.2f}", ratio_text(entry["speed_ratio"])]
-        row += [f"{entry['tokens_per_s']:.0f}", f"{entry['step_ms']:.0f}", memory]
-        row.append(f"{entry['gflops']:.1f}")
+        row += [f"{entry['tokens_per_s']:.0f}", f"{entry['step_ms']:.0f}"]
+        row += [f"{100 * entry['tower_share']:.1f} %", memory, f"{entry['gflops']:.1f}"]
         rows.append(row + ([f"{100 * entry['utilisation']:.1f} %"] if used else []))
     return Table(title, header, rows)

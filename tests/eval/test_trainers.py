@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import training
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
@@ -113,6 +114,22 @@ def test_the_operations_of_a_token_are_those_that_torch_counts():
     assert apart == pytest.approx(2 * frozen, rel=0.01)
 
 
+def test_the_sum_of_the_frozen_tower_in_the_design():
+    """LLaVA-1.5-7B on 700 tokens, one image of CLIP ViT-L/14 at 336 pixels."""
+    model = subjects.random_llava("7b", "meta", torch.bfloat16).model
+    layers, length, patches = model.model.vision_tower.encoder.layers, 700, 577
+    weights = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
+    tower = 2 * weights * patches + 4 * len(layers) * 1024 * patches**2
+    figures = [f"{tower / 1e12:.2f} TFLOP"]
+    for lora in (False, True):
+        step = trainers.flops_per_token(model, length, lora) * length
+        figures += [f"{step / 1e12:.1f} TFLOP", f"{100 * tower / (step + tower):.1f} %"]
+    design = (training.ROOT / "docs" / "design.md").read_text()
+    [paragraph] = [text for text in design.split("\n\n") if "No cache of vision" in text]
+    for figure in figures:
+        assert figure in paragraph.replace("\n", " "), figure
+
+
 def test_runs_of_the_command(tmp_path):
     out = tmp_path / "throughput.json"
     words = ["--tables", "runs", "--train", "lora", "--masks", "causal", "v2v", "--answer", "3"]
@@ -125,6 +142,7 @@ def test_runs_of_the_command(tmp_path):
     assert names == ["stock TRL", "fmtrain causal", "fmtrain v2v"]
     assert study["variants"][0]["speed_ratio"]["median"] == 1.0
     for entry in study["variants"]:
+        assert 0 < entry["tower_share"] < 0.5
         assert entry["samples_per_s"] == pytest.approx(2e3 / entry["step_ms"])
         gflops = study["flops_per_token"] * entry["tokens_per_s"] / 1e9
         assert entry["gflops"] == pytest.approx(gflops)
