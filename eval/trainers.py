@@ -28,6 +28,7 @@ from random import Random
 
 import datasets
 import yaml
+from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import TrainerCallback
 from trl import SFTTrainer, get_peft_config
@@ -227,6 +228,7 @@ def variants(
             trainers[name] = fmtrain_trainer(recipe_of(folder, name, mask, keys), TrainerCallback())
         except ValueError as error:
             trainers[name] = error
+            Accelerator(cpu=keys["use_cpu"])  # what all trainers share; half of one has reset it
     return trainers
 
 
@@ -239,9 +241,12 @@ def study(
 ) -> dict:
     """Steps of all variants, trained in one way (`lora` or `full`), on the same files."""
     images = (options.images[0], options.images[-1])
-    shape = Shape(
-        options.batch * (options.rounds + WARM + 1), images, options.words, options.answer
-    )
+    rows = options.batch * (options.rounds + WARM + 1)
+    if options.packing is not None:  # as many packed rows, or steps would begin epochs
+        middle = subjects.row(sum(images) // 2, options.words, options.answer)
+        tokens = encode_row(subject.processor, middle).layout.shape[1]
+        rows *= max(1, options.packing // tokens)
+    shape = Shape(rows, images, options.words, options.answer)
     described, dtype = subject.describe(), str(subject.model.dtype).removeprefix("torch.")
     keys = {
         "use_peft": train == "lora",

@@ -172,3 +172,22 @@ def test_rows_of_more_images_than_positions_are_refused(capsys):
     assert "--images" in capsys.readouterr().err
     assert throughput.main([*SHORT, "--tables", "runs", "--words", "9000"]) == 2
     assert "8192 positions" in capsys.readouterr().err
+
+
+def test_packed_runs_have_rows_for_all_their_steps(tmp_path, monkeypatch):
+    """Where they are refused, the other runs are timed all the same."""
+    shapes, original = [], trainers.workplace
+
+    def watched(folder, subject, shape):
+        shapes.append(shape)
+        original(folder, subject, shape)
+
+    monkeypatch.setattr(trainers, "workplace", watched)
+    out = tmp_path / "packed.json"
+    words = ["--tables", "runs", "--train", "lora", "--masks", "v2v", "--answer", "3"]
+    words += ["--images", "1", "3", "--packing", "96", "--out", str(out)]
+    assert throughput.main([*SHORT, *words]) == 0
+    [study] = json.loads(out.read_text())["runs"]
+    assert [entry["run"] for entry in study["variants"]][-1] == "fmtrain v2v, packed"
+    assert "refused" not in study["variants"][1]
+    assert shapes[0].rows * study["tokens_per_sample"] >= 2 * (2 + trainers.WARM + 1) * 60
