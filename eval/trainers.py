@@ -43,8 +43,8 @@ from fmtrain.data.collator import encode_row
 from fmtrain.host import unwrap
 from fmtrain.masks import Mask
 from fmtrain.patch import attach
+from fmtrain.training import packing, trainable
 from fmtrain.training import recipe as recipes
-from fmtrain.training import trainable
 from fmtrain.training.model import load_model
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.rows import training_rows
@@ -111,10 +111,8 @@ def fmtrain_trainer(recipe: Recipe, stop: TrainerCallback) -> SFTTrainer:
     """fmtrain's, as `fmtrain train` builds it."""
     model, processor = load_model(recipe)
     rows = training_rows(recipe, processor)
-    backend = recipe.masking.attention_backend
-    if recipe.training.packing and backend == "auto":
-        backend = "sdpa"  # of `causal` too: a model's own attention knows no packed rows
-    attach(model, recipe.mask, backend)
+    packed = packing.packs(recipe.training)
+    attach(model, recipe.mask, recipe.masking.attention_backend, packed=packed)
     return build_trainer(recipe, model, processor, rows, None, stop)
 
 
@@ -213,15 +211,15 @@ def flops_per_token(model, length: float, lora: bool) -> float:
 
 
 def variants(
-    folder: Path, masks: Sequence[Mask], options: dict, packing: int | None
+    folder: Path, masks: Sequence[Mask], options: dict, limit: int | None
 ) -> dict[str, SFTTrainer | ValueError]:
     """Trainers by name, or why there is none: stock TRL, fmtrain's of each mask, and packed ones if
-    `packing` says how many tokens a packed row may have."""
+    `limit` says how many tokens a packed row may have."""
     plain = Mask.parse("causal")
     trainers: dict = {STOCK: stock_trainer(recipe_of(folder, "stock", plain, options), folder)}
     wanted = [(f"fmtrain {mask}", mask, options) for mask in masks]
-    if packing is not None:
-        packed = {**options, "packing": True, "max_length": packing}
+    if limit is not None:
+        packed = {**options, "packing": True, "max_length": limit}
         wanted += [(f"fmtrain {mask}, packed", mask, packed) for mask in masks]
     for name, mask, keys in wanted:
         try:
