@@ -17,7 +17,7 @@ import torch
 from fmtrain import policies
 from fmtrain.attention.calls import Tokens, on
 from fmtrain.merge import Merge
-from fmtrain.policies import Policy, sight
+from fmtrain.policies import Policy, sight_on
 
 # Queries and scores of a block: the cache of a core, and what keeps a GPU busy
 QUERIES = {"cpu": 64, "cuda": 512}
@@ -28,15 +28,17 @@ SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
 class Windows:
     """What the windows of the queries that look ahead depend on.
 
-    size: of a window, in keys. places: the number of each query among the keys [n], on the CPU.
-    blocks: of each prefill where its queries begin and end and where its keys end, on the CPU
-    [P, 3]. fields: role, image and prefill of each key [3, M]. normalizer: whether the sum over all
-    revealed scores is wanted.
+    size: of a window, in keys. anywhere, within_image: the policy's sight. own: the number of each
+    query among the keys [n]; places: the same on the CPU, so that no layer waits for a GPU. blocks:
+    of each prefill where its queries begin and end and where its keys end, on the CPU [P, 3].
+    fields: role, image and prefill of each key [3, M]. normalizer: whether the sum over all
+    revealed scores is wanted. In the order of the operators' arguments.
     """
 
     size: int
-    anywhere: list[int]
-    within_image: list[int]
+    anywhere: torch.Tensor
+    within_image: torch.Tensor | None
+    own: torch.Tensor
     places: torch.Tensor
     blocks: torch.Tensor
     fields: torch.Tensor
@@ -56,9 +58,8 @@ class Windows:
         cpu = torch.device("cpu")
         blocks = on(cpu, np.stack([starts, stops, ends[prefill[starts]]], axis=1))
         fields = on(device, np.stack([tokens.role, tokens.image, tokens.prefill]))
-        anywhere, within_image = sight(policy)
-        places, normalizer = on(cpu, keys), not merge.normalize
-        return cls(merge.kernel_size, anywhere, within_image, places, blocks, fields, normalizer)
+        sight, places = sight_on(device, policy), (on(device, keys), on(cpu, keys))
+        return cls(merge.kernel_size, *sight, *places, blocks, fields, not merge.normalize)
 
     def forward(self, q_nHD, k_MGD, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-sum-exp over the windows [H, n], and over the revealed keys [H, n] or [0]."""
@@ -78,8 +79,9 @@ def forward(
     q_nHD: torch.Tensor,
     k_MGD: torch.Tensor,
     size: int,
-    anywhere: list[int],
-    within_image: list[int],
+    anywhere: torch.Tensor,
+    within_image: torch.Tensor | None,
+    own: torch.Tensor,
     places: torch.Tensor,
     blocks: torch.Tensor,
     fields: torch.Tensor,
@@ -89,7 +91,7 @@ def forward(
     wide = torch.promote_types(q_nHD.dtype, torch.float32)
     pooled_Hn = q_nHD.new_empty(q_nHD.shape[1], q_nHD.shape[0], dtype=wide)
     revealed_Hn = torch.empty_like(pooled_Hn) if normalizer else pooled_Hn.new_empty(0)
-    for block in _blocks(q_nHD, k_MGD, size, anywhere, within_image, places, blocks, fields):
+    for block in _blocks(q_nHD, k_MGD, size, anywhere, within_image, own, places, blocks, fields):
         scores = block.scores(q_nHD, k_MGD, scale, wide)
         pooled_Hn[block.heads, block.rows] = block.of_heads(_sums(block.largest(scores)))
         if normalizer:
@@ -98,7 +100,7 @@ def forward(
 
 
 @forward.register_fake
-def _(q_nHD, k_MGD, size, anywhere, within_image, places, blocks, fields, normalizer, scale):
+def _(q_nHD, k_MGD, size, anywhere, within_image, own, places, blocks, fields, normalizer, scale):
     wide = torch.promote_types(q_nHD.dtype, torch.float32)
     sums = q_nHD.new_empty(q_nHD.shape[1], q_nHD.shape[0], dtype=wide)
     return sums, torch.empty_like(sums) if normalizer else sums.new_empty(0)
@@ -109,8 +111,9 @@ def backward(
     q_nHD: torch.Tensor,
     k_MGD: torch.Tensor,
     size: int,
-    anywhere: list[int],
-    within_image: list[int],
+    anywhere: torch.Tensor,
+    within_image: torch.Tensor | None,
+    own: torch.Tensor,
     places: torch.Tensor,
     blocks: torch.Tensor,
     fields: torch.Tensor,
@@ -121,7 +124,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide = grad_pooled_Hn.dtype
     grad_q, grad_k = torch.empty_like(q_nHD, dtype=wide), torch.zeros_like(k_MGD, dtype=wide)
-    for block in _blocks(q_nHD, k_MGD, size, anywhere, within_image, places, blocks, fields):
+    for block in _blocks(q_nHD, k_MGD, size, anywhere, within_image, own, places, blocks, fields):
         scores = block.scores(q_nHD, k_MGD, scale, wide)
         largest = block.largest(scores)
         grad = _spread(largest, scores, block.of_queries(grad_pooled_Hn), size)
@@ -215,30 +218,29 @@ class _Block:
 
 
 def _blocks(
-    q_nHD, k_MGD, size: int, anywhere, within_image, places, blocks, fields
+    q_nHD, k_MGD, size: int, anywhere, within_image, own, places, blocks, fields
 ) -> Iterator[_Block]:
     device, groups = q_nHD.device, k_MGD.shape[1]
     wide = torch.promote_types(q_nHD.dtype, torch.float32)
     per_group = q_nHD.shape[1] // groups
     step, budget = QUERIES[device.type], SCORES[device.type]
-    on_device = places.to(device)
     one_sample = torch.zeros((), dtype=torch.int64, device=device)
     for first, stop, end in blocks.tolist():
         for begin in range(first, stop, step):
             rows = slice(begin, min(begin + step, stop))
-            own = on_device[rows, None]
+            query = own[rows, None]
             keys = slice(int(places[begin]) + 1, end)
             index = torch.arange(keys.start, end, device=device)
             role, image, prefill = fields
-            q = policies.Tokens(role[own], image[own], prefill[own], one_sample, own)
+            q = policies.Tokens(role[query], image[query], prefill[query], one_sample, query)
             k = policies.Tokens(role[keys], image[keys], prefill[keys], one_sample, index)
-            closed = torch.zeros(len(own), len(index), dtype=wide, device=device)
+            closed = torch.zeros(len(query), len(index), dtype=wide, device=device)
             closed.masked_fill_(~policies.ahead(anywhere, within_image, q, k), -torch.inf)
             first_ones = index[: int(places[rows][-1] - places[begin])]
             last_ones = index[-(size - 1) :]
-            before = first_ones <= own
-            beyond = (last_ones + size > end) & (last_ones != own + 1)
-            together = max(1, budget // (len(own) * per_group * len(index)))
+            before = first_ones <= query
+            beyond = (last_ones + size > end) & (last_ones != query + 1)
+            together = max(1, budget // (len(query) * per_group * len(index)))
             for group in range(0, groups, together):
                 span = slice(group, min(group + together, groups))
                 heads = slice(span.start * per_group, span.stop * per_group)

@@ -80,7 +80,7 @@ class Tokens(NamedTuple):
 
 def revealed(policy: Policy, q: Tokens, k: Tokens) -> torch.Tensor:
     """The pairs that `policy` adds to causal attention: later keys of the query's own prefill."""
-    return ahead(*sight(policy), q, k)
+    return ahead(*sight_on(q.role.device, policy), q, k)
 
 
 def sight(policy: Policy) -> tuple[list[int], list[int]]:
@@ -93,20 +93,22 @@ def sight(policy: Policy) -> tuple[list[int], list[int]]:
     return anywhere, within_image
 
 
-def ahead(anywhere: list[int], within_image: list[int], q: Tokens, k: Tokens) -> torch.Tensor:
-    """The later keys of the query's own prefill that roles with this `sight` see."""
-    bit = 1 << k.role
-    pairs = _sees(anywhere, q.role, bit)
-    if any(within_image):
-        pairs = pairs | (_sees(within_image, q.role, bit) & (q.image == k.image))
+def sight_on(device, policy: Policy) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`sight` as tensors; None where no role sees within its image alone."""
+    anywhere, within_image = (torch.tensor(each, device=device) for each in sight(policy))
+    return anywhere, within_image if policy.within_image else None
+
+
+def ahead(
+    anywhere: torch.Tensor, within_image: torch.Tensor | None, q: Tokens, k: Tokens
+) -> torch.Tensor:
+    """The later keys of the query's own prefill that roles with this sight see."""
+    bit = 1 << k.role  # only one tensor of all pairs, however many pairs of roles there are
+    pairs = (anywhere[q.role] & bit) != 0
+    if within_image is not None:
+        pairs = pairs | ((within_image[q.role] & bit) != 0) & (q.image == k.image)
     same = (q.sample == k.sample) & (q.prefill == k.prefill) & (q.prefill >= 0)
     return pairs & same & (k.index > q.index)
-
-
-def _sees(sight: list[int], role: torch.Tensor, bit: torch.Tensor) -> torch.Tensor:
-    """Only one tensor of all pairs, however many pairs of roles there are."""
-    seen = torch.tensor(sight, device=role.device)[role]
-    return (seen & bit) != 0
 
 
 def past(q: Tokens, k: Tokens) -> torch.Tensor:

@@ -346,3 +346,33 @@ def test_a_query_that_is_dropped_has_no_gradient_on_a_gpu():
     visual = layout.visual[0]
     (out[:, :, visual]).float().sum().backward()
     assert (q.grad[:, :, ~visual] == 0).all() and torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("merge", [None, Merge(kernel_size=1), Merge(0.3, 3, normalize=False)])
+def test_a_layer_takes_nothing_from_python(merge, monkeypatch):
+    """On a GPU each tensor made of Python numbers is a copy that the host waits for; so a forward
+    makes them once, not every layer. (Kernels on a CPU read where sequences end.)"""
+    layout = Layout.cat([Layout.parse("TIIJT A / TIJT A"), Layout.parse("..TIJTTT A  ").pad(2)])
+    q, k, v = tensors(layout)
+    prepared = plan(layout, Mask.of("image" if merge is None else "future", merge), flash)
+
+    def refused(*arguments, **options):
+        raise AssertionError("made in a layer")
+
+    for maker in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, maker, refused)
+    prepared.attend(q, k, v).sum().backward()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("merge", [None, Merge(kernel_size=1), Merge(0.3, 3, normalize=False)])
+def test_the_host_waits_for_no_layer_on_a_gpu(merge):
+    layout = Layout.cat([prompt(512), prompt(300).pad(right=212)]).to("cuda")
+    q, k, v = tensors(layout, (4, 2), 64, dtype=torch.bfloat16)
+    prepared = plan(layout, Mask.of("future", merge), flash)
+    prepared.attend(q, k, v).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        prepared.attend(q, k, v).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
