@@ -47,11 +47,11 @@ class Tokens:
         role, image, prefill, sample = torch.stack(layout.tensors()).cpu().numpy()
         rows, columns = np.nonzero(role != int(Role.PAD))
         number = _numbered(rows, sample[rows, columns])
+        if len(_different(rows, sample[rows, columns])[0]) != len(np.unique(number)):
+            raise ValueError("backend 'flash': a sample of a packed row stands in several pieces")
         queried = np.isin(number, number[columns >= start])
         rows, columns = rows[queried], columns[queried]
         number = _numbered(rows, sample[rows, columns])
-        if len(rows) and len(_different(rows, sample[rows, columns])[0]) != number[-1] + 1:
-            raise ValueError("backend 'flash': a sample of a packed row stands in several pieces")
         own = prefill[rows, columns]
         length = role.shape[1]
         new = np.flatnonzero(columns >= start)
@@ -103,7 +103,7 @@ def revealed(policy: Policy, tokens: Tokens) -> list[Part]:
     """What the policy reveals, in at most two parts."""
     # A query sees nothing ahead that is not a query too.
     role, prefill = tokens.role[tokens.new], tokens.prefill[tokens.new]
-    image = prefill * len(role) + tokens.image[tokens.new]
+    image = _different(prefill, tokens.image[tokens.new])[1]
     squares, rectangles = [], []
     for sees, group in zip(map(np.array, sight(policy)), (prefill, image), strict=True):
         for seen in np.unique(sees[sees > 0]):

@@ -85,12 +85,21 @@ def test_a_prefill_in_several_pieces_is_the_reference(policy, merge, seed):
         assert (exact - found).abs().max() < 1e-10
 
 
-def test_a_sample_in_several_pieces_is_refused():
-    layout = Layout.parse("TIT A | TIT A")
-    mixed = Layout(layout.role, layout.image, layout.prefill, layout.sample % 2)
-    mixed.sample[0, -1] = 0
+@pytest.mark.parametrize("start", [0, 9])
+def test_a_sample_in_several_pieces_is_refused_also_behind_a_cache(start):
+    layout = Layout.parse("TIT A | TIT A | TIT A")
+    sample = torch.where(layout.sample == 2, 0, layout.sample)  # the first piece has no query
+    mixed = Layout(layout.role, layout.image, layout.prefill, sample)
     with pytest.raises(ValueError, match="several pieces"):
-        flash.prepare(mixed, Mask.parse("v2v"), 0)
+        flash.prepare(mixed, Mask.parse("v2v"), start)
+
+
+def test_images_of_two_prefills_are_never_one():
+    """Whatever the numbers of images are: nine images are in the cache, four tokens are new."""
+    layout = Layout.cat([Layout.parse("ITITITII"), Layout.parse("TTTTTTII")])
+    layout.image[0, -2:], layout.image[1, -2:] = 9, 5
+    for exact, found in compared(layout, "image", None, start=6):
+        assert (exact - found).abs().max() < 1e-10
 
 
 @settings(max_examples=60, deadline=None)
