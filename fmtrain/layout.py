@@ -154,11 +154,15 @@ class Layout:
         return Layout(*(torch.cat(column, dim) for column in columns))
 
     def positions(self) -> torch.Tensor:
-        """Position of each token in its sample, counted from 0 [B, T]; 0 for padding."""
+        """Position of each token in its sample, counted from 0 [B, T]; 0 for padding, which counts
+        nowhere."""
         real = self.real
         index = real.long().cumsum(1) - 1
+        columns = torch.arange(real.shape[1], device=real.device)
+        latest = torch.where(real, columns, 0).cummax(1).values  # real token up to here
+        sample = self.sample.gather(1, latest)
         start = torch.ones_like(real)
-        start[:, 1:] = self.sample[:, 1:] != self.sample[:, :-1]
+        start[:, 1:] = sample[:, 1:] != sample[:, :-1]
         first = torch.where(start & real, index, 0).cummax(1).values
         return torch.where(real, index - first, 0)
 

@@ -97,6 +97,7 @@ def test_cat_joins_rows():
         (".TI A | IT A / T | T.", [0, 0, 1, 2, 0, 1, 2, 3, 0, 0]),
         ("T|T|T", [0, 0, 0]),
         ("..", [0, 0]),
+        ("TI A .. / T | .T . A", [0, 1, 2, 0, 0, 3, 0, 0, 0, 1]),
     ],
 )
 def test_positions_count_in_each_sample_from_0(picture, expected):
