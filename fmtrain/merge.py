@@ -69,6 +69,13 @@ class Merge:
         if not isinstance(self.normalize, bool):
             raise ValueError(f"merge normalize {self.normalize!r} is not true or false")
 
+    def counts(self, lengths: list[int]) -> list[int]:
+        """How many first positions share, for queries of prefills of so many tokens."""
+        if isinstance(self.prefix, int):
+            return [self.prefix] * len(lengths)
+        part = Fraction(str(self.prefix))  # 0.65 is 13/20: no rounding; in ints of any size
+        return [max(1, length * part.numerator // part.denominator) for length in lengths]
+
 
 def sink(merge: Merge, layout: Layout, start: int = 0) -> torch.Tensor:
     """The keys that share C_i: bool [B, Q, K], none for padding."""
@@ -81,8 +88,8 @@ def sink(merge: Merge, layout: Layout, start: int = 0) -> torch.Tensor:
     else:
         prefill = layout.prefill[:, start:, None]
         length = (same & (prefill == layout.prefill[:, None]) & (prefill >= 0)).sum(-1)
-        part = Fraction(str(merge.prefix))  # 0.65 is 13/20: no rounding
-        count = (length * part.numerator // part.denominator).clamp(min=1)
+        lengths, own = length.unique(return_inverse=True)
+        count = torch.tensor(merge.counts(lengths.tolist()), device=length.device)[own]
     return same & (position[:, None] < count[..., None]) & (index <= index[start:, None])
 
 

@@ -15,7 +15,6 @@ head size, K keys of a block.
 """
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -51,7 +50,9 @@ class Light:
         keys = tokens.new[rows]
         samples, own = np.unique(tokens.sample[keys], return_inverse=True)
         starts = np.searchsorted(tokens.sample, samples)
-        count = np.minimum(_prefix(merge, tokens, keys), keys - starts[own] + 1)
+        lengths, of_query = np.unique(_lengths(tokens, keys), return_inverse=True)
+        shared = np.array(merge.counts(lengths.tolist()))[of_query]
+        count = np.minimum(shared, keys - starts[own] + 1)
         first = starts[:, None] + np.arange(count.max())
         first = np.minimum(first, len(tokens.place) - 1)  # beyond a short sample; not counted
         windows = None
@@ -66,13 +67,9 @@ class Light:
         return sums_SPGD[self.own, self.count - 1] / self.count[:, None, None]
 
 
-def _prefix(merge: Merge, tokens: Tokens, keys: np.ndarray) -> np.ndarray:
-    """How many first positions share what these tokens pool."""
-    if isinstance(merge.prefix, int):
-        return np.full(len(keys), merge.prefix)
-    lengths = np.bincount(tokens.prefill[tokens.prefill >= 0])[tokens.prefill[keys]]
-    part = Fraction(str(merge.prefix))
-    return np.maximum(lengths * part.numerator // part.denominator, 1)
+def _lengths(tokens: Tokens, keys: np.ndarray) -> np.ndarray:
+    """Of the prefills of these tokens."""
+    return np.bincount(tokens.prefill[tokens.prefill >= 0])[tokens.prefill[keys]]
 
 
 class LightUnion(torch.autograd.Function):

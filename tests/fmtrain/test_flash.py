@@ -20,7 +20,7 @@ from fmtrain.attention import calls, flash, get_backend, kernels, plan, sdpa, wi
 from fmtrain.masks import Mask
 
 T, V = Role.TEXT, Role.VISUAL
-PAIRS = [(query, key) for query in (T, V) for key in (T, V)]
+PAIRS = [(query, key) for query in (T, V, Role.ANSWER) for key in (T, V, Role.ANSWER)]
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
 
 

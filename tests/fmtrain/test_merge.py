@@ -214,6 +214,30 @@ def test_a_fraction_of_the_prefill_is_a_count_of_positions_rounded_down(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_fraction_of_many_digits_is_exact_in_a_long_prefill(backend):
+    """1/3 has 16 digits: times 3,000 tokens, their numerator is more than 64 bits hold."""
+    layout = Layout.parse("T" * 2900 + "I" * 4 + "T" * 96)
+    q, k, v = inputs(layout, heads=1)
+    q, found = q[:, :, -100:], []
+    for prefix in (1 / 3, 999, 1e-20, 1):
+        merge = Merge(prefix=prefix, kernel_size=1)
+        found.append(attend(q, k, v, layout, "v2t", backend, merge))
+    assert torch.allclose(found[0], found[1]) and torch.allclose(found[2], found[3])
+    assert not torch.allclose(found[1], found[3])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sample_starts_once_also_with_padding_inside(backend):
+    """As a shorter answer leaves it in a cache: a second turn pools into the start of the first."""
+    layout = Layout.parse("TIT AA ... / TIT A")
+    found = weights(layout, "v2t", backend, Merge(prefix=1, kernel_size=1))
+    plain = weights(layout, "v2t", backend, None)
+    moved = plain[9, 10]
+    assert layout.role[0, 9] == Role.VISUAL and moved > 0.001
+    assert torch.allclose(found[9, 0], plain[9, 0] + moved)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_prefix_is_that_of_the_sample_also_in_a_later_turn_and_a_later_sample(backend):
     layout = Layout.parse("..TTIT A / TIT A | TTIT A")
     found = weights(layout, "v2t", backend, Merge(prefix=1, kernel_size=1))
