@@ -42,6 +42,8 @@ def prepare(layout: Layout, mask: Mask, start: int) -> Prepared | sdpa.Prepared 
         return sdpa.prepare(layout, mask, start)
     device = layout.role.device
     tokens = calls.Tokens.of(layout, start)
+    if not len(tokens.new):  # padding alone: kernels take no call without a sequence
+        return sdpa.prepare(layout, mask, start)
     parts = calls.revealed(mask.policy, tokens)
     light = None
     if mask.merge is not None and parts:

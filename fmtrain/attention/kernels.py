@@ -31,7 +31,11 @@ def use(implementation: str) -> None:
     if implementation == "fa3":
         if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
             raise ValueError("flash_impl 'fa3': FlashAttention-3 runs on Hopper GPUs alone")
+        if importlib.util.find_spec("flash_attn_interface") is None:
+            raise ValueError("flash_impl 'fa3': the package flash_attn_interface is not installed")
         torch.nn.attention.activate_flash_attention_impl("FA3")
+    elif _used == "fa3":
+        torch.nn.attention.restore_flash_attention_impl()
     _used = implementation
 
 

@@ -31,7 +31,8 @@ def weights(
     if prepared is None:
         return scores.softmax(-1)
     if bias is not None and prepared.revealed_B1QK is not None:
-        scores = scores + prepared.revealed_B1QK * bias.to(exact).reshape(-1, 1, 1)
+        moved = scores + bias.to(exact).reshape(-1, 1, 1)  # which may be -inf
+        scores = torch.where(prepared.revealed_B1QK, moved, scores)
     if isinstance(prepared, Pooling):
         return prepared.weights(scores)
     return scores.masked_fill(~prepared.both_B1QK, -math.inf).softmax(-1)

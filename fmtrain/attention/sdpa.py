@@ -74,7 +74,7 @@ def attend(
         light = _closed_form if prepared.pooling.merge.kernel_size == 1 else _chunked
         ahead = light(q_BHQD[:, :, prepared.rows], k_BGKD, v_BGKD, prepared.pooling, scale)
         return out_BHQD.index_copy(2, prepared.rows, ahead)
-    if prepared.mask_B1QK is not None:
+    if prepared.mask_B1QK is not None and q_BHQD.shape[2] > 1:  # nothing is ahead of the last token
         _require_none(bias)
     return F.scaled_dot_product_attention(
         q_BHQD,

@@ -136,6 +136,36 @@ def test_a_bias_moves_what_looks_ahead_and_nothing_else():
         attend(q, k, v, layout, "v2v", "sdpa", bias=torch.tensor(2.0))
 
 
+@pytest.mark.parametrize("merge", [None, Merge(), Merge(kernel_size=1)])
+def test_a_bias_is_served_where_nothing_is_revealed(merge):
+    """A decoded token in a batch with padding: nothing is ahead of it."""
+    layout = Layout.cat([Layout.parse("..TIT A"), Layout.parse("TIIJT A")])
+    q, k, v = tensors(layout, start=5)
+    plain = attend(q, k, v, layout, "v2v", "reference", merge)
+    moved = attend(q, k, v, layout, "v2v", "flash", merge, bias=torch.tensor(2.0))
+    torch.testing.assert_close(moved, plain)
+
+
+@pytest.mark.parametrize("merge", [None, Merge(), Merge(1, 1), Merge(normalize=False)])
+def test_a_bias_of_minus_infinity_is_causal_attention(merge):
+    """The logarithm of a gate that is shut."""
+    layout = Layout.parse("TIIJT A / TIT A")
+    *shut, of_bias = compared(layout, "v2v", merge, bias=-torch.inf)
+    assert [grad.item() for grad in of_bias] == [0, 0]
+    for results, (causal, _) in zip(shut, compared(layout, "causal", None), strict=True):
+        for found in results:
+            torch.testing.assert_close(found, causal)
+
+
+@pytest.mark.parametrize("merge", [None, Merge(), Merge(kernel_size=1)])
+def test_a_batch_of_padding_alone_needs_no_kernel(merge):
+    """Which would refuse a call without a sequence, on a GPU."""
+    layout = Layout.cat([Layout.parse("....")] * 2)
+    assert not isinstance(flash.prepare(layout, Mask.of("v2v", merge), 0), flash.Prepared)
+    q, k, v = tensors(layout, heads=(2, 2))
+    torch.testing.assert_close(attend(q, k, v, layout, "v2v", "flash", merge), v)
+
+
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("seed", range(8))
 def test_each_allowed_pair_is_in_one_call_once(name, seed):
@@ -273,6 +303,25 @@ def test_what_no_kernel_takes_is_refused_by_name(device, dtype, size, named):
     with pytest.raises(ValueError, match=named) as error:
         kernels.check(query)
     assert "sdpa" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_leaving_fa3_gives_pytorch_its_own_kernels_back(monkeypatch):
+    restored = []
+    monkeypatch.setattr(kernels, "_used", "fa3")
+    monkeypatch.setattr(
+        torch.nn.attention, "restore_flash_attention_impl", lambda: restored.append(True)
+    )
+    kernels.use("torch")
+    assert restored and kernels._used == "torch"
+    kernels.use("torch")
+    assert len(restored) == 1
+
+
+def test_kernels_of_a_gpu_are_refused_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(kernels, "_used", "flash_attn")
+    layout = Layout.parse("TIIT A")
+    with pytest.raises(ValueError, match=r"'flash_attn'.*'torch'"):
+        attend(*tensors(layout), layout, "v2v", "flash")
 
 
 @pytest.mark.parametrize("name", ["fa3", "flash_attn", "fa7"])
