@@ -30,15 +30,16 @@ from fmtrain.policies import Policy
 class Light:
     """What a light form needs beside the calls.
 
-    rows: the queries that look ahead. first: the first tokens of each sample that has such, as many
-    as any sink has, as keys [samples, positions]. own: of each such query the sample. count: of
-    each the positions of its sink. windows: None for kernel size 1.
+    rows: the queries that look ahead. first: the first tokens of the samples that have such, as
+    keys [samples, positions], samples with sinks of like sizes together. last: where the sink of
+    each query ends in these, laid behind one another. count: its positions. windows: None for
+    kernel size 1.
     """
 
     merge: Merge
     rows: torch.Tensor
-    first: torch.Tensor
-    own: torch.Tensor
+    first: list[torch.Tensor]
+    last: torch.Tensor
     count: torch.Tensor
     windows: Windows | None
 
@@ -53,18 +54,37 @@ class Light:
         lengths, of_query = np.unique(_lengths(tokens, keys), return_inverse=True)
         shared = np.array(merge.counts(lengths.tolist()))[of_query]
         count = np.minimum(shared, keys - starts[own] + 1)
-        first = starts[:, None] + np.arange(count.max())
-        first = np.minimum(first, len(tokens.place) - 1)  # beyond a short sample; not counted
+        first, begins = _first(starts, own, count)
+        last = begins[own] + count - 1
+        first = [on(device, np.minimum(each, len(tokens.place) - 1)) for each in first]
         windows = None
         if merge.kernel_size > 1:
             windows = Windows.of(policy, merge, tokens, keys, device)
-        rows, first, own, count = (on(device, each) for each in (rows, first, own, count))
-        return cls(merge, rows, first, own, count, windows)
+        rows, last, count = (on(device, each) for each in (rows, last, count))
+        return cls(merge, rows, first, last, count, windows)
 
     def sink(self, v_MGD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The mean value of each query's sink [n, G, D]."""
-        sums_SPGD = v_MGD[self.first].to(dtype).cumsum(1)
-        return sums_SPGD[self.own, self.count - 1] / self.count[:, None, None]
+        sums = [v_MGD[first].to(dtype).cumsum(1).flatten(0, 1) for first in self.first]
+        return torch.cat(sums).index_select(0, self.last) / self.count[:, None, None]
+
+
+def _first(
+    starts: np.ndarray, own: np.ndarray, count: np.ndarray
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """`Light.first`, and where each sample begins in it. Sizes of sinks in one table differ by less
+    than a factor of two, so that it holds at most twice the tokens that count."""
+    longest = np.zeros(len(starts), int)
+    np.maximum.at(longest, own, count)
+    likeness = np.frexp(longest)[1]
+    first, begins, end = [], np.zeros_like(starts), 0
+    for like in np.unique(likeness):
+        samples = np.flatnonzero(likeness == like)
+        positions = longest[samples].max()
+        first.append(starts[samples, None] + np.arange(positions))
+        begins[samples] = end + np.arange(len(samples)) * positions
+        end += first[-1].size
+    return first, begins
 
 
 def _lengths(tokens: Tokens, keys: np.ndarray) -> np.ndarray:

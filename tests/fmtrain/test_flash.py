@@ -259,6 +259,19 @@ def test_no_layer_asks_a_tensor_for_its_numbers(backend, mask):
     assert asked.found  # or nothing would be noticed above
 
 
+def test_sinks_of_a_packed_row_take_no_more_than_its_tokens():
+    """One long sample must not make those of many short ones as wide as its own."""
+    picture = "|".join(["TIIT AA", "T" + "I" * 2999, *["TIITAA"] * 250])
+    layout = Layout.parse(picture)
+    q, k, v = tensors(layout, heads=(2, 1), size=8, dtype=torch.float32)
+
+    def run():
+        merge = Merge(prefix=1.0, kernel_size=1)
+        attend(q, k, v, layout, "v2v", "flash", merge).sum().backward()
+
+    assert largest_allocation(run) <= 2 * 4 * layout.shape[1] * 8 * 4
+
+
 def test_a_decoded_token_is_left_to_sdpa():
     layout = Layout.cat([Layout.parse("..TIT A"), Layout.parse("TIIJT A")])
     for mask in ("v2v", "v2v+merge"):
