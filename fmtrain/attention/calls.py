@@ -113,7 +113,7 @@ def revealed(policy: Policy, tokens: Tokens) -> list[Part]:
             if mutual.any():
                 squares.append(_square(group, keys, keys & np.isin(role, alike[mutual])))
             for alone in alike[~mutual]:
-                rectangles.append(_rectangles(prefill, (prefill >= 0) & (role == alone), keys))
+                rectangles.append(_rectangles(prefill, role == alone, keys))
     joined = [_joined(squares, causal=True), _joined(rectangles, causal=False)]
     return [part for part in joined if len(part.queries)]
 
