@@ -111,7 +111,8 @@ class LightUnion(torch.autograd.Function):
             pooled = revealed = revealed[:, rows] + bias
         else:
             pooled, revealed = light.windows.forward(q[rows], k, scale)
-            pooled, revealed = pooled + bias, revealed + bias if len(revealed) else pooled
+            pooled = pooled + bias
+            revealed = revealed + bias if len(revealed) else pooled  # which nobody asks for
         normalized = light.merge.normalize or light.windows is None
         total = torch.logaddexp(causal, pooled if normalized else revealed)
         combine(out, lse, rows, _per_head(sink, q.shape[1]), pooled, total)

@@ -86,7 +86,7 @@ def test_a_prefill_in_several_pieces_is_the_reference(policy, merge, seed):
 
 
 @pytest.mark.parametrize("start", [0, 9])
-def test_a_sample_in_several_pieces_is_refused_also_behind_a_cache(start):
+def test_a_sample_in_several_pieces_is_refused(start):
     layout = Layout.parse("TIT A | TIT A | TIT A")
     sample = torch.where(layout.sample == 2, 0, layout.sample)  # the first piece has no query
     mixed = Layout(layout.role, layout.image, layout.prefill, sample)
