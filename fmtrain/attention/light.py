@@ -113,10 +113,9 @@ class LightUnion(torch.autograd.Function):
             pooled, revealed = light.windows.forward(q[rows], k, scale)
             pooled = pooled + bias
             revealed = revealed + bias if len(revealed) else pooled  # which nobody asks for
-        normalized = light.merge.normalize or light.windows is None
-        total = torch.logaddexp(causal, pooled if normalized else revealed)
+        total = torch.logaddexp(causal, pooled if light.merge.normalize else revealed)
         combine(out, lse, rows, _per_head(sink, q.shape[1]), pooled, total)
-        ctx.prepared, ctx.scale, ctx.normalized = prepared, scale, normalized
+        ctx.prepared, ctx.scale = prepared, scale
         ctx.save_for_backward(q, k, v, sink, bias, out, lse, pooled, revealed, *own)
         return out
 
@@ -129,7 +128,7 @@ class LightUnion(torch.autograd.Function):
         share = (pooled - lse[:, rows]).exp()
         to_sink = dots(grad[rows], _per_head(sink, heads), wide)
         to_all = dots(grad[rows], out[rows], wide)
-        if ctx.normalized:
+        if light.merge.normalize:
             grad_pooled = share * (to_sink - to_all)
             grad_revealed = torch.zeros_like(grad_pooled)
         else:

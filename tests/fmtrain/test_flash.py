@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmtrain import POLICIES, Layout, Merge, Policy, Role, attend
-from fmtrain.attention import calls, flash, get_backend, kernels, plan, sdpa, windows
+from fmtrain.attention import calls, flash, get_backend, kernels, plan, sdpa, union, windows
 from fmtrain.masks import Mask
 
 T, V = Role.TEXT, Role.VISUAL
@@ -216,6 +216,48 @@ def test_calls_are_what_kernels_of_a_gpu_take(name, seed, start):
             assert ends[-1] == (count if tokens is None else len(tokens))
 
 
+@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("merge", [None, Merge(kernel_size=1)])
+def test_kernels_are_handed_contiguous_tensors(merge, padding, monkeypatch):
+    """Those of a GPU take strides of a log-sum-exp for granted; a sum hands back a gradient without
+    any."""
+    layout = Layout.parse("TIIJT A / TIT A").pad(left=padding)
+    q, k, v = tensors(layout)
+    handed = []
+
+    def noted(operator):
+        def call(*arguments):
+            handed.extend(each for each in arguments if isinstance(each, torch.Tensor))
+            return operator(*arguments)
+
+        return call
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(kernels, name, noted(getattr(kernels, name)))
+    attend(q, k, v, layout, "future", "flash", merge, bias=torch.tensor(0.5)).sum().backward()
+    assert handed and all(each.is_contiguous() for each in handed)
+
+
+@pytest.mark.parametrize("merge", [None, Merge(), Merge(kernel_size=1)])
+def test_autocast_rounds_the_inputs_and_no_score(merge):
+    layout = Layout.parse("TIIJT A / TIT A")
+    q, k, v = (each.detach() for each in tensors(layout, dtype=torch.float32))
+    low = [each.bfloat16() for each in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):  # positions make q and k float32 again, not v
+        out = attend(q, k, low[2], layout, "future", "flash", merge)
+    assert torch.equal(out, attend(*low, layout, "future", "flash", merge))
+
+
+def test_sums_of_bfloat16_are_made_in_float32():
+    """What is below 2**-9 of a sum in bfloat16 is not added to it."""
+    terms = torch.tensor([256.0, 1.0], dtype=torch.bfloat16)[None, None]
+    assert union.dots(terms, torch.ones_like(terms), torch.float32).item() == 257
+    small = torch.full((64, 1, 1), 2.0**-9, dtype=torch.bfloat16)
+    gradients = union.Gradients([torch.ones(1, 1, 1, dtype=torch.bfloat16)] * 3)
+    gradients.add(*[torch.zeros(64, dtype=torch.int64)] * 2, small, small, small)
+    assert [each.item() for each in gradients.tensors()] == [1.125] * 3
+
+
 @pytest.mark.parametrize("name", ["future", "mma_interleaved"])
 @pytest.mark.parametrize("merge", [None, Merge(), Merge(kernel_size=1)])
 def test_gradients_of_large_scores_are_the_reference(name, merge):
@@ -306,6 +348,7 @@ def test_a_decoded_token_is_left_to_sdpa():
     layout = Layout.cat([Layout.parse("..TIT A"), Layout.parse("TIIJT A")])
     for mask in ("v2v", "v2v+merge"):
         assert isinstance(flash.prepare(layout, Mask.parse(mask), 5), sdpa.Prepared)
+        assert isinstance(flash.prepare(layout, Mask.parse(mask), 4), flash.Prepared)
     assert flash.STEP is sdpa.STEP
 
 
@@ -365,6 +408,12 @@ def test_kernels_of_a_gpu_are_refused_on_a_cpu(monkeypatch):
     layout = Layout.parse("TIIT A")
     with pytest.raises(ValueError, match=r"'flash_attn'.*'torch'"):
         attend(*tensors(layout), layout, "v2v", "flash")
+
+
+@pytest.mark.parametrize("size", [8, 128, kernels.HEAD_SIZE])
+def test_head_sizes_that_kernels_take_are_not_refused(size):
+    shape = (1, 2, 3, size)
+    kernels.check(SimpleNamespace(device=torch.device("cuda"), dtype=torch.float16, shape=shape))
 
 
 @pytest.mark.parametrize("name", ["fa3", "flash_attn", "fa7"])
