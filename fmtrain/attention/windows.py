@@ -237,9 +237,9 @@ def _blocks(
             closed = torch.zeros(len(query), len(index), dtype=wide, device=device)
             closed.masked_fill_(~policies.ahead(anywhere, within_image, q, k), -torch.inf)
             first_ones = index[: int(places[rows][-1] - places[begin])]
-            last_ones = index[-(size - 1) :]
+            last_ones = index[-(size - 1) :]  # windows that end behind the prefill
             before = first_ones <= query
-            beyond = (last_ones + size > end) & (last_ones != query + 1)
+            beyond = last_ones != query + 1  # but a window that is all that is ahead counts
             together = max(1, budget // (len(query) * per_group * len(index)))
             for group in range(0, groups, together):
                 span = slice(group, min(group + together, groups))

@@ -248,6 +248,20 @@ def test_autocast_rounds_the_inputs_and_no_score(merge):
     assert torch.equal(out, attend(*low, layout, "future", "flash", merge))
 
 
+def test_keys_that_tie_in_a_window_share_one_gradient():
+    """Whichever of them takes it: equal keys give q the same, and their own add up to the same."""
+    layout = Layout.parse("TIIJTIIIT A")
+    results = []
+    for backend in ("reference", "flash"):
+        q, k, v = (each.detach() for each in tensors(layout))
+        q, k = q.requires_grad_(), k[:, :, :1].expand_as(k).clone().requires_grad_()
+        out = attend(q, k, v, layout, "v2v", backend, Merge(normalize=False), 0.6)
+        out.square().sum().backward()
+        results.append([q.grad, k.grad.sum(2)])
+    for exact, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, exact)
+
+
 def test_sums_of_bfloat16_are_made_in_float32():
     """What is below 2**-9 of a sum in bfloat16 is not added to it."""
     terms = torch.tensor([256.0, 1.0], dtype=torch.bfloat16)[None, None]
