@@ -7,7 +7,7 @@ RUN := runs/tiny_v2v_lora-v2v-s0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup test train check clean
+.PHONY: setup test train check gpu clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,21 @@ check: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/basedpyright
+
+# What only an NVIDIA GPU can tell: the tests that need one, and the tables of a 7B model with random
+# weights. Needs a CUDA build of torch in $(VENV).
+GPU_RUN := $(BIN)/python -m eval.throughput --size 7b --train lora --masks causal v2v v2v+merge
+gpu: setup
+	$(BIN)/python -m pytest -q -m cuda
+	$(BIN)/python -m eval.attention_speed --heads 32 --head_size 128 --dense 16384 \
+		--lengths 1024 4096 8192 16384 32768 --packed 8192 16384 32768 \
+		--out eval/results/attention_gpu.json
+	$(GPU_RUN) --images 1 --out eval/results/throughput_gpu_1_image.json
+	$(GPU_RUN) --images 10 --out eval/results/throughput_gpu_10_images.json
+	$(GPU_RUN) --images 1 6 --tables runs --packing 8192 --out eval/results/throughput_gpu_8k.json
+	$(GPU_RUN) --images 1 6 --tables runs --packing 16384 --out eval/results/throughput_gpu_16k.json
+	$(BIN)/python -m eval.latency --model random --size 7b --backend flash \
+		--out eval/results/latency_gpu.json
 
 clean:
 	rm -rf $(VENV) runs data build *.egg-info
