@@ -34,7 +34,7 @@ check: setup
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/basedpyright
 
-# What only an NVIDIA GPU can tell: the tests that need one, and the tables of a 7B model with random
+# What only an NVIDIA GPU can tell: the tests that need one, and tables of a 7B model with random
 # weights. Needs a CUDA build of torch in $(VENV).
 GPU_RUN := $(BIN)/python -m eval.throughput --size 7b --train lora --masks causal v2v v2v+merge
 gpu: setup

@@ -68,13 +68,9 @@ def attend(
 ) -> torch.Tensor:
     if not isinstance(prepared, Prepared):
         return sdpa.attend(q_BHQD, k_BGKD, v_BGKD, prepared, scale, bias)
-    device = q_BHQD.device.type
-    if not torch.is_autocast_enabled(device):
+    q_BHQD, k_BGKD, v_BGKD = sdpa.lowered(q_BHQD, k_BGKD, v_BGKD)
+    with torch.autocast(q_BHQD.device.type, enabled=False):  # which would round the scores
         return _attend(q_BHQD, k_BGKD, v_BGKD, prepared, scale, bias)
-    dtype = torch.get_autocast_dtype(device)
-    low = q_BHQD.to(dtype), k_BGKD.to(dtype), v_BGKD.to(dtype)
-    with torch.autocast(device, enabled=False):  # which would round the scores of a light form
-        return _attend(*low, prepared, scale, bias)
 
 
 def _attend(q_BHQD, k_BGKD, v_BGKD, prepared: Prepared, scale: float, bias) -> torch.Tensor:

@@ -70,10 +70,9 @@ def attend(
 ) -> torch.Tensor:
     if isinstance(prepared, Light):
         _require_none(bias)
-        out_BHQD = attend(q_BHQD, k_BGKD, v_BGKD, prepared.causal, scale)
-        light = _closed_form if prepared.pooling.merge.kernel_size == 1 else _chunked
-        ahead = light(q_BHQD[:, :, prepared.rows], k_BGKD, v_BGKD, prepared.pooling, scale)
-        return out_BHQD.index_copy(2, prepared.rows, ahead)
+        q_BHQD, k_BGKD, v_BGKD = lowered(q_BHQD, k_BGKD, v_BGKD)
+        with torch.autocast(q_BHQD.device.type, enabled=False):  # which would round the scores
+            return _light(q_BHQD, k_BGKD, v_BGKD, prepared, scale)
     if prepared.mask_B1QK is not None and q_BHQD.shape[2] > 1:  # nothing is ahead of the last token
         _require_none(bias)
     return F.scaled_dot_product_attention(
@@ -85,6 +84,21 @@ def attend(
         scale=scale,
         enable_gqa=q_BHQD.shape[1] != k_BGKD.shape[1],
     )
+
+
+def lowered(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """As autocast, where it is on, hands them to `scaled_dot_product_attention`."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(each.to(torch.get_autocast_dtype(device)) for each in tensors)
+
+
+def _light(q_BHQD, k_BGKD, v_BGKD, prepared: Light, scale: float) -> torch.Tensor:
+    out_BHQD = attend(q_BHQD, k_BGKD, v_BGKD, prepared.causal, scale)
+    pooled = _closed_form if prepared.pooling.merge.kernel_size == 1 else _chunked
+    ahead = pooled(q_BHQD[:, :, prepared.rows], k_BGKD, v_BGKD, prepared.pooling, scale)
+    return out_BHQD.index_copy(2, prepared.rows, ahead)
 
 
 def _require_none(bias: torch.Tensor | None) -> None:

@@ -202,6 +202,20 @@ def test_autocast_leaves_the_scores_of_a_light_form_in_float32(backend, kernel_s
     assert (ours.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
 
 
+@pytest.mark.parametrize("mask", ["causal", "v2v", "v2v+merge"])
+@pytest.mark.parametrize("backend", ["sdpa", "flash"])
+def test_autocast_lowers_queries_and_keys_once_for_every_mask(backend, mask):
+    """A model in float32 has such queries: what attends to them is told of their rounded values."""
+    layout = Layout.parse("TT" + "I" * 40 + "J" * 40 + "TT AA")
+    torch.manual_seed(0)
+    q, k, v = 4 * torch.randn(3, 1, 2, layout.shape[1], 16)
+    exact = attend(*(each.bfloat16().double() for each in (q, k, v)), layout, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = attend(q, k, v, layout, mask, backend)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
+
+
 @pytest.mark.parametrize(
     "prefix, length, expected",
     [(0.65, 180, 117), (0.53, 100, 53), (0.1, 30, 3), (1.0, 7, 7), (0.01, 50, 1)],
