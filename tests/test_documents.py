@@ -347,6 +347,37 @@ def test_figures_of_latency(label, name):
     assert row[1:4] == [decoded, span("prefill_ratio", plain), span("prefill_ratio", merged)]
 
 
+def test_figures_of_attention_alone():
+    rows = json.loads((RESULTS / "attention_cpu.json").read_text(encoding="utf-8"))["rows"]
+    shown = table(TEXTS["docs/results.md"], "row")
+    for row, (name, *figures) in zip(rows, shown, strict=True):
+        cases = {(case["mask"], case["backend"]): case for case in row["cases"]}
+        assert name.startswith(f"{row['tokens']:,} tokens")
+        expected = []
+        for mask in ("v2v", "v2v+merge, kernel 3"):
+            expected.append(rounded(cases[mask, "flash"]["bound"], 2))
+            for backend in ("flash", "sdpa"):
+                case = cases.get((mask, backend))
+                expected.append("-" if case is None else rounded(case["ratio"]["median"], 2))
+        assert figures == expected
+    said = " ".join(TEXTS["docs/results.md"].split())
+    flash = [case for row in rows for case in row["cases"] if case["backend"] == "flash"]
+    policies = [case["of_bound"] for case in flash if "+merge" not in case["mask"]]
+    light = [case["of_bound"] for case in flash if "kernel 3" in case["mask"]]
+    assert f"within {rounded(max(policies), 2)} of its bound" in said
+    assert f"within {rounded(min(light), 2)} to {rounded(max(light), 2)} of its own" in said
+
+
+def test_figures_of_whole_runs():
+    names = ("tiny", "25m", "packed")
+    shown = {row[0]: row[1:] for row in table(TEXTS["docs/results.md"], "run")}
+    for column, name in enumerate(names):
+        results = json.loads((RESULTS / f"throughput_{name}.json").read_text(encoding="utf-8"))
+        for variant in results["runs"][0]["variants"][1:]:  # the first is stock TRL
+            ratio = [rounded(variant["speed_ratio"][key], 2) for key in ("median", "low", "high")]
+            assert shown[variant["run"]][column] == "{} [{}, {}]".format(*ratio)
+
+
 def test_figures_of_the_merge_study():
     path = RESULTS / "merge_study_tiny" / "merge_study.json"
     result = json.loads(path.read_text(encoding="utf-8"))
