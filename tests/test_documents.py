@@ -186,11 +186,11 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert names["tokens"].shape[1] > prompt
 
 
-def scores_of(matrix: str, task: str) -> dict[tuple[str, str], float]:
-    """Exact answers by (mask in training, mask in inference), as shipped."""
+def scores_of(matrix: str, task: str, count: int = 8 * 7) -> dict[tuple[str, str], float]:
+    """Exact answers by (mask in training, mask in inference), as shipped: so many."""
     results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
     cells = [cell for cell in results["cells"] if cell["task"] == task]
-    assert len(cells) == 8 * 7
+    assert len(cells) == count
     return {(cell["row"], cell["mask"]): cell["score"] for cell in cells}
 
 
@@ -345,6 +345,22 @@ def test_figures_of_latency(label, name):
     assert f"{model['visual_tokens']} image tokens" in row[0]
     decoded = span("decode_ratio", plain + merged)
     assert row[1:4] == [decoded, span("prefill_ratio", plain), span("prefill_ratio", merged)]
+
+
+def test_figures_of_more_steps():
+    results = json.loads((RESULTS / "learning_longer" / "results.json").read_text())
+    said = " ".join(TEXTS["docs/results.md"].split())
+    scores = scores_of("learning_longer", "changed", count=6)
+    v2v, causal = (100 * scores[mask, mask] for mask in ("v2v", "causal"))
+    assert f"{rounded(v2v, 1)} against {rounded(causal, 1)}" in said
+    [primary] = [
+        each
+        for each in results["comparisons"]
+        if (each["row"], each["family"], each["kind"]) == ("v2v", "primary", "causal-causal")
+    ]
+    assert primary["p"] == pytest.approx(0.16, abs=0.005)
+    readme = " ".join(TEXTS["README.md"].split())
+    assert f"`v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f}" in readme
 
 
 def test_figures_of_attention_alone():
