@@ -347,10 +347,11 @@ def test_figures_of_latency(label, name):
     assert row[1:4] == [decoded, span("prefill_ratio", plain), span("prefill_ratio", merged)]
 
 
-def test_figures_of_more_steps():
-    results = json.loads((RESULTS / "learning_longer" / "results.json").read_text())
+@pytest.mark.parametrize("name, p", [("learning_longer", 0.16), ("learning_confirmed", 0.008)])
+def test_figures_of_more_steps(name, p):
+    results = json.loads((RESULTS / name / "results.json").read_text(encoding="utf-8"))
     said = " ".join(TEXTS["docs/results.md"].split())
-    scores = scores_of("learning_longer", "changed", count=6)
+    scores = scores_of(name, "changed", count=6)
     v2v, causal = (100 * scores[mask, mask] for mask in ("v2v", "causal"))
     assert f"{rounded(v2v, 1)} against {rounded(causal, 1)}" in said
     [primary] = [
@@ -358,9 +359,13 @@ def test_figures_of_more_steps():
         for each in results["comparisons"]
         if (each["row"], each["family"], each["kind"]) == ("v2v", "primary", "causal-causal")
     ]
-    assert primary["p"] == pytest.approx(0.16, abs=0.005)
-    readme = " ".join(TEXTS["README.md"].split())
-    assert f"`v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f}" in readme
+    assert shows(str(p), primary["p"])
+    if name == "learning_confirmed":
+        interval = "{:.1f} [{:.1f}, {:.1f}]"
+        points = [100 * primary[key] for key in ("difference", "low", "high")]
+        assert f"+{interval.format(*points)}, p {p}" in said
+        readme = " ".join(TEXTS["README.md"].split())
+        assert f"`v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f} (five seeds, p" in readme
 
 
 def test_figures_of_attention_alone():
