@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from eval import timing
 from eval.tables import Table
-from eval.throughput import peak
-from eval.timing import Stopwatch, paired_ratio, ratio_text, shuffled
+from eval.timing import Stopwatch, paired_ratio, peak, peak_text, ratio_text, shuffled
 from fmtrain.attention import BACKENDS, calls, get_backend, plan
 from fmtrain.command_line import Parser, guarded
 from fmtrain.layout import Layout
 from fmtrain.masks import Mask, parse_masks
+from fmtrain.merge import Merge
 
 IMAGE = 576  # tokens of an image in LLaVA-1.5
 HEADER = ("mask", "backend", "ms", "of causal's [95 %]", "bound", "of the bound", "peak MiB")
@@ -65,7 +65,7 @@ def row(length: int, packed: bool, seed: int = 0) -> Layout:
 
 def pairs(mask: Mask, layout: Layout) -> tuple[int, int]:
     """How many pairs are causal and how many are revealed."""
-    tokens = calls.Tokens.of(layout, 0)
+    tokens = calls.RealTokens.of(layout, 0)
     sizes = torch.bincount(torch.from_numpy(tokens.sample))
     revealed = 0
     for part in calls.revealed(mask.policy, tokens):
@@ -139,7 +139,7 @@ def cases_of(options: argparse.Namespace, length: int) -> Iterator[Case]:
     yield Mask.of("causal"), "flash"
     masks = parse_masks(options.masks, kernel_size=options.merge_kernel_size)
     masks += [
-        Mask.of(mask.policy, type(mask.merge)(kernel_size=1))
+        Mask.of(mask.policy, Merge(kernel_size=1))
         for mask in masks
         if mask.merge is not None and options.merge_kernel_size != 1
     ]
@@ -153,8 +153,7 @@ def table(result: dict) -> Table:
     rows = []
     for entry in result["cases"]:
         figures = [f"{entry['ms']:.0f}", ratio_text(entry["ratio"]), f"{entry['bound']:.2f}"]
-        memory = "-" if entry["peak_mib"] is None else f"{entry['peak_mib']:.0f}"
-        figures += [f"{entry['of_bound']:.2f}", memory]
+        figures += [f"{entry['of_bound']:.2f}", peak_text(entry["peak_mib"])]
         rows.append([entry["mask"], entry["backend"], *figures])
     samples = f"{result['samples']} samples" if result["samples"] > 1 else "one sample"
     return Table(f"{result['tokens']} tokens, {samples}", HEADER, rows, labels=2)

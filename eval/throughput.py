@@ -26,7 +26,7 @@ from eval import subjects, timing, trainers
 from eval.latency import MASKS, setups
 from eval.subjects import Subject
 from eval.tables import Table
-from eval.timing import BASE, Setup, Stopwatch, paired_ratio, peak, ratio_text, shuffled
+from eval.timing import BASE, Setup, Stopwatch, paired_ratio, peak, peak_text, ratio_text, shuffled
 from fmtrain.attention import BACKENDS
 from fmtrain.command_line import Parser, guarded, one_line
 from fmtrain.data.collator import Collator
@@ -70,10 +70,7 @@ def learner(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The model with what learns chosen as the trainer does, and its optimizer."""
     config = LoraConfig(r=RANK, task_type="CAUSAL_LM") if train == "lora" else None
-    pixels = dict(batch.inputs)
-    for name in ("input_ids", "attention_mask", "labels"):
-        del pixels[name]
-    trainable.set_trainable(subject.model, config, None, pixels)
+    trainable.set_trainable(subject.model, config, None, batch.pixels())
     model = subject.model if config is None else get_peft_model(subject.model, config)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -180,9 +177,8 @@ def table(study: dict) -> Table:
     for entry in study["variants"]:
         figures = ["refused", entry.get("refused", ""), "-", "-"]
         if "refused" not in entry:
-            peak = "-" if entry["peak_mib"] is None else f"{entry['peak_mib']:.0f}"
             speed = [f"{entry['tokens_per_s']:.0f}", ratio_text(entry["speed_ratio"])]
-            figures = [*speed, f"{entry['step_ms']:.0f}", peak]
+            figures = [*speed, f"{entry['step_ms']:.0f}", peak_text(entry["peak_mib"])]
         rows.append([entry["mask"], entry["backend"], *figures])
     return Table(title, HEADER, rows)
 

@@ -137,6 +137,11 @@ def peak(run: Callable, device: torch.device) -> float | None:
     return (_resident("VmHWM") - before) / 2**10
 
 
+def peak_text(mib: float | None) -> str:
+    """A `peak` in a table."""
+    return "-" if mib is None else f"{mib:.0f}"
+
+
 def _resident(name: str) -> int:
     """A line of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -36,7 +36,7 @@ from trl import SFTTrainer, get_peft_config
 from eval import subjects
 from eval.subjects import Subject
 from eval.tables import Table
-from eval.timing import Stopwatch, paired_ratio, peak, ratio_text, shuffled
+from eval.timing import Stopwatch, paired_ratio, peak, peak_text, ratio_text, shuffled
 from fmtrain.command_line import one_line
 from fmtrain.data import noise
 from fmtrain.data.collator import encode_row
@@ -120,10 +120,8 @@ def stock_trainer(recipe: Recipe, folder: Path) -> SFTTrainer:
     """TRL's own, with its own collator, on the same rows and parameters."""
     model, processor = load_model(recipe)
     training, lora = copy.copy(recipe.training), get_peft_config(recipe.model)
-    blank = encode_row(processor, noise.rows()[1]).inputs
-    text = ("input_ids", "attention_mask")
-    pixels = {name: value for name, value in blank.items() if name not in text}
-    trainable.set_trainable(model, lora, None, pixels)
+    blank = encode_row(processor, noise.rows()[1])
+    trainable.set_trainable(model, lora, None, blank.pixels())
     rows = []
     for line in (folder / ROWS).read_text().splitlines():
         row = json.loads(line)
@@ -368,9 +366,9 @@ def table(study: dict) -> Table:
             reason = [entry["run"], "refused", entry["refused"]]
             rows.append(reason + ["-"] * (len(header) - len(reason)))
             continue
-        memory = "-" if entry["peak_mib"] is None else f"{entry['peak_mib']:.0f}"
         row = [entry["run"], f"{entry['samples_per_s']:.2f}", ratio_text(entry["speed_ratio"])]
         row += [f"{entry['tokens_per_s']:.0f}", f"{entry['step_ms']:.0f}"]
-        row += [f"{100 * entry['tower_share']:.1f} %", memory, f"{entry['gflops']:.1f}"]
+        row += [f"{100 * entry['tower_share']:.1f} %", peak_text(entry["peak_mib"])]
+        row += [f"{entry['gflops']:.1f}"]
         rows.append(row + ([f"{100 * entry['utilisation']:.1f} %"] if used else []))
     return Table(title, header, rows)

@@ -24,7 +24,7 @@ from fmtrain.policies import Policy, sight
 
 
 @dataclass(frozen=True)
-class Tokens:
+class RealTokens:
     """The real tokens of some rows behind one another, as arrays [M]: the keys.
 
     place: in the flattened rows. sample, prefill: numbered over all rows, prefill -1 for none; a
@@ -41,7 +41,7 @@ class Tokens:
     place_new: np.ndarray
 
     @classmethod
-    def of(cls, layout: Layout, start: int) -> "Tokens":
+    def of(cls, layout: Layout, start: int) -> "RealTokens":
         """Of a layout whose queries are the tokens from `start` on. Samples without a query are
         left out. Raises `ValueError` for a sample in several pieces."""
         role, image, prefill, sample = torch.stack(layout.tensors()).cpu().numpy()
@@ -86,20 +86,17 @@ class Part:
         """offsets: the number of each query among the keys."""
         kept = None if self.kept.all() else on(device, np.flatnonzero(self.kept))
         tokens = on(device, self.queries), on(device, offsets[self.keys])
-        sequences = _ends(self.lengths_q, device), _ends(self.lengths_k, device)
-        longest = int(self.lengths_q.max()), int(self.lengths_k.max())
-        return Call(*tokens, *sequences, *longest, self.causal, kept)
+        sequences = _sequences(device, self.lengths_q, self.lengths_k)
+        return Call(*tokens, *sequences, self.causal, kept)
 
 
-def past(tokens: Tokens, device: torch.device) -> Call:
+def past(tokens: RealTokens, device: torch.device) -> Call:
     """Causal attention inside each sample."""
     queries, keys = np.bincount(tokens.sample[tokens.new]), np.bincount(tokens.sample)
-    sequences = _ends(queries, device), _ends(keys, device)
-    longest = int(queries.max(initial=0)), int(keys.max(initial=0))
-    return Call(None, None, *sequences, *longest, True, None)
+    return Call(None, None, *_sequences(device, queries, keys), True, None)
 
 
-def revealed(policy: Policy, tokens: Tokens) -> list[Part]:
+def revealed(policy: Policy, tokens: RealTokens) -> list[Part]:
     """What the policy reveals, in at most two parts."""
     # A query sees nothing ahead that is not a query too.
     role, prefill = tokens.role[tokens.new], tokens.prefill[tokens.new]
@@ -160,9 +157,16 @@ def on(device: torch.device, indices: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(indices)).to(device, torch.int64)
 
 
-def _ends(lengths: np.ndarray, device: torch.device) -> torch.Tensor:
-    assert (lengths > 0).all(), "a sequence without tokens"
-    return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
+def _sequences(
+    device: torch.device, queries: np.ndarray, keys: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Where sequences of these lengths end, and the longest of each, as a call takes them."""
+    ends = []
+    for lengths in (queries, keys):
+        assert (lengths > 0).all(), "a sequence without tokens"
+        total = [0, *np.cumsum(lengths).tolist()]
+        ends.append(torch.tensor(total, dtype=torch.int32, device=device))
+    return ends[0], ends[1], int(queries.max()), int(keys.max())
 
 
 def _numbered(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def prepare(layout: Layout, mask: Mask, start: int) -> Prepared | sdpa.Prepared 
     if layout.shape[1] - start == 1:  # a decoded token looks at everything, in one short row
         return sdpa.prepare(layout, mask, start)
     device = layout.role.device
-    tokens = calls.Tokens.of(layout, start)
+    tokens = calls.RealTokens.of(layout, start)
     if not len(tokens.new):  # padding alone: kernels take no call without a sequence
         return sdpa.prepare(layout, mask, start)
     parts = calls.revealed(mask.policy, tokens)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fmtrain.attention.calls import Part, Tokens, on
+from fmtrain.attention.calls import Part, RealTokens, on
 from fmtrain.attention.union import Gradients, chosen, combine, dots
 from fmtrain.attention.windows import Windows
 from fmtrain.merge import Merge
@@ -45,7 +45,12 @@ class Light:
 
     @classmethod
     def of(
-        cls, policy: Policy, merge: Merge, tokens: Tokens, parts: list[Part], device: torch.device
+        cls,
+        policy: Policy,
+        merge: Merge,
+        tokens: RealTokens,
+        parts: list[Part],
+        device: torch.device,
     ) -> "Light":
         rows = np.unique(np.concatenate([part.rows for part in parts]))
         keys = tokens.new[rows]
@@ -87,7 +92,7 @@ def _first(
     return first, begins
 
 
-def _lengths(tokens: Tokens, keys: np.ndarray) -> np.ndarray:
+def _lengths(tokens: RealTokens, keys: np.ndarray) -> np.ndarray:
     """Of the prefills of these tokens."""
     return np.bincount(tokens.prefill[tokens.prefill >= 0])[tokens.prefill[keys]]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fmtrain import policies
-from fmtrain.attention.calls import Tokens, on
+from fmtrain.attention.calls import RealTokens, on
 from fmtrain.merge import Merge
 from fmtrain.policies import Policy, sight_on
 
@@ -46,7 +46,12 @@ class Windows:
 
     @classmethod
     def of(
-        cls, policy: Policy, merge: Merge, tokens: Tokens, keys: np.ndarray, device: torch.device
+        cls,
+        policy: Policy,
+        merge: Merge,
+        tokens: RealTokens,
+        keys: np.ndarray,
+        device: torch.device,
     ) -> "Windows":
         """keys: the numbers of the queries that look ahead among the keys, ascending."""
         prefill = tokens.prefill[keys]

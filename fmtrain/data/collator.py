@@ -93,11 +93,10 @@ def pack(samples: Sequence[Encoded]) -> Encoded:
 
 def _pixels(rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Pixels, sizes and counts of the images of several rows, in their order."""
-    names = dict.fromkeys(chain.from_iterable(row.inputs for row in rows))
+    images = [row.pixels() for row in rows]
     stacked = {}
-    for name in names:
-        if name not in ("input_ids", "labels", "attention_mask"):
-            stacked[name] = _stack([row.inputs[name] for row in rows if name in row.inputs])
+    for name in dict.fromkeys(chain.from_iterable(images)):
+        stacked[name] = _stack([each[name] for each in images if name in each])
     return stacked
 
 

@@ -13,6 +13,7 @@ from fmtrain.data.dialogue import image_parts, typed
 from fmtrain.data.render import Segment, render
 from fmtrain.layout import Layout, Role
 
+TEXT_INPUTS = ("input_ids", "attention_mask", "labels")
 IGNORED = -100  # the label that cross entropy skips
 PLACEHOLDERS = ("image_token", "video_token", "audio_token")  # of a processor
 
@@ -46,6 +47,10 @@ class Encoded(NamedTuple):
         if layout is None:
             raise ValueError("the batch carries no layout")
         return cls(inputs, layout)
+
+    def pixels(self) -> dict[str, torch.Tensor]:
+        """The inputs that are no text: pixels, sizes and counts of images."""
+        return {name: each for name, each in self.inputs.items() if name not in TEXT_INPUTS}
 
     def to(self, model) -> "Encoded":
         """On the model's device; pixels in its dtype."""

@@ -97,6 +97,7 @@ class Packs(Dataset):
     ):
         self.rows, self.limit, self.group, self.epoch = rows, limit, group, 0
         self._lengths, self._seed, self._size = np.array(rows[LENGTH][:]), seed, 0
+        self._packs: dict[int, list[Pack]] = {}  # of the last epoch that was asked for
         draws = range(1 if seed is None else DRAWS)
         self._size = max(len(self._draw(number)) for number in draws)
 
@@ -112,8 +113,11 @@ class Packs(Dataset):
     def of_epoch(self, epoch: int) -> list[Pack]:
         """The packs of an epoch. An order that needs more packs than there are gives way to the
         next one; those that were tried out do not."""
-        orders = map(self._draw, count(epoch, DRAWS))
-        return next(packs for packs in orders if len(packs) == self._size)
+        if epoch not in self._packs:
+            orders = map(self._draw, count(epoch, DRAWS))
+            packs = next(packs for packs in orders if len(packs) == self._size)
+            self._packs = {epoch: packs}
+        return self._packs[epoch]
 
     def _draw(self, number: int) -> list[Pack]:
         order = np.arange(len(self._lengths))

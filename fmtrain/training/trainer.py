@@ -200,12 +200,9 @@ def build_trainer(
     training.eval_packing = None
     if rows.ordered and training.train_sampling_strategy == "random":
         training.train_sampling_strategy = "sequential"
-    blank = encode_row(processor, noise.rows()[1]).inputs  # a row with one image
-    pixels = {
-        name: value for name, value in blank.items() if name not in ("input_ids", "attention_mask")
-    }
+    blank = encode_row(processor, noise.rows()[1])  # a row with one image
     lora = get_peft_config(recipe.model)
-    unreached = trainable.set_trainable(model, lora, recipe.data.train_parts, pixels)
+    unreached = trainable.set_trainable(model, lora, recipe.data.train_parts, blank.pixels())
     if unreached:
         say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
     several = training.world_size > 1
@@ -216,7 +213,7 @@ def build_trainer(
             processor,
             rows.image_root,
             recipe.data.max_pixels,
-            blank if several else None,
+            blank.inputs if several else None,
             recipe.training.padding_free,
         ),
         train_dataset=rows.rows,

@@ -170,7 +170,7 @@ def test_a_batch_of_padding_alone_needs_no_kernel(merge):
 @pytest.mark.parametrize("seed", range(8))
 def test_each_allowed_pair_is_in_one_call_once(name, seed):
     layout = oracle.random_layout(random.Random(seed), rows=2, samples=2, turns=3)
-    tokens = calls.Tokens.of(layout, 0)
+    tokens = calls.RealTokens.of(layout, 0)
     count = torch.zeros(layout.shape[0], layout.shape[1], layout.shape[1], dtype=torch.int)
     length = layout.shape[1]
 
