@@ -70,7 +70,8 @@ def learner(
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """The model with what learns chosen as the trainer does, and its optimizer."""
     config = LoraConfig(r=RANK, task_type="CAUSAL_LM") if train == "lora" else None
-    trainable.set_trainable(subject.model, config, None, batch.pixels())
+    parts = trainable.default_parts(config)
+    trainable.set_trainable(subject.model, config, parts, batch.pixels())
     model = subject.model if config is None else get_peft_model(subject.model, config)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -42,9 +42,8 @@ from fmtrain.data import noise
 from fmtrain.data.collator import encode_row
 from fmtrain.host import unwrap
 from fmtrain.masks import Mask
-from fmtrain.patch import attach
-from fmtrain.training import packing, trainable
 from fmtrain.training import recipe as recipes
+from fmtrain.training import trainable
 from fmtrain.training.model import load_model
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.rows import training_rows
@@ -107,13 +106,10 @@ def recipe_of(folder: Path, name: str, mask: Mask, options: dict) -> Recipe:
     return recipes.read(path)
 
 
-def fmtrain_trainer(recipe: Recipe, stop: TrainerCallback) -> SFTTrainer:
+def fmtrain_trainer(recipe: Recipe) -> SFTTrainer:
     """fmtrain's, as `fmtrain train` builds it."""
     model, processor = load_model(recipe)
-    rows = training_rows(recipe, processor)
-    packed = packing.packs(recipe.training)
-    attach(model, recipe.mask, recipe.masking.attention_backend, packed=packed)
-    return build_trainer(recipe, model, processor, rows, None, stop)
+    return build_trainer(recipe, model, processor, training_rows(recipe, processor))
 
 
 def stock_trainer(recipe: Recipe, folder: Path) -> SFTTrainer:
@@ -121,7 +117,7 @@ def stock_trainer(recipe: Recipe, folder: Path) -> SFTTrainer:
     model, processor = load_model(recipe)
     training, lora = copy.copy(recipe.training), get_peft_config(recipe.model)
     blank = encode_row(processor, noise.rows()[1])
-    trainable.set_trainable(model, lora, None, blank.pixels())
+    trainable.set_trainable(model, lora, trainable.default_parts(lora), blank.pixels())
     rows = []
     for line in (folder / ROWS).read_text().splitlines():
         row = json.loads(line)
@@ -221,7 +217,7 @@ def variants(
         wanted += [(f"fmtrain {mask}, packed", mask, packed) for mask in masks]
     for name, mask, keys in wanted:
         try:
-            trainers[name] = fmtrain_trainer(recipe_of(folder, name, mask, keys), TrainerCallback())
+            trainers[name] = fmtrain_trainer(recipe_of(folder, name, mask, keys))
         except ValueError as error:
             trainers[name] = error
             Accelerator(cpu=keys["use_cpu"])  # what all trainers share; half of one has reset it

@@ -18,6 +18,8 @@ _HOME = {
     "attend": "attention",
     "attach": "patch",
     "attached": "patch",
+    "SFTTrainer": "training.trainer",
+    "Collator": "data.collator",
     "Encoded": "data.encode",
     "encode": "data.encode",
     "markers": "data.render",

@@ -58,6 +58,17 @@ def recorded_mask(path: str | Path, trust_remote_code: bool = False, **hub) -> M
         raise ValueError(f"{path}: its config.json under `fmtrain`: {error}") from error
 
 
+def check_base_mask(name: str, start: Mask | None, mask: Mask, base_mask: str | None) -> None:
+    """Raises `ValueError` for a start that records another mask than `mask` or causal, unless
+    `base_mask` says so."""
+    if start is None or start == mask or str(start) in ("causal", base_mask):
+        return
+    raise ValueError(
+        f"{name} records the mask {str(start)!r}, and {str(mask)!r} is to be trained; if that is "
+        f"meant, say `base_mask: {start}`"
+    )
+
+
 def load_processor(path: str, config, **kwargs):
     """The processor of a checkpoint, told what it must know of the model to count image tokens, and
     with the chat template that training renders.
@@ -65,7 +76,11 @@ def load_processor(path: str, config, **kwargs):
     Old checkpoints leave `patch_size` and its companions out, and 575 tokens would meet 576
     features (transformers#36002).
     """
-    processor = AutoProcessor.from_pretrained(path, **kwargs)
+    return complete(AutoProcessor.from_pretrained(path, **kwargs), config)
+
+
+def complete(processor, config):
+    """The processor, told in place what it must know of a model with this config."""
     if "patch_size" in vars(processor) and processor.patch_size is None:
         processor.patch_size = config.vision_config.patch_size
         # CLIP's class token, which the "default" strategy drops again.

@@ -2,8 +2,8 @@
 
     accelerate launch fmtrain/sft.py recipes/llava7b_v2v_lora.yaml [--any_trl_argument value]
 
-Reads top to bottom: recipe, run folder, rows, model, mask, trainer, training (which audits a real
-batch first), saving.
+Reads top to bottom: recipe, run folder, rows, model, `fmtrain.SFTTrainer`, training (which audits a
+real batch first), saving. Nothing here that a script of one's own could not call.
 """
 
 import os
@@ -15,21 +15,18 @@ if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
 
 import datasets
 import torch
+import yaml
 
-from fmtrain.attention import auto, kernels
 from fmtrain.command_line import asks_for_help, one_line, quiet
 from fmtrain.data.aspect import described
-from fmtrain.data.render import markers
-from fmtrain.patch import attach
-from fmtrain.training import keys, packing, trainable
+from fmtrain.training import keys
 from fmtrain.training import recipe as recipes
-from fmtrain.training.answers import answers_of
-from fmtrain.training.head import check_liger
+from fmtrain.training.answers import check_answers
 from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
-from fmtrain.training.run_folder import check_resumed, checkpoint_of, record_of, recorded
+from fmtrain.training.run_folder import RECIPE, checkpoint_of, recorded
 from fmtrain.training.tracking import prepare_tracking, say, say_error
-from fmtrain.training.trainer import SaveOnTerm, build_trainer
+from fmtrain.training.trainer import build_trainer
 
 
 def main(arguments: list[str]) -> int:
@@ -43,9 +40,9 @@ def main(arguments: list[str]) -> int:
             "usage: accelerate launch fmtrain/sft.py RECIPE.yaml [--any_trl_argument value]"
         )
     recipe = recipes.read(arguments[0], arguments[1:])
-    check_liger(recipe)
-    training = recipe.training
-    checkpoint = checkpoint_of(recipe)
+    training, resume = recipe.training, recipe.training.resume_from_checkpoint
+    checkpoint = checkpoint_of(training, recipe.mask, resume)
+    check_answers(training, recipe.evaluation)
     prepare_tracking(training.report_to)
 
     processor, config = load_processor_of(recipe)
@@ -54,24 +51,13 @@ def main(arguments: list[str]) -> int:
     positions = config.get_text_config().max_position_embeddings
     rows = training_rows(recipe, processor, checkpoint, positions)
     eval_rows = evaluation_rows(recipe, processor, positions)
-    answers = answers_of(recipe, processor, eval_rows)
     say(f"{rows.size} rows; {rows.dropped} dropped, longer than max_length {training.max_length}")
 
-    kernels.use(recipe.masking.flash_impl)
-    model = load_weights(recipe)
-    backend, packed = recipe.masking.attention_backend, packing.packs(training)
-    handle = attach(model, recipe.mask, backend, markers=markers(processor), packed=packed)
-    if backend == "auto" and not handle.host:
-        say(f"attention: {auto.described(training.device)}")
-    stop = SaveOnTerm()
-    trainer = build_trainer(recipe, model, processor, rows, eval_rows, stop, answers)
-    say(trainable.summary(trainer.model))
-    record = record_of(recipe, handle, processor, rows, trainer.model, trainer.packs)
-    check_resumed(checkpoint, record)
-
-    with recorded(recipe, record, trainer.is_world_process_zero()):
+    trainer = build_trainer(recipe, load_weights(recipe), processor, rows, eval_rows)
+    resolved = {RECIPE: yaml.safe_dump(recipe.resolved, sort_keys=False)}
+    with recorded(training.output_dir, resolved, trainer.is_world_process_zero()):
         trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.asked:
+    if trainer.stopping.asked:
         step = trainer.state.global_step
         say(f"stopped by SIGTERM at step {step}; resume with --resume_from_checkpoint true")
         return 0

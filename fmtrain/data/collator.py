@@ -133,6 +133,11 @@ class Collator:
         packs = [row if isinstance(row, list) else [row] for row in rows]
         if self.padding_free:
             packs = [list(chain.from_iterable(packs))]
+        if not all("messages" in row for row in chain.from_iterable(packs)):
+            raise ValueError(
+                "a row without messages; a Trainer leaves columns out unless it is told "
+                "remove_unused_columns=False"
+            )
         if any(row["messages"] is None for row in chain.from_iterable(packs)):
             # A batch before the one that a stream resumes at; the trainer throws it away.
             return {}

@@ -91,12 +91,19 @@ def load(
     root = image_folder(source, image_root)
     if not len(rows):
         raise ValueError(f"{name}: holds no row")
-    _require_columns(name, rows.column_names)
     limits = [limit for limit in (count, first, len(rows)) if limit]
     rows = rows.select(range(min(limits)))
+    return Rows(in_row_format(name, rows), root)
+
+
+def in_row_format(name: str, rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows of any form of TRL's in the columns of the row format, images as they are stored. Raises
+    `ValueError` naming the set, and the row, for columns that are none of these forms."""
+    _require_columns(name, rows.column_names)
+    rows = tables.undecoded(rows)
     if not {"prompt", "image"} & set(rows.column_names) and _canonical(rows):
-        return Rows(_in_columns(name, rows), root)
-    return Rows(_rewritten(name, rows), root)
+        return _in_columns(name, rows)
+    return _rewritten(name, rows)
 
 
 def _digits(source: Source, count: int | None, seed: int, first: int | None) -> Rows:

@@ -228,6 +228,33 @@ def load(
     return Rows(rows, ".", opened=first, passes=passes, files=tuple(chain.from_iterable(files)))
 
 
+def of_iterable(
+    rows: datasets.IterableDataset,
+    name: str,
+    image_root: str,
+    check: Callable[[dict, str], None],
+    head: int = HEAD,
+) -> Rows:
+    """The rows of a set that a script streams itself, each checked when it is read; how many there
+    are is not known. Raises `ValueError` for a bad one of the first `head`."""
+
+    def read(row: dict, number: int) -> dict:
+        try:
+            row = {PROMPT: 0, **plain(row, f"{name}:{number}"), "image_root": image_root}
+        except ValueError as error:
+            raise ValueError(f"{name}, row {number + 1}: {error}") from error
+        check(row, name)
+        return row
+
+    columns = rows.column_names or list(next(iter(rows.take(1)), {}))
+    stored = rows if rows.features is None else rows.decode(False)
+    checked = stored.map(read, with_indices=True, remove_columns=columns)
+    opened = tuple(checked.take(head))
+    if not opened:
+        raise ValueError(f"{name}: holds no row")
+    return Rows(checked, image_root, opened=opened, passes=0)
+
+
 def unchecked(row: dict, path: str) -> None:
     """For looking at rows as they are."""
 

@@ -37,9 +37,13 @@ def _of_hub(source: Source) -> datasets.Dataset:
             f"{source.path}: no such file or folder here, and as a set of the hub: "
             f"{folded(error)[:300]}"
         ) from error
-    rows = _selected(rows, source.columns)
+    return undecoded(_selected(rows, source.columns))
+
+
+def undecoded(rows: datasets.Dataset) -> datasets.Dataset:
+    """The rows with images as they are stored."""
     types = {name: _undecoded(feature) for name, feature in rows.features.items()}
-    return rows.cast(datasets.Features(types))
+    return rows if types == rows.features else rows.cast(datasets.Features(types))
 
 
 def _undecoded(feature):

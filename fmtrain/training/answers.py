@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTConfig
 
 from fmtrain.data.collator import encode_prompt
 from fmtrain.data.dialogue import Turn, turns
-from fmtrain.data.files import Rows
 from fmtrain.decoding import Decoder, right
 from fmtrain.patch import attached
-from fmtrain.training.recipe import Recipe
+from fmtrain.training.arguments import EvaluationArguments
 from fmtrain.training.tracking import say
 
 
@@ -75,25 +75,35 @@ class Answers:
         return correct
 
 
-def answers_of(recipe: Recipe, processor, rows: Rows | None) -> Answers | None:
-    """What a recipe has answered; None where it evaluates nothing, or `eval_answers` is 0.
-
-    `eval_answers` of the rows are taken, evenly from all of them. Raises `ValueError` under FSDP
-    and ZeRO-3, where every process would have to run each module as often as all others.
-    """
-    wanted = recipe.evaluation.eval_answers
-    if rows is None or not wanted:
-        return None
-    if recipe.training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+def check_answers(training: SFTConfig, evaluation: EvaluationArguments) -> None:
+    """Raises `ValueError` for answers under FSDP and ZeRO-3, where every process would have to run
+    each module as often as all others."""
+    wanted = evaluation.eval_answers
+    if training.eval_strategy == "no" or not wanted:
+        return
+    if training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise ValueError(f"eval_answers {wanted}: not under FSDP; say `eval_answers: 0`")
     if is_deepspeed_zero3_enabled():
         raise ValueError(f"eval_answers {wanted}: not under ZeRO-3; say `eval_answers: 0`")
-    count = min(wanted, rows.size)
-    taken = rows.rows.select([k * rows.size // count for k in range(count)])
+
+
+def answers_of(
+    training: SFTConfig,
+    evaluation: EvaluationArguments,
+    max_pixels: int,
+    processor,
+    rows: datasets.Dataset,
+) -> Answers | None:
+    """What is answered of evaluation rows: `eval_answers` of them, evenly from all; None where that
+    is 0."""
+    if not evaluation.eval_answers:
+        return None
+    count = min(evaluation.eval_answers, len(rows))
+    taken = rows.select([k * len(rows) // count for k in range(count)])
     return Answers(
         processor,
         taken,
-        recipe.training.per_device_eval_batch_size,
-        recipe.evaluation.eval_max_new_tokens,
-        recipe.data.max_pixels,
+        training.per_device_eval_batch_size,
+        evaluation.eval_max_new_tokens,
+        max_pixels,
     )

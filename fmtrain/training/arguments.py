@@ -51,7 +51,26 @@ class MaskArguments:
 
 
 @dataclass
-class DataArguments:
+class RowArguments:
+    """How rows are read, whatever set they are of."""
+
+    image_root: str | None = _argument(
+        None, "Folder of the images; by default the one of dataset_name."
+    )
+    max_pixels: int = _argument(MAX_PIXELS, "Images with more pixels are refused.")
+    max_dropped: float = _argument(
+        0.1, "Share of a set's rows that may be longer than max_length; if more are, no run starts."
+    )
+    check_images: bool = _argument(True, "Decode every image once before training starts.")
+    allow_evaluation_data: bool = _argument(False, "Train on rows marked as evaluation data.")
+
+    def __post_init__(self):
+        if not 0 <= self.max_dropped <= 1:
+            raise ValueError(f"max_dropped {self.max_dropped:g} is not a share from 0 to 1")
+
+
+@dataclass
+class DataArguments(RowArguments):
     """What the model is trained on and which of its parts learn."""
 
     dataset_name: str | None = _argument(
@@ -79,25 +98,17 @@ class DataArguments:
     eval_dataset_name: str | None = _argument(
         None, "Rows for the evaluation loss, if not dataset_name's dataset_test_split."
     )
-    image_root: str | None = _argument(
-        None, "Folder of the images; by default the one of dataset_name."
-    )
     image_aspect: str | None = _argument(
         None,
         "Of LLaVA-1.5: pad images to a square, as LLaVA trains, or crop them, as llava-hf's "
         "processors do; by default as the processor does already.",
     )
-    max_pixels: int = _argument(MAX_PIXELS, "Images with more pixels are refused.")
-    max_dropped: float = _argument(
-        0.1, "Share of a set's rows that may be longer than max_length; if more are, no run starts."
-    )
-    check_images: bool = _argument(True, "Decode every image once before training starts.")
-    allow_evaluation_data: bool = _argument(False, "Train on rows marked as evaluation data.")
     train_parts: list[str] | None = _argument(
         None, f"What learns, of {', '.join(PARTS)}; LoRA: the first, full: the first two."
     )
 
     def __post_init__(self):
+        super().__post_init__()
         for part in self.train_parts or ():
             if part not in PARTS:
                 raise ValueError(f"train_parts names {part!r}; known are {', '.join(PARTS)}")
@@ -117,8 +128,6 @@ class DataArguments:
                 "dataset_streaming reads files, all of them; it goes with neither dataset_rows nor "
                 "`digits`"
             )
-        if not 0 <= self.max_dropped <= 1:
-            raise ValueError(f"max_dropped {self.max_dropped:g} is not a share from 0 to 1")
         if self.shuffle_buffer < 1:
             raise ValueError(
                 f"shuffle_buffer {self.shuffle_buffer} is less than 1, which keeps the files' order"

@@ -14,17 +14,6 @@ from torch import nn
 
 from fmtrain.data.encode import IGNORED
 from fmtrain.host import unwrap
-from fmtrain.training.recipe import Recipe
-
-
-def check_liger(recipe: Recipe) -> None:
-    """Raises `ValueError` for a recipe that asks for Liger's kernels: TRL leaves their loss out,
-    and no test here has seen their layers under a mask."""
-    if recipe.training.use_liger_kernel:
-        raise ValueError(
-            f"{recipe.path}: use_liger_kernel true: no logits are kept without it either, and its "
-            "other kernels are untested under a mask; leave it out"
-        )
 
 
 def run_head_where_learnt(model: nn.Module) -> None:

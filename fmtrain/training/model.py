@@ -7,7 +7,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageTextToText
 from trl import get_quantization_config
 
-from fmtrain.checkpoint import load_processor, recorded_mask
+from fmtrain.checkpoint import check_base_mask, load_processor, recorded_mask
 from fmtrain.command_line import folded
 from fmtrain.data.aspect import with_aspect
 from fmtrain.host import check_implementation
@@ -32,7 +32,8 @@ def load_processor_of(recipe: Recipe):
         )
     check_implementation(recipe.mask, recipe.model.attn_implementation or "")
     with _one_line(name):
-        check_start(recipe)
+        start = recorded_mask(name, recipe.training.trust_remote_code)
+        check_base_mask(name, start, recipe.mask, recipe.masking.base_mask)
         config = AutoConfig.from_pretrained(name, **_hub(recipe))
         processor = load_processor(name, config, **_hub(recipe))
     return with_aspect(processor, recipe.data.image_aspect), config
@@ -72,16 +73,3 @@ def _one_line(name: str) -> Iterator[None]:
         yield
     except (OSError, ImportError, TypeError) as error:  # TypeError: of model_init_kwargs
         raise ValueError(f"model {name}: {folded(error)[:400]}") from error
-
-
-def check_start(recipe: Recipe) -> None:
-    """Raises `ValueError` for a start that records another mask than the recipe's or causal, unless
-    the recipe says so."""
-    name = recipe.model.model_name_or_path
-    start = recorded_mask(name, recipe.training.trust_remote_code)
-    if start is None or start == recipe.mask or str(start) in ("causal", recipe.masking.base_mask):
-        return
-    raise ValueError(
-        f"{name} records the mask {str(start)!r}, the recipe says {str(recipe.mask)!r}; if that is "
-        f"meant, say `base_mask: {start}`"
-    )

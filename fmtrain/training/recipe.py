@@ -20,7 +20,7 @@ import fmtrain
 from fmtrain.command_line import folded, nearest
 from fmtrain.masks import LIGHT, Mask, parse_masks
 from fmtrain.tiny import CHECKPOINT
-from fmtrain.training import packing
+from fmtrain.training import trl_options
 from fmtrain.training.arguments import DataArguments, EvaluationArguments, MaskArguments
 
 PACKAGE = Path(fmtrain.__file__).parent
@@ -68,8 +68,12 @@ class Recipe:
 
     @property
     def data_seed(self) -> int:
-        """The seed of the rows: their draw, their order."""
-        return self.training.seed if self.training.data_seed is None else self.training.data_seed
+        return data_seed(self.training)
+
+
+def data_seed(training: SFTConfig) -> int:
+    """The seed of the rows: their draw, their order."""
+    return training.seed if training.data_seed is None else training.data_seed
 
 
 class _Parser(TrlParser):
@@ -116,7 +120,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
         )
     check_init(path, training.model_init_kwargs)
     _check_use_of_rows(path, data, training, {*values, *changed})
-    packing.check(path, training, data.dataset_streaming)
+    trl_options.check(path, training, data.dataset_streaming)
     mask = masking.parse()
     if masking.base_mask is not None:
         parse_masks([masking.base_mask])
@@ -141,13 +145,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
 
 
 def _check_use_of_rows(path: Path, data: DataArguments, training: SFTConfig, said: set) -> None:
-    """Raises `ValueError` for evaluation without rows of its own, and for such rows without it; and
-    for a loss on more than answers."""
-    if training.completion_only_loss is False:
-        raise ValueError(
-            f"{path}: completion_only_loss false would learn prompts; only answers are learnt, all "
-            "of them in rows of messages, those of the completion in rows with a prompt"
-        )
+    """Raises `ValueError` for evaluation without rows of its own, and for such rows without it."""
     evaluates = training.eval_strategy != "no"
     named = sorted({"eval_dataset_name", "dataset_test_split"} & said)
     if named and not evaluates:

@@ -1,9 +1,13 @@
-"""The rows of a recipe, for whoever reads one: training, preview, audit and export."""
+"""The rows of a recipe, for whoever reads one: training, preview, audit and export; and those that
+a script hands to the trainer."""
 
+import os
 from collections.abc import Callable
 
+import datasets
 import numpy as np
 from rich.markup import escape
+from trl import SFTConfig
 
 from fmtrain.data import files, mixing, sources, stream
 from fmtrain.data.aspect import aspect_of
@@ -12,6 +16,7 @@ from fmtrain.data.files import Rows
 from fmtrain.data.row_format import BOX_FRAMES, LENGTH, box_frame
 from fmtrain.data.sources import DIGITS, Source
 from fmtrain.training import packing
+from fmtrain.training.arguments import RowArguments
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.run_folder import trainer_state
 from fmtrain.training.tracking import say
@@ -45,7 +50,9 @@ def training_rows(
     with recipe.training.main_process_first():
         return _mixed(
             recipe,
-            lambda rows, name: _checked(recipe, processor, rows, name, positions),
+            lambda rows, name: checked(
+                rows, processor, name, recipe.training, recipe.data, positions
+            ),
             say=_say,
         )
 
@@ -119,49 +126,94 @@ def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> 
         source = sources.held_out(source)
     with training.main_process_first():
         rows = files.load(source, data.dataset_rows, data.image_root, recipe.data_seed)
-        return _checked(recipe, processor, rows.rooted(), f"{name}, {source.split}", positions)
+        name = f"{name}, {source.split}"
+        return checked(rows.rooted(), processor, name, training, data, positions)
 
 
 def _say(line: str) -> None:
     say(escape(line))
 
 
-def longest_row(recipe: Recipe, positions: int | None) -> tuple[int | None, str]:
+def longest_row(training: SFTConfig, positions: int | None) -> tuple[int | None, str]:
     """How many tokens a row may have, and what says so: `max_length`, or else the positions of the
     model. Raises `ValueError` for a `max_length` that is more than these, unless rows are packed,
     for positions start again in each."""
-    limit = recipe.training.max_length
+    limit = training.max_length
     beyond = None not in (limit, positions) and limit > positions
-    if limit is None or (beyond and packing.is_on(recipe.training)):
+    if limit is None or (beyond and packing.is_on(training)):
         return positions, f"the model's {positions} positions"
     if beyond:
         raise ValueError(f"max_length {limit} is more than the model's {positions} positions")
     return limit, f"max_length {limit}"
 
 
-def _checked(recipe: Recipe, processor, rows: Rows, name: str, positions: int | None) -> Rows:
-    data, training = recipe.data, recipe.training
-    longest, limit = longest_row(recipe, positions)
-    checked = prepare(
+def checked(
+    rows: Rows,
+    processor,
+    name: str,
+    training: SFTConfig,
+    how: RowArguments,
+    positions: int | None = None,
+) -> Rows:
+    """The rows, looked at one by one as training will read them, without those over `max_length`.
+
+    name: of the set, in errors. positions: of the model. Raises `ValueError` for bad rows, and for
+    rows that are longer than these.
+    """
+    longest, limit = longest_row(training, positions)
+    found = prepare(
         rows,
         processor,
         name,
         max_length=training.max_length,
-        max_dropped=data.max_dropped,
-        max_pixels=data.max_pixels,
-        check_images=data.check_images,
-        allow_evaluation_data=data.allow_evaluation_data,
+        max_dropped=how.max_dropped,
+        max_pixels=how.max_pixels,
+        check_images=how.check_images,
+        allow_evaluation_data=how.allow_evaluation_data,
         workers=training.dataset_num_proc,
         first=training.local_process_index == 0,
         say=_say,
     )
-    long = 0 if longest is None else int((np.array(checked.rows[LENGTH][:]) > longest).sum())
+    long = 0 if longest is None else int((np.array(found.rows[LENGTH][:]) > longest).sum())
     if long:
         raise ValueError(
             f"{name}: {long} of {rows.size} rows are longer than {limit}; `max_length: {longest}` "
             "drops them"
         )
-    return checked
+    return found
+
+
+def of_dataset(
+    given: Rows | datasets.Dataset | datasets.IterableDataset,
+    name: str,
+    processor,
+    training: SFTConfig,
+    how: RowArguments,
+    positions: int | None = None,
+) -> Rows:
+    """The rows of a script's data set, in any of TRL's forms, checked as those of a recipe; `Rows`
+    that are checked already as they are. Rows of an `IterableDataset` are checked as they come.
+    Names of image files are absolute where no `image_root` is given.
+
+    Raises `TypeError` for what is no data set, `ValueError` for bad rows.
+    """
+    if isinstance(given, Rows):
+        done = given.passes is not None or LENGTH in given.rows.column_names
+        return given if done else checked(given, processor, name, training, how, positions)
+    if isinstance(given, datasets.IterableDataset):
+        longest, limit = longest_row(training, positions)
+        options = how.max_pixels, how.allow_evaluation_data
+        check = stream.checker(processor, longest, *options, limit)
+        return stream.of_iterable(given, name, how.image_root or os.sep, check)
+    if not isinstance(given, datasets.Dataset):
+        raise TypeError(f"{name} is a {type(given).__name__}, not a Dataset of `datasets`")
+    if given.format["type"] == "custom":
+        raise ValueError(f"{name} has a transform, which its rows would lose; use map")
+    if not len(given):
+        raise ValueError(f"{name}: holds no row")
+    with training.main_process_first():
+        rows = Rows(files.in_row_format(name, given), how.image_root or os.sep)
+        return checked(rows, processor, name, training, how, positions)
 
 
 def _resumed_stream(
@@ -184,7 +236,7 @@ def _resumed_stream(
                 f"{recipe.path}: a stream is resumed where it stopped; ignore_data_skip cannot be"
             )
         skip = trainer_state(checkpoint)["global_step"] * training.gradient_accumulation_steps
-    longest, limit = longest_row(recipe, positions)
+    longest, limit = longest_row(training, positions)
     check = stream.checker(processor, longest, data.max_pixels, data.allow_evaluation_data, limit)
     sequence = stream.Stream(
         (),

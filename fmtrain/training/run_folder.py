@@ -11,20 +11,17 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
-from torch import nn
-from trl import get_peft_config
+from trl import SFTConfig
 
 from fmtrain.checkpoint import recorded_mask
 from fmtrain.command_line import write_whole
 from fmtrain.data.aspect import aspect_of
 from fmtrain.data.files import Rows
-from fmtrain.data.packing import Packs
 from fmtrain.data.row_format import LENGTH
-from fmtrain.patch import Handle
+from fmtrain.masks import Mask
+from fmtrain.patch import attached, unwrap
 from fmtrain.provenance import revision, versions
 from fmtrain.training import trainable
-from fmtrain.training.recipe import Recipe
 
 RECORD, RECIPE, CONFIG = "run.json", "recipe.yaml", "config.json"
 STATE = "trainer_state.json"  # the last file of a checkpoint, and of a run
@@ -33,20 +30,20 @@ WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.
 FIXED = ("base_model", "data", "image_aspect", "trainable", "lora", "packing")
 
 
-def checkpoint_of(recipe: Recipe) -> str | None:
-    """The checkpoint to resume from: the one named, or the newest whole one.
+def checkpoint_of(training: SFTConfig, mask: Mask, wanted: str | bool | None) -> str | None:
+    """The checkpoint to resume from: the one that is wanted, for true the newest whole one.
 
     Raises `ValueError` if the output folder cannot be written, holds a run and resuming was not
-    asked for, or holds none and it was; for a checkpoint that was trained with another mask than
-    the recipe's or has all its steps behind it; and for processes that do not know of each other.
+    asked for, or holds none and it was; for a checkpoint that was trained with another mask or
+    has all its steps behind it; and for processes that do not know of each other.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != recipe.training.world_size:
+    folder = Path(training.output_dir)
+    if started != training.world_size:
         raise ValueError(
-            f"{started} processes were started, and each would train alone in "
-            f"{recipe.training.output_dir}; on a CPU add --use_cpu true"
+            f"{started} processes were started, and each would train alone in {folder}; on a CPU "
+            "add --use_cpu true"
         )
-    wanted, folder = recipe.training.resume_from_checkpoint, Path(recipe.training.output_dir)
     _check_writable(folder)
     checkpoint = None
     if str(wanted) in ("True", "true"):
@@ -60,9 +57,9 @@ def checkpoint_of(recipe: Recipe) -> str | None:
     if not (Path(checkpoint) / CONFIG).is_file():
         raise ValueError(f"{checkpoint}: not a checkpoint of a run")
     recorded = recorded_mask(checkpoint)
-    if recorded != recipe.mask:
-        raise ValueError(f"{checkpoint} records the mask {recorded}, the recipe says {recipe.mask}")
-    _check_unfinished(recipe, Path(checkpoint))
+    if recorded != mask:
+        raise ValueError(f"{checkpoint} records the mask {recorded}, the recipe says {mask}")
+    _check_unfinished(training, Path(checkpoint))
     return checkpoint
 
 
@@ -124,10 +121,10 @@ def _newest(folder: Path) -> str:
     return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
 
 
-def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
+def _check_unfinished(training: SFTConfig, checkpoint: Path) -> None:
     """There is nothing to resume behind the last step, unless the run was killed before it was
     saved."""
-    state, training = trainer_state(checkpoint), recipe.training
+    state = trainer_state(checkpoint)
     done = state["global_step"]
     if training.max_steps > 0:
         left, end = training.max_steps - done, f"max_steps {training.max_steps}"
@@ -138,27 +135,20 @@ def _check_unfinished(recipe: Recipe, checkpoint: Path) -> None:
         raise ValueError(f"{checkpoint}: step {done} is the end already ({end}); nothing to resume")
 
 
-def record_of(
-    recipe: Recipe,
-    handle: Handle,
-    processor,
-    rows: Rows,
-    model: nn.Module,
-    packs: Packs | None = None,
-) -> dict:
-    """What a run is made with."""
-    lora = get_peft_config(recipe.model)
+def record_of(trainer) -> dict:
+    """What a run of an `fmtrain.SFTTrainer` is made with."""
+    handle, rows, packs = attached(trainer.model), trainer.rows, trainer.packs
+    lora = getattr(trainer.model, "peft_config", {}).get("default")
     return {
         **handle.mask.record(),
         "backend": "host" if handle.host else handle.backend.__name__.rpartition(".")[2],
-        "base_model": recipe.model.model_name_or_path,
-        "recipe": recipe.path,
+        "base_model": unwrap(trainer.model).config._name_or_path,
         "rows": rows.size,
         "rows_dropped": rows.dropped,
         "data": fingerprint(rows),
         "packing": None if packs is None else packs.record(),
-        "image_aspect": aspect_of(processor),
-        "trainable": trainable.counts(model),
+        "image_aspect": aspect_of(trainer.processing_class),
+        "trainable": trainable.counts(trainer.model),
         "lora": None if lora is None else {"rank": lora.r, "alpha": lora.lora_alpha},
         "versions": versions(),
         "git_revision": revision(),
@@ -218,29 +208,28 @@ def _short(value) -> str:
 
 
 @contextmanager
-def recorded(recipe: Recipe, record: dict, first_process: bool) -> Iterator[None]:
-    """The resolved recipe and the record stand in the output folder while the block runs and
-    afterwards. After a block that raises before it has saved a checkpoint the folder has those that
-    it had before; a new one is free again."""
-    folder = Path(recipe.training.output_dir)
-    texts = {
-        folder / RECIPE: yaml.safe_dump(recipe.resolved, sort_keys=False),
-        folder / RECORD: json.dumps(record, indent=2) + "\n",
+def recorded(folder: str | Path, texts: dict[str, str], first_process: bool) -> Iterator[None]:
+    """The files stand in a run's folder, with these texts, while the block runs and afterwards.
+    After a block that raises before it has saved a checkpoint the folder has those that it had
+    before; a new one is free again."""
+    folder = Path(folder)
+    before = {
+        name: (folder / name).read_text("utf-8") if (folder / name).is_file() else None
+        for name in texts
     }
-    before = {path: path.read_text("utf-8") if path.is_file() else None for path in texts}
     checkpoints = {*folder.glob("checkpoint-*")}
     if first_process:
-        for path, text in texts.items():
-            write_whole(path, text)
+        for name, text in texts.items():
+            write_whole(folder / name, text)
     try:
         yield
     except BaseException:
         if first_process and checkpoints == {*folder.glob("checkpoint-*")}:
-            for path, text in before.items():
+            for name, text in before.items():
                 if text is None:
-                    path.unlink(missing_ok=True)
+                    (folder / name).unlink(missing_ok=True)
                 else:
-                    write_whole(path, text)
+                    write_whole(folder / name, text)
             if not any(folder.iterdir()):
                 folder.rmdir()
         raise

@@ -15,7 +15,11 @@ from transformers.modeling_utils import set_zero3_state
 
 from fmtrain.patch import unwrap
 
-DEFAULT = {"lora": ["language_model"], "full": ["language_model", "projector"]}
+
+def default_parts(config: LoraConfig | None) -> list[str]:
+    """What learns where a recipe does not say it: with LoRA the language model, without it the
+    projector too."""
+    return ["language_model"] if config is not None else ["language_model", "projector"]
 
 
 def part_of(name: str) -> str:
@@ -65,15 +69,16 @@ def set_trainable(
     parts: list[str] | None,
     pixels: dict[str, torch.Tensor],
 ) -> list[str]:
-    """Decide what learns: the layers that LoRA adapts (spelled out in `config`), or the parameters
-    left trainable.
+    """Decide what learns of `parts`: the layers that LoRA adapts (spelled out in `config`), or the
+    parameters left trainable. parts None: what `config` adapts, or what requires a gradient now.
 
-    What no gradient can reach is left out; returns the names of such parameters among the chosen
-    parts.
+    What no gradient can reach is left out of the parts; returns the names of such parameters.
     """
-    parts = parts or DEFAULT["full" if config is None else "lora"]
     inner = unwrap(model)
-    unreached = [name for name in unreachable(inner, pixels) if part_of(name) in parts]
+    unreached = unreachable(inner, pixels)
+    if parts is None:
+        return unreached
+    unreached = [name for name in unreached if part_of(name) in parts]
     if config is not None:
         wanted = lora_targets(model, parts, config.target_modules)
         config.target_modules = [name for name in wanted if f"{name}.weight" not in unreached]
@@ -81,6 +86,18 @@ def set_trainable(
         for name, parameter in inner.named_parameters():
             parameter.requires_grad_(part_of(name) in parts and name not in unreached)
     return unreached
+
+
+def freeze(model: nn.Module, unreached: list[str]) -> list[str]:
+    """Freezes those of the parameters `unreached` that learn, and LoRA on their layers; returns the
+    names of these."""
+    inner, layers = unwrap(model), {name.removesuffix(".weight") for name in unreached}
+    frozen = []
+    for name, parameter in inner.named_parameters():
+        if parameter.requires_grad and (name in unreached or name.split(".lora_")[0] in layers):
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
 
 
 def unreachable(model: PreTrainedModel, pixels: dict[str, torch.Tensor]) -> list[str]:

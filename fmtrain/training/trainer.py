@@ -1,37 +1,222 @@
-"""TRL's trainer as fmtrain runs it: what learns, what is audited before step 0, what every
-checkpoint carries."""
+"""TRL's `SFTTrainer` under an attention mask: what is audited before step 0, what every checkpoint
+carries."""
 
 import copy
+import json
 import random
-import signal
+from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
+import trl
+from peft import PeftConfig
 from torch.distributed.fsdp import FSDPModule
-from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer, get_peft_config
+from transformers import AutoProcessor, PreTrainedModel
+from trl import SFTConfig, get_peft_config
+from trl.trainer.utils import create_model_from_path
 
-from fmtrain import consistency
-from fmtrain.checkpoint import is_adapter
+from fmtrain.attention import auto, kernels
+from fmtrain.checkpoint import check_base_mask, complete, is_adapter
 from fmtrain.data import noise
 from fmtrain.data.collator import Collator, encode_row
-from fmtrain.data.encode import IGNORED, Encoded
+from fmtrain.data.encode import IGNORED
 from fmtrain.data.files import Rows
 from fmtrain.data.packing import Packs
-from fmtrain.patch import attached, unwrap
-from fmtrain.training import packing, trainable
-from fmtrain.training.answers import Answers
+from fmtrain.data.render import markers
+from fmtrain.masks import Mask
+from fmtrain.patch import attach, attached, unwrap
+from fmtrain.patch import recorded as recorded_of
+from fmtrain.policies import Policy
+from fmtrain.training import first_batch, packing, trainable, trl_options
+from fmtrain.training.answers import Answers, answers_of, check_answers
+from fmtrain.training.arguments import EvaluationArguments, RowArguments
 from fmtrain.training.head import run_head_where_learnt
-from fmtrain.training.recipe import Recipe
+from fmtrain.training.recipe import Recipe, data_seed
+from fmtrain.training.rows import of_dataset
+from fmtrain.training.run_folder import RECORD, check_resumed, checkpoint_of, record_of, recorded
+from fmtrain.training.stopping import SaveOnTerm
 from fmtrain.training.tracking import say
 
 
-class MaskedSFTTrainer(SFTTrainer):
-    """TRL's trainer; every checkpoint of it, adapters included, carries the mask in a
-    `config.json`, and the metrics of `answers` are among those of every evaluation."""
+class SFTTrainer(trl.SFTTrainer):
+    """TRL's trainer with one argument more, the mask that the model is trained and run with.
 
-    answers: Answers | None = None
-    packs: Packs | None = None
+    The data sets hold images, in any of TRL's forms; only answers are learnt. Rows over
+    `args.max_length` are dropped, not cut, `packing`, `eval_packing` and `padding_free` work, and
+    of the options that TRL would read and this trainer does not, each is refused by name. Before
+    step 0 a real batch is audited; every checkpoint, adapters included, carries the mask in a
+    `config.json`, and `output_dir` the record of the run in `run.json`.
+
+    mask: a name ("v2v", "v2v+merge"), a policy or a `Mask`. attention_backend, flash_impl: of the
+    kernels. base_mask: the mask that the model records, if neither causal nor `mask`. train_parts:
+    what learns, of language_model, projector and vision_tower; by default whatever `peft_config`
+    adapts, or whatever requires a gradient. rows: how the data sets are read. evaluation: what is
+    answered whenever the evaluation loss is computed; by default nothing.
+
+    model, train_dataset and the rest are TRL's; `Rows` will do for a data set.
+
+    Raises `ValueError` for rows, options and models that do not fit, in one line.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: SFTConfig | None = None,
+        data_collator: Collator | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *,
+        mask: str | Policy | Mask,
+        attention_backend: str = "auto",
+        flash_impl: str = "torch",
+        base_mask: str | None = None,
+        train_parts: list[str] | None = None,
+        rows: RowArguments | None = None,
+        evaluation: EvaluationArguments | None = None,
+        peft_config: PeftConfig | None = None,
+        quantization_config=None,
+        **others,
+    ):
+        name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+        args = args or SFTConfig(f"{Path(name).name}-SFT")
+        _check(args, data_collator, train_dataset, others)
+        self.mask, self._asked = Mask.of(mask), copy.copy(args)
+        self._row_arguments = rows or RowArguments()
+        self._evaluation = evaluation or EvaluationArguments(eval_answers=0)
+        check_answers(self._asked, self._evaluation)
+        if isinstance(model, str):
+            model = _loaded(model, args, quantization_config)
+        config = unwrap(model).config
+        check_base_mask(name, recorded_of(config), self.mask, base_mask)
+        if processing_class is None:
+            processing_class = AutoProcessor.from_pretrained(name)
+        self._processor = complete(processing_class, config)
+        self._positions = config.get_text_config().max_position_embeddings
+        self.rows = self._checked(train_dataset, "train_dataset")
+        held_out = self._held_out(eval_dataset)
+
+        self._attach(model, attention_backend, flash_impl)
+        blank = encode_row(self._processor, noise.rows()[1])  # a row with one image
+        unreached = trainable.set_trainable(model, peft_config, train_parts, blank.pixels())
+        super().__init__(
+            model=model,
+            args=self._for_trl(args),
+            data_collator=Collator(
+                self._processor,
+                self.rows.image_root,
+                self._row_arguments.max_pixels,
+                blank.inputs if args.world_size > 1 else None,
+                args.padding_free,
+            ),
+            train_dataset=self.rows.rows,
+            eval_dataset=held_out,
+            processing_class=self._processor,
+            peft_config=peft_config,
+            **others,
+        )
+        if train_parts is None:
+            unreached = trainable.freeze(self.model, unreached)
+        if unreached:
+            say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
+        say(trainable.summary(self.model))
+        self.answers: dict[str, Answers] = {}  # by the prefix of their metrics
+        self.eval_dataset = self._to_evaluate(held_out, "eval")
+        self.packs: Packs | None = None
+        if args.packing:
+            self.packs = packing.training_packs(self._asked, self.rows, data_seed(args))
+            self.train_dataset = self.packs
+            say(str(self.packs))
+        self._add_hooks()
+
+    def _add_hooks(self) -> None:
+        trainable.run_tower_without_graph(self.model)
+        run_head_where_learnt(self.model)
+        first = first_batch.few(self.packs, self.rows, self._asked)
+        self.stopping = SaveOnTerm()
+        for callback in (
+            first_batch.AuditFirstBatch(self, first),
+            trainable.EveryParameterLearns(self.model),
+            self.stopping,
+        ):
+            self.add_callback(callback)
+
+    def _attach(self, model, backend: str, flash_impl: str) -> None:
+        kernels.use(flash_impl)
+        before = attached(model)
+        if before is not None:  # as a checkpoint is loaded
+            before.detach()
+        handle = attach(
+            model,
+            self.mask,
+            backend,
+            markers=markers(self._processor),
+            packed=packing.packs(self._asked),
+        )
+        if backend == "auto" and not handle.host:
+            say(f"attention: {auto.described(self._asked.device)}")
+
+    def _for_trl(self, args: SFTConfig) -> SFTConfig:
+        """The arguments without what TRL would do to rows, or refuse of images."""
+        changed = copy.copy(args)
+        changed.max_length = None  # rows are dropped whole, before training; TRL would cut them
+        changed.dataset_kwargs = {"skip_prepare_dataset": True}
+        changed.remove_unused_columns = False
+        changed.packing = changed.padding_free = False
+        changed.eval_packing = None
+        if self.rows.ordered and changed.train_sampling_strategy == "random":
+            changed.train_sampling_strategy = "sequential"
+        return changed
+
+    # --- rows -------------------------------------------------------------------------------------
+
+    def _checked(self, given, name: str) -> Rows:
+        return of_dataset(
+            given, name, self._processor, self._asked, self._row_arguments, self._positions
+        )
+
+    def _held_out(self, given):
+        """Checked rows to evaluate on, or several sets of them by name."""
+        if isinstance(given, dict):
+            return {name: self._held_out(one) for name, one in given.items()}
+        if given is None or isinstance(given, str | Packs):
+            return given
+        rows = self._checked(given, "eval_dataset")
+        if rows.passes is not None:
+            raise ValueError("eval_dataset is a stream; evaluation rows are a Dataset")
+        rooted = "image_root" in rows.rows.column_names
+        return (rows if rooted else rows.rooted()).rows
+
+    def _to_evaluate(self, rows, prefix: str):
+        """In packs, as the loader takes them; what is answered of them is kept."""
+        if isinstance(rows, dict):
+            return {name: self._to_evaluate(one, f"{prefix}_{name}") for name, one in rows.items()}
+        if rows is None or isinstance(rows, str | Packs):
+            return rows
+        answers = answers_of(
+            self._asked, self._evaluation, self._row_arguments.max_pixels, self._processor, rows
+        )
+        if answers is not None:
+            self.answers[prefix] = answers
+        return packing.evaluation_packs(self._asked, rows)
+
+    # --- training and evaluation ------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **others):
+        """TRL's; `output_dir` gets the record of the run. Raises `ValueError` where it holds a run
+        that is not resumed, and for a checkpoint of another run."""
+        checkpoint = checkpoint_of(self.args, self.mask, resume_from_checkpoint)
+        record = record_of(self)
+        check_resumed(checkpoint, record)
+        self.accelerator.wait_for_everyone()  # all have looked before the first one writes
+        texts = {RECORD: json.dumps(record, indent=2) + "\n"}
+        with recorded(self.args.output_dir, texts, self.is_world_process_zero()):
+            return super().train(resume_from_checkpoint=checkpoint, **others)
+
+    def predict(self, test_dataset, *args, metric_key_prefix: str = "test", **kwargs):
+        rows = self._to_evaluate(self._held_out(test_dataset), metric_key_prefix)
+        return super().predict(rows, *args, metric_key_prefix=metric_key_prefix, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         if self.packs is None:
@@ -43,13 +228,16 @@ class MaskedSFTTrainer(SFTTrainer):
             return eval_dataset
         return super()._get_eval_sampler(eval_dataset)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Draws no random number of training's; the loader of the evaluation rows would."""
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """TRL's. Draws no random number of training's; the loader of the evaluation rows would."""
+        given = self._to_evaluate(self._held_out(eval_dataset), metric_key_prefix)
         before, device = (random.getstate(), np.random.get_state()), self.args.device
         devices = [] if device.type == "cpu" else [device]
         try:
             with torch.random.fork_rng(devices, device_type=device.type):
-                return super().evaluate(*args, **kwargs)
+                return super().evaluate(given, ignore_keys, metric_key_prefix)
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
@@ -62,8 +250,9 @@ class MaskedSFTTrainer(SFTTrainer):
         sums = torch.tensor([self._learnt], device=self.args.device)
         total, count = self.accelerator.gather(sums).sum(0).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(1, count)
-        if self.answers is not None:
-            metrics = self.answers.metrics(self.model, self.accelerator, metric_key_prefix)
+        if metric_key_prefix in self.answers:
+            answers = self.answers[metric_key_prefix]
+            metrics = answers.metrics(self.model, self.accelerator, metric_key_prefix)
             output.metrics.update(metrics)
         return output
 
@@ -116,124 +305,52 @@ class MaskedSFTTrainer(SFTTrainer):
             unwrap(self.model).config.save_pretrained(output_dir or self.args.output_dir)
 
 
-class AuditFirstBatch(TrainerCallback):
-    """Before step 0, on a real batch, as the run computes it (compiled, sharded, under autocast):
-    later tokens move no earlier logit, every layer computes the reference attention of the mask,
-    and a mask that reveals something changes the logits. Its loss stands beside its causal loss."""
-
-    def __init__(self, trainer: SFTTrainer, rows: list[dict]):
-        self.trainer, self.rows = trainer, rows
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        model, handle = self.trainer.model_wrapped, attached(self.trainer.model)
-        batch = self.trainer._prepare_inputs(self.trainer.data_collator(self.rows))
-        inputs, layout = Encoded.from_batch(batch)
-        labels = inputs.pop("labels")
-        encoded = Encoded(inputs, layout)
-        training = model.training
-        model.eval()
-        try:
-            results = [consistency.leaks(model, encoded)]
-            if not handle.host:
-                results += [consistency.effect(model, encoded), *consistency.layers(model, encoded)]
-            with torch.no_grad():
-                learning = {**encoded.kwargs(), "labels": labels, "fused_lm_head": True}
-                loss = model(**learning).loss.item()
-                with handle.under("causal"):
-                    causal = model(**learning).loss.item()
-        finally:
-            model.train(training)
-        losses = f"loss {loss:.4f} under {handle.mask}, {causal:.4f} causal"
-        say(f"audit of the first {len(self.rows)} rows: {len(results)} checks; {losses}")
-        for result in results:
-            if not result.passed:
-                raise ValueError(f"the audit before step 0 fails: {result.check}: {result.figure}")
+def _check(args: SFTConfig, data_collator, train_dataset, others: dict) -> None:
+    """Raises `ValueError` for what TRL's trainer takes and this one would lose."""
+    if not isinstance(args, SFTConfig):
+        raise ValueError(f"args is a {type(args).__name__}, not trl.SFTConfig")
+    if data_collator is not None:
+        raise ValueError(
+            "data_collator: a mask needs the layout of its rows, which SFTTrainer's own collator "
+            "gives; leave it out"
+        )
+    for name in ("formatting_func", "compute_loss_func"):
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{name}: rows are dialogues in one of TRL's forms and the loss is that of their "
+                "answers; leave it out"
+            )
+    rows_streamed = isinstance(train_dataset, datasets.IterableDataset)
+    trl_options.check("args", args, rows_streamed)
 
 
-class SaveOnTerm(TrainerCallback):
-    """SIGTERM ends the run after the step at hand, with a checkpoint."""
-
-    def __init__(self):
-        self.asked = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._before = signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, *_) -> None:
-        self.asked = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        asked = self.asked
-        if args.world_size > 1:  # every rank must stop at the same step
-            flag = torch.tensor(float(asked), device=args.device)
-            torch.distributed.all_reduce(flag)
-            asked = bool(flag)
-        if asked:
-            self.asked = control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self._before)
-
-
-def _first(packs: Packs | None, rows: Rows, training: SFTConfig) -> list:
-    """A few rows for the audit, or packs of two: its reference needs the square of their tokens."""
-    if packs is not None:
-        return [packs[pack] for pack in packs.small(1 if training.padding_free else 2)]
-    batch_size = training.per_device_train_batch_size
-    return rows.first(2 if training.padding_free else max(2, min(4, batch_size)))
+def _loaded(name: str, args: SFTConfig, quantization_config):
+    """The model as TRL loads it from a name."""
+    keys = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        keys["quantization_config"] = quantization_config
+    if args.world_size > 1:
+        keys["device_map"] = None
+    return create_model_from_path(name, **{"trust_remote_code": args.trust_remote_code, **keys})
 
 
 def build_trainer(
-    recipe: Recipe,
-    model,
-    processor,
-    rows: Rows,
-    eval_rows: Rows | None,
-    stop: SaveOnTerm,
-    answers: Answers | None = None,
-) -> MaskedSFTTrainer:
-    """The model's parts frozen or adapted as the recipe says, in TRL's trainer."""
-    training = copy.copy(recipe.training)
-    training.max_length = None  # rows are dropped whole, before training; TRL would cut them
-    training.dataset_kwargs = {"skip_prepare_dataset": True}
-    training.packing = training.padding_free = False  # of images TRL refuses both
-    training.eval_packing = None
-    if rows.ordered and training.train_sampling_strategy == "random":
-        training.train_sampling_strategy = "sequential"
-    blank = encode_row(processor, noise.rows()[1])  # a row with one image
-    lora = get_peft_config(recipe.model)
-    unreached = trainable.set_trainable(model, lora, recipe.data.train_parts, blank.pixels())
-    if unreached:
-        say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
-    several = training.world_size > 1
-    trainer = MaskedSFTTrainer(
-        model=model,
-        args=training,
-        data_collator=Collator(
-            processor,
-            rows.image_root,
-            recipe.data.max_pixels,
-            blank.inputs if several else None,
-            recipe.training.padding_free,
-        ),
-        train_dataset=rows.rows,
-        eval_dataset=eval_rows.rows if eval_rows else None,
+    recipe: Recipe, model, processor, rows: Rows, eval_rows: Rows | None = None
+) -> SFTTrainer:
+    """The trainer that a recipe describes, of rows and a model that were read as it says."""
+    lora, parts = get_peft_config(recipe.model), recipe.data.train_parts
+    return SFTTrainer(
+        model,
+        recipe.training,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=processor,
+        mask=recipe.mask,
+        attention_backend=recipe.masking.attention_backend,
+        flash_impl=recipe.masking.flash_impl,
+        base_mask=recipe.masking.base_mask,
+        train_parts=parts or trainable.default_parts(lora),
+        rows=recipe.data,
+        evaluation=recipe.evaluation,
         peft_config=lora,
     )
-    trainer.answers = answers
-    if eval_rows is not None:
-        trainer.eval_dataset = packing.evaluation_packs(recipe.training, eval_rows.rows)
-    trainable.run_tower_without_graph(trainer.model)
-    run_head_where_learnt(trainer.model)
-    if recipe.training.packing:
-        packs = packing.training_packs(recipe.training, rows, recipe.data_seed)
-        trainer.packs = trainer.train_dataset = packs
-        say(str(packs))
-    for callback in (
-        AuditFirstBatch(trainer, _first(trainer.packs, rows, recipe.training)),
-        trainable.EveryParameterLearns(trainer.model),
-        stop,
-    ):
-        trainer.add_callback(callback)
-    return trainer

@@ -2,6 +2,7 @@
 changed by it."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from eval import subjects, throughput, timing, trainers
 from fmtrain import Mask
 from fmtrain.attention import sdpa
 from fmtrain.data.collator import Collator
-from fmtrain.training.trainer import MaskedSFTTrainer
+from fmtrain.training.trainer import SFTTrainer
 
 OPTIONS = {
     "use_peft": True,
@@ -49,6 +50,7 @@ def test_trainers_that_take_turns_learn_what_they_learn_alone(folder):
     alone = built(folder)
     for trainer in alone.values():
         trainer.train()
+        shutil.rmtree(trainer.args.output_dir)  # or it would be a run to resume
     together = built(folder)
     turns = {name: trainers.Turns(trainer) for name, trainer in together.items()}
     for number in range(4):
@@ -66,7 +68,7 @@ def test_trainers_that_take_turns_learn_what_they_learn_alone(folder):
 @pytest.mark.parametrize("lora", [True, False])
 def test_stock_and_fmtrain_learn_the_same_parameters_of_the_same_rows(folder, lora):
     stock, ours = built(folder, use_peft=lora).values()
-    assert isinstance(ours, MaskedSFTTrainer) and not isinstance(stock, MaskedSFTTrainer)
+    assert isinstance(ours, SFTTrainer) and not isinstance(stock, SFTTrainer)
     learnt = []
     for trainer in (stock, ours):
         named = trainer.model.named_parameters()

@@ -24,7 +24,7 @@ from fmtrain.data.collator import encode_row
 from fmtrain.tiny import digits
 from fmtrain.training.recipe import read
 from fmtrain.training.rows import evaluation_rows, rows_of, training_rows
-from fmtrain.training.trainer import SaveOnTerm, build_trainer
+from fmtrain.training.trainer import build_trainer
 
 own_cache = test_data.own_cache
 
@@ -253,7 +253,7 @@ def test_the_evaluation_loss_opens_the_pictures_of_its_own_set(place, tmp_path, 
     )
     processor, model = families.processor("llava"), families.model("llava")
     rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
-    trainer = build_trainer(recipe, model, processor, rows, held_out, SaveOnTerm())
+    trainer = build_trainer(recipe, model, processor, rows, held_out)
     batch = trainer.data_collator([trainer.eval_dataset[[0]]])
     own = data.load(str(place / "b"))
     expected = encode_row(processor, own.rows[0], own.image_root)
@@ -315,7 +315,7 @@ def test_workers_do_not_change_the_order(place, tmp_path, streaming):
         )
         rows = training_rows(recipe, processor)
         model = families.model("llava")
-        trainer = build_trainer(recipe, model, processor, rows, None, SaveOnTerm())
+        trainer = build_trainer(recipe, model, processor, rows)
         trainer.data_collator = ids
         found.append(list(islice(trainer.get_train_dataloader(), 7)))
     assert found[0] == found[1] == found[2] and all(len(batch) == 4 for batch in found[0])
@@ -338,9 +338,7 @@ def test_a_longer_run_begins_with_the_rows_of_a_shorter_one(place, tmp_path, kin
         keys = {"datasets": mixture, "dataset_streaming": streaming, "max_steps": steps}
         recipe = recipe_of(place, tmp_path, gradient_accumulation_steps=2, **keys)
         rows = training_rows(recipe, processor)
-        trainer = build_trainer(
-            recipe, families.model("llava"), processor, rows, None, SaveOnTerm()
-        )
+        trainer = build_trainer(recipe, families.model("llava"), processor, rows)
         trainer.data_collator = ids
         found = []
         while len(found) < 2 * steps:  # a pass over the loader is an epoch

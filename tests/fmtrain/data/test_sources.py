@@ -231,7 +231,7 @@ def test_a_recipe_evaluates_the_test_split(repository, tmp_path):
             {"dataset_name": None, "datasets": [{"path": "a"}], "dataset_train_split": "dev"},
             "datasets takes the place of dataset_name, dataset_config and dataset_train_split",
         ),
-        ({"completion_only_loss": False}, "completion_only_loss false would learn prompts"),
+        ({"completion_only_loss": False}, "completion_only_loss false: would learn prompts"),
     ],
 )
 def test_recipes_that_are_refused(tmp_path, changes, reason):

@@ -27,13 +27,13 @@ def test_a_sound_run_starts_and_its_mask_is_back_after_the_audit(
     folder, tmp_path, mask, monkeypatch
 ):
     masks = []
-    step = trainer.MaskedSFTTrainer.training_step
+    step = trainer.SFTTrainer.training_step
 
     def watched(self, *args, **kwargs):
         masks.append(attached(self.model).mask)
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(trainer.MaskedSFTTrainer, "training_step", watched)
+    monkeypatch.setattr(trainer.SFTTrainer, "training_step", watched)
     assert start(folder, tmp_path / "out", mask) == 0
     assert masks == [Mask.parse(mask)]
 

@@ -14,13 +14,13 @@ import training
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from fmtrain import attach, attached, sft
+from fmtrain import attached, sft
 from fmtrain.data.encode import IGNORED
 from fmtrain.patch import unwrap
 from fmtrain.training import recipe as recipes
 from fmtrain.training.model import load_model
 from fmtrain.training.rows import evaluation_rows, training_rows
-from fmtrain.training.trainer import SaveOnTerm, build_trainer
+from fmtrain.training.trainer import build_trainer
 
 TIMES = 4  # plain float32's own distance from float64
 
@@ -53,8 +53,7 @@ def trainer_of(folder, *words: str):
     recipe = recipes.read(folder / "recipe.yaml", words)
     model, processor = load_model(recipe)
     rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
-    attach(model, recipe.mask, recipe.masking.attention_backend)
-    return build_trainer(recipe, model, processor, rows, held_out, SaveOnTerm())
+    return build_trainer(recipe, model, processor, rows, held_out)
 
 
 @pytest.fixture(scope="module", params=["llava", "llava_next"])
@@ -132,7 +131,7 @@ def test_neither_a_run_nor_its_evaluation_holds_the_logits_of_a_row(folder, tmp_
     rows = folder / "data" / "held_out.jsonl"
     rows.write_text((folder / "data" / "rows.jsonl").read_text())
     words = ["--eval_strategy", "steps", "--eval_dataset_name", str(rows), "--eval_steps", "1"]
-    words += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2"]
+    words += ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--eval_answers", "0"]
     trainer = trainer_of(folder, *words)
     inner = unwrap(trainer.model)
     calls, loaded = [], []

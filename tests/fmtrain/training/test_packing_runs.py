@@ -21,7 +21,7 @@ from fmtrain.data.encode import IGNORED
 from fmtrain.data.packing import Packs
 from fmtrain.training.recipe import read
 from fmtrain.training.rows import evaluation_rows, training_rows
-from fmtrain.training.trainer import SaveOnTerm, build_trainer
+from fmtrain.training.trainer import build_trainer
 
 MAX_LENGTH = 100  # tokens: three or four of the rows, which have 15 to 31
 
@@ -59,9 +59,7 @@ def trainer_of(recipe: Path, evaluates: bool = False):
     parsed, processor = read(recipe), families.processor("llava")
     rows = training_rows(parsed, processor)
     eval_rows = evaluation_rows(parsed, processor) if evaluates else None
-    model = families.model("llava")
-    attach(model, parsed.mask, "sdpa")
-    return build_trainer(parsed, model, processor, rows, eval_rows, SaveOnTerm())
+    return build_trainer(parsed, families.model("llava"), processor, rows, eval_rows)
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:

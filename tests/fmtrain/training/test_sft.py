@@ -20,9 +20,9 @@ import fmtrain
 from fmtrain import sft
 from fmtrain.patch import unwrap
 from fmtrain.training import trainable
+from fmtrain.training.first_batch import AuditFirstBatch
 from fmtrain.training.recipe import read
 from fmtrain.training.run_folder import checkpoint_of
-from fmtrain.training.trainer import AuditFirstBatch
 
 
 @pytest.fixture(scope="module")
@@ -694,5 +694,5 @@ def test_sigterm_saves_a_checkpoint_and_exits_cleanly(folder):
         step == int(last.name.split("-")[1]) < 5000
         and not (out / "adapter_model.safetensors").exists()
     )
-    resumed = read(folder / "recipe.yaml", ["--resume_from_checkpoint", "true"])
-    assert checkpoint_of(resumed) == str(last)
+    recipe = read(folder / "recipe.yaml")
+    assert checkpoint_of(recipe.training, recipe.mask, True) == str(last)

@@ -1,0 +1,31 @@
+"""Options of TRL's `SFTConfig` that its own data preparation, collator or loss would read: what
+they ask for is done in another way here, or not at all, and then they are refused by name."""
+
+from trl import SFTConfig
+
+from fmtrain.training import packing
+
+_REASONS = {
+    "completion_only_loss": "would learn prompts; only answers are learnt, all of them in rows of "
+    "messages, those of the completion in rows with a prompt",
+    "use_liger_kernel": "no logits are kept without it either, and its other kernels are untested "
+    "under a mask; leave it out",
+    "chat_template_path": "rows are checked and rendered with the processor's template; set "
+    "processor.chat_template, or save a processor that has it",
+    "eos_token": "answers end as the chat template says; set the tokenizer's, and save it with the "
+    "model",
+    "pad_token": "the tokenizer's is used; set it there",
+    "pad_to_multiple_of": "rows are padded to the longest of their batch; leave it out",
+}
+_REFUSED = {"completion_only_loss": (False,), "use_liger_kernel": (True,)}  # of others all but None
+
+
+def check(place: object, training: SFTConfig, streaming: bool = False) -> None:
+    """Raises `ValueError`, beginning with the place, for an option that would be lost, and for what
+    packing does not go with."""
+    for option, reason in _REASONS.items():
+        value = getattr(training, option)
+        if value in _REFUSED[option] if option in _REFUSED else value is not None:
+            said = str(value).lower() if isinstance(value, bool) else value
+            raise ValueError(f"{place}: {option} {said}: {reason}")
+    packing.check(place, training, streaming)
