@@ -13,7 +13,7 @@ setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements-lmms.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e ".[tracking,deepspeed,data,eval,test]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[tracking,deepspeed,qlora,data,eval,test]"
 	$(BIN)/pip install -q --no-deps -r requirements-lmms.txt
 	touch $@
 

@@ -13,6 +13,8 @@ from fmtrain.data.aspect import with_aspect
 from fmtrain.host import check_implementation
 from fmtrain.training.recipe import Recipe
 
+UNQUANTIZED = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
+
 
 def load_model(recipe: Recipe):
     """The starting model and its processor, before anything is attached. Raises `ValueError` for
@@ -45,7 +47,9 @@ def load_weights(recipe: Recipe):
     name = arguments.model_name_or_path
     with _one_line(name):
         quantization = get_quantization_config(arguments)
-        placed = {"": PartialState().local_process_index}
+        if quantization is not None:  # the language model's layers, which are the most of it
+            quantization.llm_int8_skip_modules = UNQUANTIZED
+        placed = {"": PartialState().device}
         model = AutoModelForImageTextToText.from_pretrained(
             name,
             dtype=arguments.dtype,

@@ -27,7 +27,7 @@ RECORD, RECIPE, CONFIG = "run.json", "recipe.yaml", "config.json"
 STATE = "trainer_state.json"  # the last file of a checkpoint, and of a run
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
 # What a run cannot change when it is resumed; the mask is checked before anything is loaded.
-FIXED = ("base_model", "data", "image_aspect", "trainable", "lora", "packing")
+FIXED = ("base_model", "quantization", "data", "image_aspect", "trainable", "lora", "packing")
 
 
 def checkpoint_of(training: SFTConfig, mask: Mask, wanted: str | bool | None) -> str | None:
@@ -148,11 +148,20 @@ def record_of(trainer) -> dict:
         "data": fingerprint(rows),
         "packing": None if packs is None else packs.record(),
         "image_aspect": aspect_of(trainer.processing_class),
+        "quantization": _quantization(trainer.model),
         "trainable": trainable.counts(trainer.model),
         "lora": None if lora is None else {"rank": lora.r, "alpha": lora.lora_alpha},
         "versions": versions(),
         "git_revision": revision(),
     }
+
+
+def _quantization(model) -> str | None:
+    """Of the base weights, while a model learns: `4-bit nf4`, `8-bit`; None for none."""
+    config = getattr(unwrap(model).config, "quantization_config", None)
+    if config is None:
+        return None
+    return f"4-bit {config.bnb_4bit_quant_type}" if config.load_in_4bit else "8-bit"
 
 
 def fingerprint(rows: Rows) -> str:

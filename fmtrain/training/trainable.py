@@ -144,6 +144,15 @@ def run_tower_without_graph(model: nn.Module) -> None:
     tower.register_forward_hook(after, always_call=True)
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """bitsandbytes' 4-bit layers repack their weights for inference once they run in evaluation
+    mode on a CPU with AVX512-BF16; from then on no gradient goes through them, without a word. Keep
+    them from it."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def summary(model: nn.Module) -> Table:
     """What learns, in numbers of parameters, part by part."""
     table = Table(title="modules")

@@ -131,6 +131,7 @@ class SFTTrainer(trl.SFTTrainer):
         self._add_hooks()
 
     def _add_hooks(self) -> None:
+        trainable.keep_differentiable(self.model)
         trainable.run_tower_without_graph(self.model)
         run_head_where_learnt(self.model)
         first = first_batch.few(self.packs, self.rows, self._asked)

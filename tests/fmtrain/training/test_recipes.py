@@ -3,11 +3,13 @@ train on fixtures."""
 
 import importlib
 import json
+import re
 
 import families
 import pytest
 import training
 import yaml
+from accelerate.commands.launch import launch_command_parser
 
 from data_prep import check
 from data_prep.converting.command import main as convert
@@ -19,7 +21,7 @@ RECIPES = sorted(path for path in (training.ROOT / "recipes").glob("*.yaml"))
 
 
 def test_how_many_there_are():
-    assert len(RECIPES) == 9, [path.name for path in RECIPES]
+    assert len(RECIPES) == 10, [path.name for path in RECIPES]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -32,6 +34,38 @@ def test_recipe(path):
     assert len(lines) <= 50 and str(recipe.mask) == recipe.resolved["mask"]
     name = f"{path.stem}-{recipe.mask}-s{recipe.training.seed}"
     assert recipe.training.output_dir == f"runs/{name}" and recipe.training.run_name == name
+
+
+LAUNCHES = []
+for _path in RECIPES:
+    _head = " ".join(
+        line.removeprefix("# ").strip()
+        for line in _path.read_text().splitlines()
+        if line[:1] == "#"
+    )
+    for _match in re.finditer(
+        r"accelerate (launch .*?fmtrain/sft\.py \S+\.yaml(?: --\w+ [\w.]+)*)", _head
+    ):
+        LAUNCHES.append(" ".join(_match[1].replace("\\", " ").split()))
+
+
+def test_several_machines_have_launch_lines():
+    assert len(LAUNCHES) == 2
+
+
+@pytest.mark.parametrize("line", LAUNCHES)
+def test_a_launch_line_of_several_machines_is_one(line, monkeypatch):
+    """As accelerate parses it: a configuration and a recipe that there are, whole machines."""
+    words = line.replace("$RANK", "1").replace("$HOST", "10.0.0.1").split()
+    arguments = launch_command_parser().parse_args(words[1:])
+    monkeypatch.chdir(training.ROOT)
+    assert yaml.safe_load(open(arguments.config_file).read())["num_processes"] == 8
+    assert arguments.num_processes == 8 * arguments.num_machines and arguments.machine_rank == 1
+    recipe, *overrides = arguments.training_script_args
+    assert arguments.training_script == "fmtrain/sft.py"
+    rows = read(recipe, [*overrides, "--use_cpu", "true"]).training
+    step = rows.per_device_train_batch_size * rows.gradient_accumulation_steps
+    assert step * arguments.num_processes == 128
 
 
 def test_distributed_configurations_are_complete():
@@ -63,7 +97,11 @@ def test_a_sweep_compares_held_out_answers(name, monkeypatch):
 
 
 FIXTURES = training.ROOT / "tests" / "data_prep" / "fixtures"
-FAMILIES = {"llava_onevision_interleave_lora": "llava_onevision"}
+FAMILIES = {
+    "llava_onevision7b_interleave_lora": "llava_onevision",
+    "llava_next7b_v2v_lora": "llava_next",
+    "internvl3_8b_v2v_lora": "internvl",
+}
 PREPARED = {  # converter and options of the sets that are not named like their converter
     "m4_instruct": ["interleave"],
     "refcoco+": ["refcoco"],  # the fixture holds refcoco alone
@@ -113,7 +151,7 @@ def prepare(tmp_path_factory):
 
 
 def test_recipes_that_name_data_sets():
-    assert len(ON_DATA_SETS) == 5, [path.name for path in ON_DATA_SETS]
+    assert len(ON_DATA_SETS) == 7, [path.name for path in ON_DATA_SETS]
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 nothing had happened."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -312,8 +314,15 @@ def test_masks_that_would_silently_be_lost(folder):
 def test_four_bits_without_bitsandbytes(folder):
     """QLoRA is TRL's `load_in_4bit`; where the package that it needs is missing, one line says
     so."""
-    message = refused(folder, "--load_in_4bit", "true")
-    assert "bitsandbytes" in message
+    words = [str(folder / "recipe.yaml"), "--load_in_4bit", "true", "--use_cpu", "true"]
+    code = (
+        "import sys; sys.modules['bitsandbytes'] = None; from fmtrain import sft; "
+        f"sys.exit(sft.run({words!r}))"
+    )
+    env = {**training.environment(), "PYTHONPATH": str(training.ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"^error: model .* bitsandbytes", done.stderr, flags=re.M), done.stderr
 
 
 def test_image_mistakes(folder):
