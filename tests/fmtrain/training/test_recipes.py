@@ -46,7 +46,7 @@ for _path in RECIPES:
     for _match in re.finditer(
         r"accelerate (launch .*?fmtrain/sft\.py \S+\.yaml(?: --\w+ [\w.]+)*)", _head
     ):
-        LAUNCHES.append(" ".join(_match[1].replace("\\", " ").split()))
+        LAUNCHES.append(_match[1])
 
 
 def test_several_machines_have_launch_lines():
