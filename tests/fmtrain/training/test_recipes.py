@@ -38,11 +38,8 @@ def test_recipe(path):
 
 LAUNCHES = []
 for _path in RECIPES:
-    _head = " ".join(
-        line.removeprefix("# ").strip()
-        for line in _path.read_text().splitlines()
-        if line[:1] == "#"
-    )
+    _lines = [line for line in _path.read_text().splitlines() if line[:1] == "#"]
+    _head = " ".join(line.strip("# \\") for line in _lines)
     for _match in re.finditer(
         r"accelerate (launch .*?fmtrain/sft\.py \S+\.yaml(?: --\w+ [\w.]+)*)", _head
     ):
