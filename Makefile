@@ -7,13 +7,13 @@ RUN := runs/tiny_v2v_lora-v2v-s0
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: setup test train check gpu clean
+.PHONY: setup test train check docs gpu clean
 
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements-lmms.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e ".[tracking,deepspeed,qlora,data,eval,test]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[tracking,deepspeed,qlora,data,eval,docs,test]"
 	$(BIN)/pip install -q --no-deps -r requirements-lmms.txt
 	touch $@
 
@@ -33,6 +33,14 @@ check: setup
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/basedpyright
+
+# The site, from what is tracked, with strict links: $(SITE)/index.html.
+SITE := build/site
+docs: setup
+	rm -rf build/docs
+	mkdir -p build/docs
+	git ls-files -coz --exclude-standard | grep -zv '^tests/' | xargs -0 cp --parents -t build/docs
+	$(BIN)/mkdocs build -q -f mkdocs.yml -d $(abspath $(SITE))
 
 # What only an NVIDIA GPU can tell: the tests that need one, and tables of a 7B model with random
 # weights. Needs a CUDA build of torch in $(VENV).

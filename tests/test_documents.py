@@ -20,7 +20,7 @@ from fmtrain import policies
 from fmtrain.layout import Role
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("docs/design.md", "docs/results.md", "docs/nothing_silent.md")
+DOCS = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 COMMANDS = ("train", "audit", "export", "preview", "policies")  # of `fmtrain`
@@ -115,7 +115,6 @@ def module_or_attribute(dotted: str) -> bool:
 def test_files_that_are_named_exist(name):
     folders = "recipes|docs|eval|fmtrain|data_prep|tests"
     paths = re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w/?)", without_history(name))
-    assert paths
     for path in sorted(set(paths)):
         written = ROOT / path.replace("NAME.", "vsr.").replace("NAME", "vsr")
         assert written.exists(), f"{name}: {path}"
@@ -137,7 +136,7 @@ def command_lines() -> list[tuple[str, str]]:
     pairs = set()
     for name in NAMES:
         for block in blocks(name, "bash"):
-            for line in block.splitlines():
+            for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words[1:2] == ["-m"] and words[2] != "pytest":
                     options = [word.partition("=")[0] for word in words if word.startswith("--")]
