@@ -17,7 +17,7 @@ from fmtrain.host import check_adapter
 from fmtrain.hub import names_hub
 from fmtrain.masks import Mask
 from fmtrain.merge import Merge
-from fmtrain.patch import attach, recorded
+from fmtrain.patch import attach, attached, recorded
 from fmtrain.policies import Policy
 
 # What `from_pretrained` takes about where and how to find a checkpoint
@@ -151,6 +151,9 @@ def load_plain(path: str | Path, dtype: str | torch.dtype = "auto", **kwargs):
         _check_adapter(path)
         source, hub = base_of(path), {}
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
+    embedded = attached(model)
+    if embedded is not None:  # by code in the checkpoint, with `trust_remote_code`
+        embedded.detach()
     if is_adapter(path):
         from peft import PeftModel
 

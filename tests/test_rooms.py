@@ -22,6 +22,7 @@ FLOORS = [
     ["fmtrain.consistency", "fmtrain.decoding"],
     ["fmtrain.training"],
     ["fmtrain.policies.__main__", "fmtrain.preview"],
+    ["fmtrain.embed"],
     ["fmtrain.sft", "fmtrain.audit", "fmtrain.export"],
     ["fmtrain.__main__"],
     ["data_prep", "eval"],
