@@ -20,6 +20,7 @@ from fmtrain.patch import SECTION
 from fmtrain.provenance import revision, versions
 
 FILE = "modeling_fmtrain.py"
+AUTO_MAP = "auto_map"  # the key of config.json that names it
 # Which classes of transformers load it; `AutoModel` gives a model without a head, and no mask.
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 # Each may import from those before it.
@@ -85,7 +86,7 @@ def embed(checkpoint: Path, model: PreTrainedModel) -> None:
     (checkpoint / FILE).write_text(code(name), encoding="utf-8")
     config = json.loads((checkpoint / "config.json").read_text("utf-8"))
     reference = f"{Path(FILE).stem}.{name}"
-    config["auto_map"] = dict.fromkeys(AUTO_CLASSES, reference)
+    config[AUTO_MAP] = dict.fromkeys(AUTO_CLASSES, reference)
     write_whole(checkpoint / "config.json", json.dumps(config, indent=2) + "\n")
 
 

@@ -1,15 +1,17 @@
 """Turn a run into a checkpoint that anybody can load: LoRA folded into the weights, the mask in
 `config.json`.
 
-    python -m fmtrain.export RUN --out DIR
+    fmtrain export RUN --out DIR [--embed_code] [--push_to_hub OWNER/NAME]
 
 Nothing is written unless the folded model gives the adapter's logits on real rows, and the weights
 that changed are just those that the adapter names (for full fine-tuning: some did). The base
 model's key names are kept, weights are safetensors, and both `fmtrain.load(DIR)` and plain
 `AutoModelForImageTextToText.from_pretrained(DIR)` load the result (the latter without the mask,
-which is then to be attached).
+which is then to be attached). With `--embed_code` it holds the code of its mask, and
+`from_pretrained(DIR, trust_remote_code=True)` gives it where fmtrain is not installed.
 """
 
+import json
 import shutil
 import sys
 import tempfile
@@ -21,14 +23,17 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from fmtrain import servers
 from fmtrain.attention import BACKENDS
+from fmtrain.card import write_card
 from fmtrain.checkpoint import base_of, is_adapter, load
-from fmtrain.command_line import Parser, guarded
+from fmtrain.command_line import Parser, guarded, write_whole
 from fmtrain.data import noise
 from fmtrain.data.aspect import aspect_of
 from fmtrain.data.collator import batch, encode_row
-from fmtrain.layout import Layout
-from fmtrain.masks import EXAMPLE, Mask, picture
+from fmtrain.embed import AUTO_MAP, embed
+from fmtrain.hub import check_push, push
+from fmtrain.masks import Mask
 from fmtrain.patch import attached, unwrap
 from fmtrain.training.recipe import read
 from fmtrain.training.rows import rows_of
@@ -130,50 +135,6 @@ def base_folder(name: str) -> Path:
     return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
 
 
-def card(run: Path, mask: Mask, base: str, source: str) -> str:
-    """A model card that says what a user of the checkpoint must know: the mask."""
-    record = read_record(run)
-    versions = ", ".join(
-        f"{name} {version}" for name, version in record.get("versions", {}).items()
-    )
-    recipe = (run / RECIPE).read_text() if (run / RECIPE).is_file() else ""
-    pooled, merge = "", ""
-    if mask.merge:
-        pooled = ", `o` pooled into the first positions, not attended to"
-        merge = f", merge=fmtrain.{mask.merge}"
-    return f"""---
-base_model: {base}
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [fmtrain, attention-mask, {mask}]
----
-# {run.name}
-
-`{base}` fine-tuned with the attention mask **`{mask}`** ({source}). Run it under the same one:
-
-```python
-import fmtrain
-
-model, processor = fmtrain.load("THIS_FOLDER")  # the mask is attached, generate() as usual
-```
-
-`AutoModelForImageTextToText.from_pretrained` loads the same weights, causally: then
-`fmtrain.attach(model, "{mask}"{merge})`.
-
-On `{EXAMPLE}` (`T` text, `I J K` tokens of three images, `A` answer, `/` next turn), rows look
-at columns: `#` causal, `+` revealed by the mask{pooled}, `.` closed.
-
-```
-{picture(mask, Layout.parse(EXAMPLE))}
-```
-
-Trained by fmtrain at revision {record.get("git_revision")} ({versions or "versions unknown"}).
-
-```yaml
-{recipe}```
-"""
-
-
 def check_record(run: Path, mask: Mask, processor) -> None:
     """Raises `ValueError` where a checkpoint's config.json names another mask than the run that it
     is of, or is in, or its processor shows images in another way."""
@@ -192,9 +153,30 @@ def check_record(run: Path, mask: Mask, processor) -> None:
         )
 
 
-def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
-    """Write the checkpoint `out` from the run (or checkpoint of a run) `run`. Raises `ValueError`,
-    writing nothing."""
+def finish_config(folder: Path, mask: Mask, model_type: str) -> None:
+    """Say in `config.json` what servers may know of the mask, and nothing that a base model's said
+    of another one."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    for key in (AUTO_MAP, servers.FLAG):
+        config.pop(key, None)
+    if servers.flagged(mask, model_type):
+        config[servers.FLAG] = True
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def export(
+    run: str | Path,
+    out: str | Path,
+    backend: str = "auto",
+    embed_code: bool = False,
+    push_to_hub: str | None = None,
+) -> None:
+    """Write the checkpoint `out` from the run (or checkpoint of a run) `run`.
+
+    embed_code: put the code of the mask into it. push_to_hub: the repository that it is pushed to,
+    with the token of huggingface_hub. Raises `ValueError`, writing nothing; where the hub refuses
+    at the end, `out` is whole.
+    """
     run, out = Path(run), Path(out)
     if out.exists():
         raise ValueError(f"{out}: exists already")
@@ -203,6 +185,8 @@ def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
             f"{run}: not a finished run (no config.json); a run in progress has its checkpoints in "
             f"checkpoint-N"
         )
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     adapter = is_adapter(run)
     base = (
         base_of(run)
@@ -216,35 +200,52 @@ def export(run: str | Path, out: str | Path, backend: str = "auto") -> None:
     expected = None
     if adapter:
         model, expected = fold(model, processor, rows, root)
-    dtype = next(tensor.dtype for _, tensor in tensors(base_folder(base)))
+    inner = unwrap(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        unwrap(model).to(dtype).save_pretrained(staged)
-        processor.save_pretrained(staged)
-        changed = compare(base_folder(base), staged)
-        if changed == 0 or (expected is not None and changed != expected):
-            raise ValueError(
-                f"{changed} tensors differ from the base, {expected or 'some'} should; nothing was "
-                f"written"
-            )
-        (staged / "README.md").write_text(
-            card(run, mask, base, "LoRA, folded" if adapter else "full fine-tuning")
-        )
+        changed = write_weights(staged, inner, processor, base, expected)
+        model_type = inner.config.model_type
+        finish_config(staged, mask, model_type)
+        if embed_code:
+            embed(staged, inner)
+        source = "LoRA, folded" if adapter else "full fine-tuning"
+        how = embed_code, push_to_hub
+        write_card(staged, run, mask, base, source, model_type, *how)
         staged.chmod(0o755)
         staged.rename(out)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     print(f"wrote {out}: {changed} tensors differ from {base}; mask {mask}")
+    if push_to_hub is not None:
+        print(f"pushed to {push(out, push_to_hub)}")
+
+
+def write_weights(folder: Path, model, processor, base: str, expected: int | None) -> int:
+    """Save model and processor, in the dtype of the base; returns how many tensors differ from it.
+    Raises `ValueError` if that is not what was `expected` (None: some)."""
+    dtype = next(tensor.dtype for _, tensor in tensors(base_folder(base)))
+    model.to(dtype).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    changed = compare(base_folder(base), folder)
+    if changed == 0 or (expected is not None and changed != expected):
+        raise ValueError(
+            f"{changed} tensors differ from the base, {expected or 'some'} should; nothing was "
+            f"written"
+        )
+    return changed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser("python -m fmtrain.export", __doc__)
-    parser.add_argument("run", help="output folder of a run, or one of its checkpoints")
-    parser.add_argument("--out", required=True, help="folder to write; must not exist")
-    parser.add_argument("--backend", default="auto", choices=["auto", *BACKENDS])
+    parser = Parser("fmtrain export", __doc__)
+    add = parser.add_argument
+    add("run", help="output folder of a run, or one of its checkpoints")
+    add("--out", required=True, help="folder to write; must not exist")
+    add("--backend", default="auto", choices=["auto", *BACKENDS])
+    add("--embed_code", action="store_true", help="put the code of the mask into the checkpoint")
+    add("--push_to_hub", metavar="OWNER/NAME", help="push it, with huggingface_hub's own token")
     options = parser.parse_args(arguments)
-    return guarded(lambda: export(options.run, options.out, options.backend))
+    return guarded(lambda: export(**vars(options)))
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ FLOORS = [
     ["fmtrain.consistency", "fmtrain.decoding"],
     ["fmtrain.training"],
     ["fmtrain.policies.__main__", "fmtrain.preview"],
-    ["fmtrain.embed"],
-    ["fmtrain.sft", "fmtrain.audit", "fmtrain.export"],
+    ["fmtrain.embed", "fmtrain.servers", "fmtrain.card"],
+    ["fmtrain.sft", "fmtrain.audit", "fmtrain.export", "fmtrain.chat"],
     ["fmtrain.__main__"],
     ["data_prep", "eval"],
 ]
