@@ -3,6 +3,7 @@
     fmtrain train RECIPE [--config_file ACCELERATE.yaml] [--any_trl_argument value]
     fmtrain audit CHECKPOINT_OR_RECIPE
     fmtrain export RUN --out DIR
+    fmtrain chat CHECKPOINT --image FILE
     fmtrain preview RECIPE_OR_ROWS
     fmtrain policies [MASK] [PICTURE]
 
@@ -23,6 +24,7 @@ from fmtrain.command_line import asks_for_help, guarded
 COMMANDS = {
     "audit": "fmtrain.audit",
     "export": "fmtrain.export",
+    "chat": "fmtrain.chat",
     "preview": "fmtrain.preview.command",
     "policies": "fmtrain.policies.__main__",
 }
