@@ -16,6 +16,7 @@ from fmtrain.hub import names_hub
 from fmtrain.layout import Layout
 from fmtrain.masks import EXAMPLE, Mask, picture
 from fmtrain.preview.drawing import draw_row, in_words
+from fmtrain.provenance import versions
 from fmtrain.training.run_folder import RECIPE, STATE, read_record
 
 PICTURE = "mask.png"
@@ -41,7 +42,8 @@ model = AutoModelForImageTextToText.from_pretrained("{place}", trust_remote_code
 processor = AutoProcessor.from_pretrained("{place}")
 ```
 
-Without `trust_remote_code=True`, and as `AutoModel`, the same weights run **causally**.
+The code was written for transformers {transformers}. Without `trust_remote_code=True`, and as
+`AutoModel`, the same weights run **causally**.
 """
 PLAIN = """\
 `AutoModelForImageTextToText.from_pretrained` loads the same weights **causally**; then
@@ -120,7 +122,7 @@ def write_card(
         pipeline_tag="image-text-to-text",
         tags=["fmtrain", "attention-mask", str(mask)],
     )
-    versions = [f"{package} {version}" for package, version in record.get("versions", {}).items()]
+    packages = [f"{package} {number}" for package, number in record.get("versions", {}).items()]
     text = CARD.format(
         head=head.to_yaml(),
         name=name,
@@ -138,7 +140,7 @@ def write_card(
         data=_data(record, recipe),
         figures=_table(figures),
         revision=record.get("git_revision"),
-        versions=", ".join(versions) or "versions unknown",
+        versions=", ".join(packages) or "versions unknown",
         recipe=yaml.safe_dump(recipe, sort_keys=False) if recipe else "",
     )
     ModelCard(text).save(folder / "README.md")
@@ -210,7 +212,9 @@ def _drawn(file: Path, mask: Mask) -> str:
 def _loading(mask: Mask, place: str, embedded: bool) -> str:
     merge = f", merge=fmtrain.{mask.merge}" if mask.merge else ""
     otherwise = WITHOUT if embedded else PLAIN
-    return f"{LOADING}\n{otherwise}".format(place=place, mask=mask, merge=merge)
+    text = f"{LOADING}\n{otherwise}"
+    known = versions()["transformers"]
+    return text.format(place=place, mask=mask, merge=merge, transformers=known)
 
 
 def _sets(recipe: dict) -> list[str]:

@@ -2,6 +2,7 @@
 its refusals."""
 
 import ast
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from families import IMAGE, assistant, photo, user
 import fmtrain
 from fmtrain import embed, encode
 from fmtrain.data.collator import batch
+from fmtrain.data.template import lawful
 from fmtrain.masks import POLICIES, parse_masks
 
 MASKS = [*POLICIES, *(f"{name}+merge" for name in POLICIES if name != "causal"), "options"]
@@ -25,6 +27,7 @@ DIALOGUES = [
         [photo(2), photo(3, 16, 32), photo(4)],
     ),
 ]
+TALKING = ("llava", "llava_next")  # whose processors are saved and loaded without torchvision
 
 
 def mask_of(name: str) -> fmtrain.Mask:
@@ -55,6 +58,14 @@ def alone(tmp_path_factory):
         records = {name: section | mask_of(name).record() for name in MASKS}
         inputs = dict(prompts(family).inputs)
         cases[family] = {"checkpoint": str(checkpoint), "inputs": inputs, "records": records}
+        if family in TALKING:
+            ours = copy.copy(families.processor(family))
+            ours.chat_template = lawful(ours)
+            ours.save_pretrained(checkpoint)
+            files = [str(folder / f"{k}.png") for k in range(len(DIALOGUES[1][1]))]
+            for image, file in zip(DIALOGUES[1][1], files):
+                image.save(file)
+            cases[family] |= {"messages": DIALOGUES[1][0], "images": files}
     torch.save(cases, folder / "cases.pt")
     script = Path(training.ROOT) / "tests" / "support" / "without_fmtrain.py"
     done = subprocess.run(
@@ -91,10 +102,19 @@ def test_without_fmtrain_the_logits_and_answers_of_fmtrain(family, name, alone, 
     assert torch.allclose(causal[real], expected[real], atol=1e-3) == (name == "causal")
 
 
+@pytest.mark.parametrize("family", TALKING)
+def test_a_dialogue_that_the_saved_processor_renders(family, alone, model_of):
+    """Two turns and three pictures, by `apply_chat_template` and `generate`."""
+    encoded = encode(families.processor(family), *DIALOGUES[1], add_generation_prompt=True)
+    with fmtrain.attach(model_of(family), "v2v"):
+        expected = model_of(family).generate(**encoded.kwargs(), do_sample=False, max_new_tokens=5)
+    assert alone[family, "talked"].tolist() == expected.tolist()
+
+
 def test_saved_again_and_built_of_a_config_it_keeps_its_mask(family, alone):
     """Without `trust_remote_code` it is the plain model, which is causal."""
     real, given = prompts(family).layout.real, alone[family, "elsewhere"]
-    for way in ("again", "built"):
+    for way in ("again", "built", "multimodal"):
         assert torch.equal(given[way][real], alone[family, "v2v"]["logits"][real]), way
     causal = alone[family, "causal"]["logits"][real]
     assert torch.equal(given["plain"][real], causal)

@@ -24,7 +24,14 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 
 import torch  # noqa: E402
-from transformers import AutoConfig, AutoModelForImageTextToText, StaticCache  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    StaticCache,
+)
 
 torch.set_num_threads(1)
 
@@ -123,9 +130,26 @@ def elsewhere(folder: Path, checkpoint: str, record: dict, inputs: dict) -> dict
     models = {
         "plain": load(checkpoint, trust_remote_code=False),
         "again": load(str(folder / "again")),
+        "multimodal": AutoModelForMultimodalLM.from_pretrained(checkpoint, trust_remote_code=True),
         "built": built,
     }
     return {name: each(**inputs).logits for name, each in models.items()}
+
+
+@torch.no_grad()
+def talked(checkpoint: str, record: dict, messages: list, images: list[str]) -> torch.Tensor:
+    """The ids after a dialogue, as a user of transformers asks for them."""
+    model, processor = load(checkpoint, record), AutoProcessor.from_pretrained(checkpoint)
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    shown = iter(images)
+    for message in messages:
+        parts = [dict(part) for part in message["content"]]
+        for part in parts:
+            if part["type"] == "image":
+                part["image"] = Image.open(next(shown))
+        message["content"] = parts
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+    return model.generate(**inputs, do_sample=False, max_new_tokens=5)
 
 
 def main(folder: Path) -> None:
@@ -136,6 +160,9 @@ def main(folder: Path) -> None:
             results[family, name] = answered(checkpoint, record, inputs)
         v2v = case["records"]["v2v"]
         results[family, "elsewhere"] = elsewhere(folder / family, checkpoint, v2v, inputs)
+        if "messages" in case:
+            dialogue = case["messages"], case["images"]
+            results[family, "talked"] = talked(checkpoint, v2v, *dialogue)
         results[family, "refused"] = refusals(checkpoint, v2v, inputs)
     results["imported"] = [name for name in sys.modules if name.split(".")[0] == "fmtrain"]
     results["embedded"] = [name for name in sys.modules if name.endswith(".modeling_fmtrain")]
