@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = tuple(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))
 NAMES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", *DOCS)
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
-COMMANDS = ("train", "audit", "export", "preview", "policies")  # of `fmtrain`
+COMMANDS = ("train", "audit", "export", "chat", "preview", "policies")  # of `fmtrain`
 RESULTS = ROOT / "eval" / "results"
 
 
