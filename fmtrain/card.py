@@ -17,7 +17,7 @@ from fmtrain.layout import Layout
 from fmtrain.masks import EXAMPLE, Mask, picture
 from fmtrain.preview.drawing import draw_row, in_words
 from fmtrain.provenance import versions
-from fmtrain.training.run_folder import RECIPE, STATE, read_record
+from fmtrain.training.run_folder import RECIPE, RECORD, STATE, read_record
 
 PICTURE = "mask.png"
 # Of an evaluation, what says how it ran and not how good the model is.
@@ -85,13 +85,10 @@ What that costs: {cost}
 
 {figures}
 
-## Recipe
+## Trained by
 
-Trained by fmtrain at revision {revision} ({versions}).
-
-```yaml
-{recipe}```
-"""
+fmtrain at revision {revision} ({versions}).
+{recipe}"""
 
 
 def write_card(
@@ -141,7 +138,7 @@ def write_card(
         figures=_table(figures),
         revision=record.get("git_revision"),
         versions=", ".join(packages) or "versions unknown",
-        recipe=yaml.safe_dump(recipe, sort_keys=False) if recipe else "",
+        recipe=f"\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False)}```\n" if recipe else "",
     )
     ModelCard(text).save(folder / "README.md")
 
@@ -169,12 +166,13 @@ def _shown(value):
 class _Figures:
     """What a trainer logged up to the weights of a folder.
 
-    own: the evaluation of these weights. best: the best one of the run, where it knows one. Empty
-    where there was none.
+    own: the evaluation of these weights, or the last one where only a recipe could tell (`name`
+    says which). best: the best one of the run, where it knows one. Empty where there was none.
     """
 
     losses: list[dict]
     own: dict
+    name: str
     best: dict
 
     @classmethod
@@ -186,10 +184,12 @@ class _Figures:
         step = state.get("best_global_step")
         best = next((entry for entry in entries if entry["step"] == step), {})
         own = entries[-1] if entries else {}
-        whole_run = (run / RECIPE).is_file()  # which ends with the best weights, if asked to
+        whole_run = (run / RECORD).is_file()  # which ends with the best weights, if asked to
         if whole_run and best and recipe.get("load_best_model_at_end"):
             own = best
-        return cls([entry for entry in history if "loss" in entry], own, best)
+        unsure = whole_run and best and not recipe  # a run of one's own script
+        name = "the last" if unsure else "these weights"
+        return cls([entry for entry in history if "loss" in entry], own, name, best)
 
 
 def _words(mask: Mask) -> str:
@@ -255,7 +255,7 @@ def _table(figures: _Figures) -> str:
     )
     if not figures.own:
         return f"{loss} The run evaluated nothing."
-    columns = {f"step {figures.own['step']}, these weights": figures.own}
+    columns = {f"step {figures.own['step']}, {figures.name}": figures.own}
     if figures.best and figures.best is not figures.own:
         columns[f"step {figures.best['step']}, the best of the run"] = figures.best
     lines = [

@@ -96,6 +96,10 @@ def test_the_best_evaluation_beside_that_of_the_weights(run, tmp_path):
     recipe = yaml.safe_load((best / "recipe.yaml").read_text())
     (best / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"load_best_model_at_end": True}))
     assert "| evaluation | step 2, these weights |\n" in card(best, tmp_path / "best")
+    (best / "recipe.yaml").unlink()  # a run of one's own script: nobody knows which it ended with
+    text = card(best, tmp_path / "script")
+    assert "| evaluation | step 4, the last | step 2, the best of the run |" in text
+    assert "- sets: not recorded" in text and "```yaml" not in text
 
 
 def test_a_checkpoint_of_a_run_has_its_own_figures(run, tmp_path):
