@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_prep.converting import json_stream
 from data_prep.converting.command import Converter, Options, SourceRecord, run
-from data_prep.converting.conversations import image_names, messages_of
+from data_prep.converting.conversations import image_names, messages_of, without_opening
 from data_prep.converting.fields import field, text_of
 from data_prep.converting.parquet import parquet_rows
 from data_prep.converting.rows import Row
@@ -64,7 +64,7 @@ def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
             yield SourceRecord(file, number, value, dialogues)
 
 
-def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
+def rows(record: SourceRecord, options: Options) -> Iterator[Row | str]:
     """One row a dialogue."""
     value = record.value
     mantis = isinstance(value, dict) and "conversation" in value
@@ -73,12 +73,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
     images = [_below(options.image_folder, name) for name in names]
     own_id = text_of(value.get("sample_id", value.get("id", "")), "id")
     row_id = f"{own_id}#{record.context}"
-    yield {
-        "id": row_id,
-        "source": options.name,
-        "messages": messages_of(turns, bool(images)),
-        "images": images,
-    }
+    messages, left_out = without_opening(messages_of(turns, bool(images)))
+    yield {"id": row_id, "source": options.name, "messages": messages, "images": images}
+    yield from left_out
 
 
 def _below(folder: str, image: str | dict) -> str | dict:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_prep.converting import json_stream
 from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
-from data_prep.converting.conversations import image_names, messages_of
+from data_prep.converting.conversations import image_names, messages_of, without_opening
 from data_prep.converting.fields import field, text_of
 from data_prep.converting.rows import Row
 
@@ -37,18 +37,15 @@ def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:
         yield SourceRecord(files[0], number, value)
 
 
-def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
+def rows(record: SourceRecord, options: Options) -> Iterator[Row | str]:
     """One row a dialogue."""
     value = record.value
     turns = field(value, "conversations", list)
     images = [f"{options.image_folder}/{name}" for name in image_names(value, "image")]
     row_id = f"{text_of(value.get('id', ''), 'id')}#{record.number}"
-    yield {
-        "id": row_id,
-        "source": "llava_instruct",
-        "messages": messages_of(turns, bool(images)),
-        "images": images,
-    }
+    messages, left_out = without_opening(messages_of(turns, bool(images)))
+    yield {"id": row_id, "source": "llava_instruct", "messages": messages, "images": images}
+    yield from left_out
 
 
 CONVERTER = Converter(

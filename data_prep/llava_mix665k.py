@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.converting.command import Converter, Options, SourceRecord, run, source_file
-from data_prep.converting.conversations import image_names, messages_of
+from data_prep.converting.conversations import image_names, messages_of, without_opening
 from data_prep.converting.fields import field, text_of
 from data_prep.converting.rows import Row
 from data_prep.llava_instruct import records
@@ -24,7 +24,7 @@ def files(source: Path, options: Options) -> list[Path]:
     return [source_file(source, "llava_v1_5_mix665k.json")]
 
 
-def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
+def rows(record: SourceRecord, options: Options) -> Iterator[Row | str]:
     """One row a dialogue. Raises `ValueError` for an image outside the five folders."""
     value = record.value
     turns = field(value, "conversations", list)
@@ -34,8 +34,9 @@ def rows(record: SourceRecord, options: Options) -> Iterator[Row]:
         raise ValueError(f"image {images[0]!r:.200} is in none of the folders {', '.join(FOLDERS)}")
     kind = "+".join(sorted(folders)) or "text"
     row_id = f"{text_of(value.get('id', ''), 'id')}#{record.number}"
-    messages = messages_of(turns, bool(images))
+    messages, left_out = without_opening(messages_of(turns, bool(images)))
     yield {"id": row_id, "source": f"llava_mix665k/{kind}", "messages": messages, "images": images}
+    yield from left_out
 
 
 CONVERTER = Converter("llava_mix665k", __doc__, files, records, rows, box_frame="square")

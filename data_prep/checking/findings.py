@@ -13,7 +13,7 @@ from data_prep.checking.reading import StoredRow, scan
 from data_prep.checking.row_checks import Duplicates, row_problems
 from data_prep.converting.rows import Problem, Row, format_problems, text_part
 from fmtrain.data.dialogue import Malformed
-from fmtrain.data.row_format import COLUMNS, plain
+from fmtrain.data.row_format import COLUMNS, names_images, plain
 from fmtrain.data.sources import Source
 
 NO_SOURCE = "?"  # of rows that name none
@@ -83,7 +83,7 @@ def check(
 
 def _names_images(stored: StoredRow) -> bool:
     """Whether it has the key, or is too broken to tell."""
-    return not isinstance(stored.row, dict) or not {"images", "image"}.isdisjoint(stored.row)
+    return not isinstance(stored.row, dict) or names_images(stored.row)
 
 
 def _plain(stored: StoredRow) -> StoredRow:

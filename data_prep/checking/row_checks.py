@@ -6,8 +6,9 @@ from typing import Any
 
 import orjson
 
-from data_prep.converting.rows import PLACEHOLDER, Message, Problem, Row, format_problems
+from data_prep.converting.rows import Message, Problem, Row, format_problems
 from fmtrain.data.dialogue import other_medium
+from fmtrain.data.forms import PLACEHOLDER
 from fmtrain.data.row_format import EVALUATION_ONLY
 
 

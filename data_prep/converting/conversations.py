@@ -3,39 +3,13 @@ place of an image."""
 
 from typing import Any
 
-from data_prep.converting.fields import field, shown, unexpected
-from data_prep.converting.rows import PLACEHOLDER, Message, Part, image_part, text_part
+from data_prep.converting.fields import field, unexpected
+from data_prep.converting.rows import Message, text_part
+from fmtrain.data import forms
 from fmtrain.data.dialogue import other_medium
 from fmtrain.data.row_format import require_no_other_media
 
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-
-
-def parts(text: str) -> list[Part]:
-    """Text with placeholders as parts.
-
-    White space between a block of images and the text beside it is layout ("<image>\\nWhat is
-    this?") and goes; text that runs around or between images keeps all of its own.
-    """
-    if PLACEHOLDER not in text:
-        return [text_part(text)]
-    pieces = text.split(PLACEHOLDER)
-    one_side = not any(piece.strip() for piece in pieces[1:]) or not any(
-        piece.strip() for piece in pieces[:-1]
-    )
-    content: list[Part] = []
-    for number, piece in enumerate(pieces):
-        if number:
-            content.append(image_part())
-        if piece.strip():
-            content.append(text_part(piece.strip() if one_side else piece))
-    return content
+OPENING = "turn of the assistant that opens a dialogue, as LLaVA leaves it out"
 
 
 def messages_of(turns: list[Any], with_images: bool) -> list[Message]:
@@ -45,25 +19,23 @@ def messages_of(turns: list[Any], with_images: bool) -> list[Message]:
     are text that happens to look like one, and the checker reports it. Raises `ValueError` naming
     the turn.
     """
-    messages = []
-    mantis = bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
-    speaker, key = ("role", "content") if mantis else ("from", "value")
-    for number, turn in enumerate(turns, start=1):
-        text, name = field(turn, key), turn.get(speaker)
-        role = _ROLES.get(name) if isinstance(name, str) else None
-        if role is None:
-            raise ValueError(
-                f"turn {number}: {speaker} {shown(name)} is not one of {', '.join(_ROLES)}"
-            )
+    said = forms.spoken(turns)
+    for number, (role, text) in enumerate(said, start=1):
         if role == "user" and other_medium(text) is not None:
             raise ValueError(
                 f"turn {number}: {other_medium(text)} in its text; only images are shown"
             )
-        content = (
-            parts(text) if with_images and role == "user" else [{"type": "text", "text": text}]
-        )
-        messages.append({"role": role, "content": content})
-    return messages
+    if with_images:
+        return forms.marked(said)
+    return [{"role": role, "content": [text_part(text)]} for role, text in said]
+
+
+def without_opening(messages: list[Message]) -> tuple[list[Message], list[str]]:
+    """The messages without an assistant's turn at their start, which answers nothing and which
+    LLaVA's own code leaves out; and a line about it where there was one."""
+    if len(messages) > 1 and messages[0]["role"] == "assistant":
+        return messages[1:], [OPENING]
+    return messages, []
 
 
 def image_names(record: dict[str, Any], key: str) -> list[str | dict[str, Any]]:

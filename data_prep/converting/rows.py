@@ -22,7 +22,6 @@ Row = dict[str, Any]
 Part = dict[str, str | None]
 Message = dict[str, Any]
 
-PLACEHOLDER = "<image>"  # what LLaVA's own files write where an image goes; never text of a row
 _KEYS = frozenset(COLUMNS)
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst")
 _PICKLES = (".p", ".pkl", ".pickle", ".pt", ".npy")

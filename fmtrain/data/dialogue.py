@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant")
 OTHER_MEDIA = ("video", "audio")  # nothing here shows them to a model
+# Where a part may name its picture for other libraries; only `image` is read, as in TRL.
+_UNREAD = ("url", "path", "base64", "image_url", *OTHER_MEDIA)
 
 
 class Malformed(ValueError):
@@ -61,6 +63,8 @@ def in_parts(messages: list[Any], images: int) -> list[dict]:
 def _shaped(k: int, message: Any) -> dict:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str | None):
         raise Malformed("format", f"message {k}: {str(message)[:80]} is not a message")
+    if message.get("tool_calls"):
+        raise Malformed("format", f"message {k}: it has 'tool_calls', which no template is given")
     content = message.get("content")
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -74,6 +78,11 @@ def _shaped(k: int, message: Any) -> dict:
         kind, text = part.get("type"), part.get("text")
         if not isinstance(kind, str | None) or not isinstance(text, str | None):
             raise _no_part(k, part)
+        for key in _UNREAD if kind == "image" else (*_UNREAD, "image"):
+            if part.get(key) is not None:
+                raise Malformed(
+                    "format", f"message {k}: a part of type {kind} has {key!r}, not read here"
+                )
         parts.append({"type": kind, "text": text})
     return {"role": message.get("role"), "content": parts}
 

@@ -7,6 +7,7 @@ dropped whole and counted. In a mix of several sets every row carries its own im
 `image_root`.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from fmtrain.command_line import folded
 from fmtrain.data import mixing, tables
 from fmtrain.data.row_format import (
     COLUMNS,
+    DIALOGUES,
     PROMPT,
+    READ,
     features,
     names_media,
     plain,
@@ -28,6 +31,8 @@ from fmtrain.data.row_format import (
 from fmtrain.data.sources import DIGITS, Source, row_files
 
 _TEXTS = {"id", "source", "messages"}  # columns of a row that are no images
+_OTHER_FORMS = READ.union(["image"]) - {*COLUMNS, "data_source", "sample_id"}
+_IMAGE_CELL = re.compile(r"\bimage: ")  # in the Arrow type of messages whose parts hold images
 
 
 @dataclass(frozen=True)
@@ -97,11 +102,11 @@ def load(
 
 
 def in_row_format(name: str, rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows of any form of TRL's in the columns of the row format, images as they are stored. Raises
+    """Rows of any form in the columns of the row format, images as they are stored. Raises
     `ValueError` naming the set, and the row, for columns that are none of these forms."""
-    _require_columns(name, rows.column_names)
+    _require_columns(name, rows)
     rows = tables.undecoded(rows)
-    if not {"prompt", "image"} & set(rows.column_names) and _canonical(rows):
+    if not _OTHER_FORMS & set(rows.column_names) and _canonical(rows):
         return _in_columns(name, rows)
     return _rewritten(name, rows)
 
@@ -116,13 +121,21 @@ def _digits(source: Source, count: int | None, seed: int, first: int | None) -> 
     return Rows(digits.training_rows(source.name, count, seed, first), ".")
 
 
-def _require_columns(name: str, columns: list[str]) -> None:
-    pairs = {"prompt", "completion"} <= set(columns)
-    missing = [] if "messages" in columns or pairs else ["messages"]
-    missing += [] if {"images", "image"} & set(columns) else ["images"]
+def _require_columns(name: str, rows: datasets.Dataset) -> None:
+    columns = set(rows.column_names)
+    pairs, single = {"prompt", "completion"} <= columns, set(DIALOGUES) - {"prompt", "completion"}
+    missing = [] if single & columns or pairs else ["messages"]
+    missing += [] if {"images", "image"} & columns or _in_parts(rows) else ["images"]
     if missing:
-        names = ", ".join(sorted(missing))
-        raise ValueError(f"{name}: the rows have no column {names}; they have {', '.join(columns)}")
+        names, others = ", ".join(sorted(missing)), ", ".join(rows.column_names)
+        raise ValueError(f"{name}: the rows have no column {names}; they have {others}")
+
+
+def _in_parts(rows: datasets.Dataset) -> bool:
+    """Whether the messages may hold images themselves."""
+    types = rows.features.arrow_schema
+    kinds = [str(types.field(column).type) for column in set(DIALOGUES) & set(types.names)]
+    return any(map(_IMAGE_CELL.search, kinds))
 
 
 def _canonical(rows: datasets.Dataset) -> bool:
@@ -144,27 +157,37 @@ def _in_columns(name: str, rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def _rewritten(name: str, rows: datasets.Dataset) -> datasets.Dataset:
-    """Rows of other forms in the row format; embedded images are copied."""
-    media = [rows.features[column] for column in ("images", "image") if column in rows.features]
-    embedded = any(not isinstance(getattr(kind, "feature", kind), datasets.Value) for kind in media)
+    """Rows of other forms in the row format. Embedded images of a column `images` stay where they
+    are, others are copied."""
+    kinds = str(rows.features.arrow_schema)
+    embedded = "struct<bytes: " in kinds
+    stay = rows.features.get("images") == datasets.List(datasets.Image(decode=False))
+    stay = stay and not _in_parts(rows)
     context = not {"prompt", PROMPT}.isdisjoint(rows.column_names)
-    return rows.map(
+    types = features(embedded, context)
+    if stay:
+        del types["images"]
+    found = rows.map(
         _plain,
         with_indices=True,
-        fn_kwargs={"name": name, "context": context},
+        fn_kwargs={"name": name, "columns": tuple(types)},
         remove_columns=rows.column_names,
-        features=datasets.Features.from_dict(features(embedded, context)),
+        features=datasets.Features.from_dict(types),
         load_from_cache_file=False,  # another version may have written other rows
         desc="reading rows",
     )
+    if not stay:
+        return found
+    return datasets.concatenate_datasets([found, rows.select_columns(["images"])], axis=1)
 
 
-def _plain(row: dict, number: int, name: str, context: bool) -> dict:
+def _plain(row: dict, number: int, name: str, columns: tuple[str, ...]) -> dict:
     try:
         found = plain(dict(row), f"{Path(name).name}:{number}")
     except ValueError as error:
         raise ValueError(f"{name}, row {number + 1}: {error}") from error
-    return {PROMPT: 0, **found} if context else found
+    found = {PROMPT: 0, **found}
+    return {column: found[column] for column in columns}
 
 
 def _require_no_other_media(name: str, rows: datasets.Dataset) -> None:

@@ -7,12 +7,13 @@ on workers, and a resumed run passes over the batches that it has had without pa
 decoding them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -22,14 +23,13 @@ from torch.utils.data import get_worker_info
 from fmtrain.data import json_rows, mixing
 from fmtrain.data.checks import examine
 from fmtrain.data.files import Rows, image_folder
-from fmtrain.data.row_format import COLUMNS, PROMPT, names_media, plain
+from fmtrain.data.row_format import COLUMNS, PROMPT, READ, names_images, names_media, plain
 from fmtrain.data.sources import row_files
 
 Place = str  # of a row: its file and number
 Unparsed = bytes | dict  # a line of JSON as it stands, or a row of Parquet
 # What stands for a row that a resumed run has had already.
 SKIPPED = dict.fromkeys((*COLUMNS, PROMPT, "image_root"))
-_READ = {*COLUMNS, PROMPT, "prompt", "completion"}  # columns of Parquet, beside those of media
 HEAD = 4  # rows that are read before training starts, for the audit of the first batch
 
 
@@ -82,9 +82,8 @@ class Stream:
     def _row(self, source: StreamedSet, place: Place, unparsed: Unparsed) -> dict:
         try:
             row = json_rows.parse(unparsed) if isinstance(unparsed, bytes) else unparsed
-            if source.columns is not None and isinstance(row, dict):
-                row = {key: row[key] for key in row if key in source.columns}
-            row = {PROMPT: 0, **plain(row, place), "image_root": source.image_root}
+            row = plain(_selected(row, source.columns), place)
+            row = {PROMPT: 0, **row, "image_root": source.image_root}
         except ValueError as error:
             raise ValueError(f"{source.path}, {place}: {error}") from error
         self.check(row, source.path)
@@ -158,7 +157,7 @@ def _records(files: tuple[Path, ...]) -> Iterator[tuple[Place, Unparsed]]:
         if file.suffix == ".parquet":
             reader = pq.ParquetFile(file)
             names = reader.schema_arrow.names
-            columns = [name for name in names if name in _READ or names_media(name)]
+            columns = [name for name in names if name in READ or names_media(name)]
             batches = reader.iter_batches(batch_size=64, columns=columns)
             rows = chain.from_iterable(batch.to_pylist() for batch in batches)
             for number, row in enumerate(rows, start=1):
@@ -183,13 +182,22 @@ def _size(name: str, files: tuple[Path, ...]) -> int:
 
 
 def _require_images(name: str, files: tuple[Path, ...], columns: list[str] | None) -> None:
-    """Raises `ValueError` for a set of which no early row has `images` or `image`: its images
-    would stand elsewhere, and its rows become texts."""
+    """Raises `ValueError` for a set of which no early row names images: they would stand elsewhere,
+    and its rows become texts. One that is too broken to tell is left to its own check."""
     for _, row in islice(_records(files), 1000):
-        for key in {"images", "image"} & set(columns or ("images", "image")):
-            if (f'"{key}"'.encode() in row) if isinstance(row, bytes) else (key in row):
-                return
+        try:
+            row = _selected(json_rows.parse(row) if isinstance(row, bytes) else row, columns)
+        except ValueError:
+            return
+        if not isinstance(row, dict) or names_images(row):
+            return
     raise ValueError(f"{name}: the rows have no column images")
+
+
+def _selected(row: Any, columns: Collection[str] | None) -> Any:
+    if columns is None or not isinstance(row, dict):
+        return row
+    return {key: row[key] for key in row if key in columns}
 
 
 def load(

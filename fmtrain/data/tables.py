@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from fmtrain.command_line import folded
 from fmtrain.data import json_rows
 from fmtrain.data.dialogue import typed
-from fmtrain.data.row_format import PROMPT, features, plain
+from fmtrain.data.row_format import PROMPT, features, names_images, plain
 from fmtrain.data.sources import FORMATS, Source, row_files
 
 
@@ -52,6 +52,8 @@ def _undecoded(feature):
         return datasets.Image(decode=False)
     if isinstance(feature, datasets.List):
         return datasets.List(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        return {name: _undecoded(kind) for name, kind in feature.items()}
     return feature
 
 
@@ -152,7 +154,7 @@ def _one_by_one(files: list[Path], columns: list[str] | None) -> datasets.Datase
                 row = {key: row[key] for key in row if key in columns}
             found = plain(row, place)
             typed(found["messages"], len(found["images"]))
-            with_images = with_images or not {"images", "image"}.isdisjoint(row)
+            with_images = with_images or names_images(row)
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
         rows.append(found)
@@ -178,6 +180,7 @@ def _parquet_features(file: Path) -> datasets.Features:
     """The file's own types, but embedded images as they are stored."""
     schema = pq.read_schema(file)
     types = datasets.Features.from_arrow_schema(schema)
+    types = datasets.Features({name: _undecoded(feature) for name, feature in types.items()})
     for column in {"images", "image"} & set(schema.names):
         kind = schema.field(column).type
         listed = pa.types.is_list(kind) or pa.types.is_large_list(kind)

@@ -9,8 +9,9 @@ import pytest
 from test_prep_converters import NAMES
 
 from data_prep.checking.reading import read_rows
-from data_prep.converting.rows import PLACEHOLDER, Row
+from data_prep.converting.rows import Row
 from fmtrain.data.collator import encode_row
+from fmtrain.data.forms import PLACEHOLDER
 from fmtrain.layout import Role
 
 COLLAPSED = {

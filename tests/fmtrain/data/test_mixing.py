@@ -433,7 +433,7 @@ def test_what_a_stream_refuses(place, tmp_path):
     assert "needs max_steps" in refused([good], max_steps=-1)
     assert "rows.jsonl row 2: not JSON" in refused(json.dumps(good) + "\n{\n")
     assert "rows.jsonl: the rows have no column images" in refused([{"id": "x", "text": "y"}])
-    assert "rows.jsonl row 2: a row has messages, or prompt and completion; this has none" in (
+    assert "rows.jsonl row 2: a row has messages, or prompt and completion, or one of" in (
         refused([good, {"id": "x", "text": "y"}])
     )
     assert "row r9: image '9_0.png' does not exist" in refused([good] * 8 + [test_data.simple(9)])

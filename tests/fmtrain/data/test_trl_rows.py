@@ -290,7 +290,7 @@ def test_several_forms_in_one_file(pictures):
     ("change", "reason"),
     [
         ({"prompt": "What?"}, "prompt is no list of messages: What"),
-        ({"completion": []}, "a row has messages, or prompt and completion; this has prompt"),
+        ({"completion": []}, "conversations, conversation, texts; this has prompt"),
         ({"messages": [ASK, TELL]}, "this has messages, prompt, completion"),
         ({"completion": [TELL, TELL]}, "message 5: an assistant's turn follows an assistant's"),
         ({"completion": [MORE]}, "no assistant's turn, so there is nothing to learn"),
