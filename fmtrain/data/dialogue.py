@@ -4,9 +4,11 @@ Nothing here knows a processor: roles, parts and images are those of TRL's conve
 format.
 """
 
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 ROLES = ("system", "user", "assistant")
+TURNS = ("whole", "split", "split_without_history")  # how many rows the turns of a dialogue make
 OTHER_MEDIA = ("video", "audio")  # nothing here shows them to a model
 # Where a part may name its picture for other libraries; only `image` is read, as in TRL.
 _UNREAD = ("url", "path", "base64", "image_url", *OTHER_MEDIA)
@@ -170,3 +172,57 @@ def turns(row: dict) -> list[Turn]:
         question = " ".join(texts)
         shown += image_parts(message)
     return answered
+
+
+def split(row: dict, how: str) -> list[dict]:
+    """A row for every answer of `row` that is learnt, `how` of `TURNS`: behind its history, whose
+    answers are then context, or without it.
+
+    The images shown so far stand in the turn of the question, where one prefill has both: in front
+    of it, or behind it where the row shows them behind a text. A row with one answer stays as it
+    is, and so does one that is no dialogue, which is left to the checks.
+    """
+    messages = row["messages"] or []
+    try:
+        messages = in_parts(messages, len(row.get("images") or []))
+        answered = turns({**row, "messages": messages})
+    except Malformed:
+        return [row]
+    if how == "whole" or len(answered) < 2:
+        return [row]
+    rows, start = [], 0
+    for turn in answered:
+        end = len(turn.history)
+        history, question = messages[:start], messages[start:end]
+        start = end + 1
+        if turn.context:
+            continue
+        question = _with_images(question, [m for m in history if image_parts(m)])
+        if how == "split":
+            history = [_without_images(message) for message in history]
+        else:
+            history = list(takewhile(lambda message: message["role"] == "system", history))
+        own = [*history, *question, messages[end]]
+        row_id = f"{row.get('id')}/{turn.index}"
+        changed = {"id": row_id, "messages": own, "images": turn.images}
+        rows.append({**row, **changed, "prompt_messages": len(own) - 1})
+    return rows
+
+
+def _with_images(question: list[dict], earlier: list[dict]) -> list[dict]:
+    """The messages of a question with the images of `earlier` messages in its first one that is
+    not the system's."""
+    if not earlier:
+        return question
+    roles = [message["role"] for message in question]
+    first = roles.index("user") if "user" in roles else 0
+    moved = [{"type": "image", "text": None} for _ in range(sum(map(image_parts, earlier)))]
+    content, kinds = question[first]["content"], [part["type"] for part in earlier[-1]["content"]]
+    behind = (kinds[0], kinds[-1]) == ("text", "image") and not any(map(image_parts, question))
+    content = content + moved if behind else moved + content
+    return [*question[:first], {**question[first], "content": content}, *question[first + 1 :]]
+
+
+def _without_images(message: dict) -> dict:
+    texts = [part for part in message["content"] if part["type"] != "image"]
+    return {**message, "content": texts or [{"type": "text", "text": ""}]}

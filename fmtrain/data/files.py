@@ -10,6 +10,7 @@ dropped whole and counted. In a mix of several sets every row carries its own im
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ import pyarrow as pa
 
 from fmtrain.command_line import folded
 from fmtrain.data import mixing, tables
+from fmtrain.data.dialogue import TURNS, split
 from fmtrain.data.row_format import (
     COLUMNS,
     DIALOGUES,
@@ -39,10 +41,10 @@ _IMAGE_CELL = re.compile(r"\bimage: ")  # in the Arrow type of messages whose pa
 class Rows:
     """A loaded set of rows, where its images are, and how many rows were too long.
 
-    opened, passes, files: of a stream, whose rows have neither numbers nor an end: the first few,
-    the rows of one pass, and what they are read from. ordered: they are at random already and just
-    those of the run, so it takes them in this order; a sampler's would depend on how many there
-    are.
+    opened, passes, files, turns: of a stream, whose rows have neither numbers nor an end: the first
+    few, the rows of one pass, what they are read from and what becomes of dialogues. ordered: they
+    are at random already and just those of the run, so it takes them in this order; a sampler's
+    would depend on how many there are.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -52,6 +54,7 @@ class Rows:
     passes: int | None = None
     ordered: bool = False
     files: tuple[Path, ...] = ()
+    turns: str = TURNS[0]
 
     @property
     def size(self) -> int:
@@ -82,14 +85,20 @@ def load(
     image_root: str | None = None,
     seed: int = 0,
     first: int | None = None,
+    turns: str = TURNS[0],
 ) -> Rows:
     """The rows of a source; a text is the path of its training split.
 
     count: use so many, the first ones (`digits` makes as many). first: of these only the first ones
-    are needed. seed: of `digits`. Raises `ValueError` for a source that is neither here nor on the
-    hub, an unreadable file and a set without the columns of a row.
+    are needed. seed: of `digits`. turns: what becomes of a dialogue (`dialogue.split`). Raises
+    `ValueError` for a source that is neither here nor on the hub, an unreadable file and a set
+    without the columns of a row.
     """
     source = Source.of(source)
+    if turns != TURNS[0]:
+        loaded = load(source, count, image_root, seed, first)
+        enough = min((limit for limit in (count, first) if limit), default=None)
+        return replace(loaded, rows=_split(loaded.rows, turns)).head(enough)
     if source.path == DIGITS:
         return _digits(source, count, seed, first)
     name, rows = str(source.path), tables.read(source)
@@ -109,6 +118,27 @@ def in_row_format(name: str, rows: datasets.Dataset) -> datasets.Dataset:
     if not _OTHER_FORMS & set(rows.column_names) and _canonical(rows):
         return _in_columns(name, rows)
     return _rewritten(name, rows)
+
+
+def _split(rows: datasets.Dataset, how: str) -> datasets.Dataset:
+    """A row for every answer; embedded images are copied with each."""
+    embedded = not isinstance(rows.features["images"].feature, datasets.Value)
+    return rows.map(
+        _split_batch,
+        batched=True,
+        batch_size=100,
+        fn_kwargs={"how": how},
+        remove_columns=rows.column_names,
+        features=datasets.Features.from_dict(features(embedded, context=True)),
+        load_from_cache_file=False,
+        desc="splitting dialogues",
+    )
+
+
+def _split_batch(batch: dict[str, list], how: str) -> dict[str, list]:
+    whole = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    rows = [{PROMPT: 0, **row} for row in chain.from_iterable(split(row, how) for row in whole)]
+    return {column: [row.get(column) for row in rows] for column in (*COLUMNS, PROMPT)}
 
 
 def _digits(source: Source, count: int | None, seed: int, first: int | None) -> Rows:

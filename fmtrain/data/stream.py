@@ -22,6 +22,7 @@ from torch.utils.data import get_worker_info
 
 from fmtrain.data import json_rows, mixing
 from fmtrain.data.checks import examine
+from fmtrain.data.dialogue import TURNS, split
 from fmtrain.data.files import Rows, image_folder
 from fmtrain.data.row_format import COLUMNS, PROMPT, READ, names_images, names_media, plain
 from fmtrain.data.sources import row_files
@@ -36,7 +37,8 @@ HEAD = 4  # rows that are read before training starts, for the audit of the firs
 @dataclass(frozen=True)
 class StreamedSet:
     """One set: its files, how many rows they hold, how many of these make up its part of a pass,
-    its image folder and the columns to keep, None for all. weight: in a mix of weights alone, which
+    its image folder, the columns to keep, None for all, and what becomes of dialogues
+    (`dialogue.split`). weight: in a mix of weights alone, which
     has no passes but those of its sets."""
 
     path: str
@@ -46,6 +48,25 @@ class StreamedSet:
     image_root: str
     weight: float | None = None
     columns: tuple[str, ...] | None = None
+    turns: str = TURNS[0]
+
+    def records(self) -> Iterator[tuple[Place, Unparsed]]:
+        """Every row and its place: as it stands, or, of dialogues that are split, in the row
+        format."""
+        if self.turns == TURNS[0]:
+            yield from _records(self.files)
+            return
+        for place, unparsed in _records(self.files):
+            for row in split(self.parsed(place, unparsed), self.turns):
+                yield place, row
+
+    def parsed(self, place: Place, unparsed: Unparsed) -> dict:
+        """A row of a file in the row format. Raises `ValueError` naming its place."""
+        try:
+            row = json_rows.parse(unparsed) if isinstance(unparsed, bytes) else unparsed
+            return plain(_selected(row, self.columns), place)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, {place}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -79,13 +100,10 @@ class Stream:
             if rank == self.rank and own % workers == worker:
                 yield self._row(source, place, row) if own >= self.skip else SKIPPED
 
-    def _row(self, source: StreamedSet, place: Place, unparsed: Unparsed) -> dict:
-        try:
-            row = json_rows.parse(unparsed) if isinstance(unparsed, bytes) else unparsed
-            row = plain(_selected(row, source.columns), place)
-            row = {PROMPT: 0, **row, "image_root": source.image_root}
-        except ValueError as error:
-            raise ValueError(f"{source.path}, {place}: {error}") from error
+    def _row(self, source: StreamedSet, place: Place, row: Unparsed) -> dict:
+        if source.turns == TURNS[0]:
+            row = source.parsed(place, row)
+        row = {PROMPT: 0, **row, "image_root": source.image_root}
         self.check(row, source.path)
         return row
 
@@ -128,7 +146,7 @@ def _sample(source: StreamedSet, wanted: int, chance: Random) -> Iterator[tuple[
     """Exactly `wanted` of the rows, in their order, every subset alike (selection sampling, Knuth's
     algorithm S)."""
     rest = source.size
-    for row in _records(source.files):
+    for row in source.records():
         if chance.random() * rest < wanted:
             yield row
             wanted -= 1
@@ -205,35 +223,44 @@ def load(
     stream: Stream,
     workers: int,
     head: int = HEAD,
+    turns: str = TURNS[0],
 ) -> Rows:
     """The rows of the entries through `stream` (without its sources), for a loader with so many
     workers.
 
-    The rows are counted here, the first `head` of them are read. Raises `ValueError` as
-    `files.load` and for a bad one of these few.
+    The rows are counted here, the first `head` of them are read. turns: what becomes of a dialogue
+    (`dialogue.split`); to count the rows of split ones, the files are read once. Raises
+    `ValueError` as `files.load` and for a bad one of these few.
     """
     if any(entry.fraction is not None for entry in entries):
         raise ValueError("datasets: fraction does not go with dataset_streaming; there is weight")
-    files = [tuple(row_files(entry)) for entry in entries]
-    sizes = []
-    for entry, paths in zip(entries, files, strict=True):
-        sizes.append(_size(str(entry.path), paths))
-        if not sizes[-1]:
-            raise ValueError(f"{entry.path}: holds no row")
-        _require_images(str(entry.path), paths, entry.columns)
     endless = mixing.only_weights(entries)
-    shares = sizes if endless else mixing.shares(entries, sizes)
-    sources = []
-    for entry, paths, size, share in zip(entries, files, sizes, shares, strict=True):
-        root, weight = image_folder(entry, entry.image_root), entry.weight if endless else None
-        columns = None if entry.columns is None else tuple(entry.columns)
-        sources.append(StreamedSet(str(entry.path), paths, size, share, root, weight, columns))
+    sources = [_set(entry, endless, turns) for entry in entries]
+    if not endless:
+        shares = mixing.shares(entries, [source.size for source in sources])
+        sources = [replace(source, share=k) for source, k in zip(sources, shares, strict=True)]
     stream = replace(stream, sources=tuple(sources))
     first = tuple(islice(replace(stream, rank=0, world_size=1, skip=0).rows(), head))
     parts = list(range(stream.world_size * max(1, workers)))
     rows = datasets.IterableDataset.from_generator(stream.rows, gen_kwargs={"parts": parts})
     passes = sum(source.share for source in sources)
-    return Rows(rows, ".", opened=first, passes=passes, files=tuple(chain.from_iterable(files)))
+    files = tuple(chain.from_iterable(source.files for source in sources))
+    return Rows(rows, ".", opened=first, passes=passes, files=files, turns=turns)
+
+
+def _set(entry: mixing.Entry, endless: bool, turns: str) -> StreamedSet:
+    """The set of an entry; its share is all of its rows."""
+    name, paths = str(entry.path), tuple(row_files(entry))
+    size = _size(name, paths)
+    if not size:
+        raise ValueError(f"{name}: holds no row")
+    _require_images(name, paths, entry.columns)
+    root, weight = image_folder(entry, entry.image_root), entry.weight if endless else None
+    columns = None if entry.columns is None else tuple(entry.columns)
+    source = StreamedSet(name, paths, size, size, root, weight, columns, turns)
+    if turns != TURNS[0]:
+        size = sum(1 for _ in source.records())
+    return replace(source, size=size, share=size)
 
 
 def of_iterable(

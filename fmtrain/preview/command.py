@@ -24,6 +24,7 @@ from fmtrain.command_line import Parser, folded, guarded, quiet
 from fmtrain.data import files
 from fmtrain.data.aspect import with_aspect
 from fmtrain.data.collator import encode_row, row_labels
+from fmtrain.data.dialogue import TURNS
 from fmtrain.data.images import MAX_PIXELS
 from fmtrain.layout import Layout
 from fmtrain.masks import Mask
@@ -79,13 +80,14 @@ def from_rows(
     first: int,
     max_length: int | None = None,
     image_root: str | None = None,
+    turns: str = TURNS[0],
 ) -> Subject:
     """The first rows of a .jsonl or .parquet file, of a folder of them, or of `digits`."""
     if processor is None:
         raise ValueError(
             f"{name} does not say which processor makes tokens of its rows; add --processor DIR"
         )
-    rows = files.load(name, first, image_root)
+    rows = files.load(name, first, image_root, turns=turns)
     return Subject(name, _processor(processor), rows, mask, max_length)
 
 
@@ -129,7 +131,7 @@ def encode(subject: Subject, numbers: list[int]) -> EncodedRow:
 def preview(options: argparse.Namespace, overrides: list[str], console: Console) -> None:
     first = max(options.row) + 1
     if Path(options.source).suffix in (".yaml", ".yml"):
-        for key in ("mask", "max_length", "image_root"):
+        for key in ("mask", "max_length", "image_root", "turns"):
             value = getattr(options, key)
             if value is not None:
                 overrides = [*overrides, f"--{key}", str(value)]
@@ -140,8 +142,8 @@ def preview(options: argparse.Namespace, overrides: list[str], console: Console)
         )
     else:
         mask = Mask.parse(options.mask or "causal")
-        place = options.max_length, options.image_root
-        subject = from_rows(options.source, options.processor, mask, first, *place)
+        how = options.max_length, options.image_root, options.turns or TURNS[0]
+        subject = from_rows(options.source, options.processor, mask, first, *how)
     row = encode(subject, options.row)
     tokenizer = subject.processor.tokenizer
     console.print(report(row, subject.mask, tokenizer, subject.max_length, options.full))
@@ -171,6 +173,7 @@ def parser_of() -> Parser:
     add("--mask", help="a policy, or POLICY+merge (rows: causal; recipe: its own)")
     add("--max_length", type=int, metavar="TOKENS", help="the length that training allows")
     add("--image_root", metavar="DIR", help="folder of the images (default: the one of the rows)")
+    add("--turns", choices=TURNS, help="rows of a dialogue (rows: whole; recipe: its own)")
     add("--png", metavar="FILE", help="write the mask as a picture")
     add("--full", action="store_true", help="show long texts whole")
     add("--masks", nargs="+", metavar="MASK", help="without a source: what --png shows")

@@ -71,7 +71,9 @@ def pairs(layout: Layout, policy: Policy) -> tuple[int, int]:
 @dataclass(frozen=True)
 class Figures:
     """The counts of a row. causal: pairs of causal attention, padding apart; ahead: pairs that the
-    policy adds, or that the light form pools."""
+    policy adds, or that the light form pools. questions: those whose answer is learnt, in samples
+    with images; unseen: how many of them no image sees, under a policy that lets images see them;
+    None under others."""
 
     tokens: int
     images: int
@@ -81,6 +83,8 @@ class Figures:
     samples: int
     causal: int
     ahead: int
+    questions: int
+    unseen: int | None
 
 
 def figures(labels: torch.Tensor, layout: Layout, mask: Mask) -> Figures:
@@ -88,6 +92,8 @@ def figures(labels: torch.Tensor, layout: Layout, mask: Mask) -> Figures:
     layout = layout[:1]
     visual, real, fed = layout.visual, layout.real, layout.prefill >= 0
     causal, ahead = pairs(layout, mask.policy)
+    questions, unseen = _questions(labels, layout)
+    looks = (Role.VISUAL, Role.TEXT) in mask.policy.reveals
     return Figures(
         tokens=int(real.sum()),
         images=_distinct(layout.sample[visual], layout.image[visual]),
@@ -97,7 +103,24 @@ def figures(labels: torch.Tensor, layout: Layout, mask: Mask) -> Figures:
         samples=len(layout.sample[real].unique()),
         causal=causal,
         ahead=ahead,
+        questions=questions,
+        unseen=unseen if looks else None,
     )
+
+
+def _questions(labels: torch.Tensor, layout: Layout) -> tuple[int, int]:
+    """How many questions have an answer that is learnt, in samples with images, and how many of
+    them have no image in their prefill, which alone could see them."""
+    row = spans(layout)
+    shown = {span.sample for span in row if span.role == Role.VISUAL}
+    seen = {(span.sample, span.prefill) for span in row if span.role == Role.VISUAL}
+    asked, question = set(), None
+    for span in row:
+        if span.role != Role.ANSWER:
+            question = span.sample, span.prefill
+        elif span.sample in shown and (labels[0, span.start : span.stop] != IGNORED).any():
+            asked.add(question)
+    return len(asked), len(asked - seen)
 
 
 def _distinct(*columns: torch.Tensor) -> int:

@@ -140,6 +140,8 @@ def table_of(counts: Figures, mask: Mask, max_length: int | None) -> Table:
         ("pairs pooled" if mask.merge else "pairs revealed", counts.ahead, share),
         ("mask", str(mask), words),
     ]
+    if counts.unseen is not None:
+        lines.insert(-1, ("questions", counts.questions, _seen(counts)))
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for width in (None, None, 48):
         table.add_column(max_width=width)
@@ -147,6 +149,13 @@ def table_of(counts: Figures, mask: Mask, max_length: int | None) -> Table:
         figure = f"{value:,}" if isinstance(value, int) else value
         table.add_row(Text(name, "dim"), Text(figure, "bold", justify="right"), meaning)
     return table
+
+
+def _seen(counts: Figures) -> Text:
+    """How many questions no picture sees, and what is done about it."""
+    if not counts.unseen:
+        return Text("a picture sees each of them", "green")
+    return Text(f"{counts.unseen} seen by no picture; see `turns: split`", "bold red")
 
 
 def _plural(before: str, count: int, noun: str) -> str:

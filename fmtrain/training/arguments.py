@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from fmtrain.data.aspect import ASPECTS
+from fmtrain.data.dialogue import TURNS
 from fmtrain.data.images import MAX_PIXELS
 from fmtrain.data.mixing import entries
 from fmtrain.data.sources import DIGITS
@@ -82,7 +83,7 @@ class DataArguments(RowArguments):
     dataset_train_split: str = _argument("train", "Its split to train on.")
     dataset_test_split: str = _argument("test", "Its split for the evaluation loss.")
     dataset_streaming: bool = _argument(
-        False, "Read the files as training goes; no copy, no check ahead, no end."
+        False, "Read files as training goes; no copy, no check ahead, no end."
     )
     datasets: list[str] | None = _argument(
         None,
@@ -98,6 +99,7 @@ class DataArguments(RowArguments):
     eval_dataset_name: str | None = _argument(
         None, "Rows for the evaluation loss, if not dataset_name's dataset_test_split."
     )
+    turns: str = _argument(TURNS[0], "split or split_without_history: a row for every answer.")
     image_aspect: str | None = _argument(
         None,
         "Of LLaVA-1.5: pad images to a square, as LLaVA trains, or crop them, as llava-hf's "
@@ -112,6 +114,8 @@ class DataArguments(RowArguments):
         for part in self.train_parts or ():
             if part not in PARTS:
                 raise ValueError(f"train_parts names {part!r}; known are {', '.join(PARTS)}")
+        if self.turns not in TURNS:
+            raise ValueError(f"turns is {self.turns!r}; known are {', '.join(TURNS)}")
         if self.image_aspect not in (None, *ASPECTS):
             raise ValueError(f"image_aspect is {self.image_aspect!r}; known are pad, crop")
         if self.datasets is not None:

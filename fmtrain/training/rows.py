@@ -91,11 +91,13 @@ def _mixed(
     data = recipe.data
     if not data.datasets:
         source = Source(data.dataset_name, data.dataset_config, data.dataset_train_split)
-        rows = files.load(source, data.dataset_rows, data.image_root, recipe.data_seed, first)
+        count, root = data.dataset_rows, data.image_root
+        rows = files.load(source, count, root, recipe.data_seed, first, data.turns)
         return check(rows, source.path)
     entries, sets = mixing.entries(data.datasets), []
     for entry in entries:
-        sets.append(check(files.load(entry, image_root=entry.image_root), entry.path))
+        rows = files.load(entry, image_root=entry.image_root, turns=data.turns)
+        sets.append(check(rows, entry.path))
     run = _rows_of_run(recipe, entries, sets)
     return files.mix(sets, entries, recipe.data_seed, data.dataset_rows, run, say).head(first)
 
@@ -125,7 +127,8 @@ def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> 
     if data.eval_dataset_name is not None:
         source = sources.held_out(source)
     with training.main_process_first():
-        rows = files.load(source, data.dataset_rows, data.image_root, recipe.data_seed)
+        count, root = data.dataset_rows, data.image_root
+        rows = files.load(source, count, root, recipe.data_seed, turns=data.turns)
         name = f"{name}, {source.split}"
         return checked(rows.rooted(), processor, name, training, data, positions)
 
@@ -260,4 +263,5 @@ def _stream(recipe: Recipe, sequence: stream.Stream, first: int = stream.HEAD) -
         image_root=data.image_root,
     )
     entries = mixing.entries(data.datasets) if data.datasets else [single]
-    return stream.load(entries, sequence, recipe.training.dataloader_num_workers, first)
+    workers = recipe.training.dataloader_num_workers
+    return stream.load(entries, sequence, workers, first, data.turns)

@@ -16,6 +16,7 @@ from trl import SFTConfig
 from fmtrain.checkpoint import recorded_mask
 from fmtrain.command_line import write_whole
 from fmtrain.data.aspect import aspect_of
+from fmtrain.data.dialogue import TURNS
 from fmtrain.data.files import Rows
 from fmtrain.data.row_format import LENGTH
 from fmtrain.masks import Mask
@@ -166,10 +167,12 @@ def _quantization(model) -> str | None:
 
 def fingerprint(rows: Rows) -> str:
     """A hash of all rows, wherever their folder is, with the names of images that are files; of a
-    stream, of how many rows a pass has and of its files."""
+    stream, of how many rows a pass has, of its files and of what becomes of its dialogues."""
     seen = hashlib.sha256(str(rows.size).encode())
     for file in rows.files:
         seen.update(_digest(file))
+    if rows.turns != TURNS[0]:
+        seen.update(rows.turns.encode())
     if rows.passes is None:
         kind = rows.rows.features.arrow_schema.field("images").type
         embedded = pa.types.is_nested(kind) and pa.types.is_struct(kind.value_type)

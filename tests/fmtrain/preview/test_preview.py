@@ -215,6 +215,42 @@ def test_an_answer_of_a_prompt_has_no_labels(place, tmp_path):
     assert f"label tokens {labels}" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("mask", ["v2t", "mma", "future", "mma_interleaved", "prefix_lm"])
+@pytest.mark.parametrize(
+    ("picture", "learnt", "questions", "unseen"),
+    [
+        ("TIIT A / T A / T A", "111", 3, 2),
+        ("TIIT A / T A / JT A", "111", 3, 1),
+        ("TIIT A / T A | T A", "111", 2, 1),
+        ("T A / T A / IIT A", "001", 1, 0),
+        ("TT A / TT A", "11", 0, 0),
+    ],
+)
+def test_questions_that_no_picture_sees(picture, learnt, questions, unseen, mask):
+    layout = Layout.parse(picture)
+    flags = iter(learnt)
+    labels = [5 if role == Role.ANSWER and next(flags) == "1" else -100 for role in layout.role[0]]
+    found = spans.figures(torch.tensor([labels]), layout, Mask.parse(mask))
+    assert (found.questions, found.unseen) == (questions, unseen)
+    causal = spans.figures(torch.tensor([labels]), layout, Mask.parse("v2v"))
+    assert causal.unseen is None
+
+
+def test_a_dialogue_says_how_many_questions_no_picture_sees(place, tmp_path):
+    turns = [training.user(1, "which?"), training.assistant("3")]
+    for k in range(9):
+        turns += [training.user(0, f"and {k}?"), training.assistant(str(k))]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(training.row(0, ["img/0_0.png"], *turns)) + "\n")
+    told = "--processor", place / "base", "--image_root", place / "data"
+    text = shown(path, *told, "--mask", "mma")
+    assert "9 seen by no picture; see `turns: split`" in text
+    assert "seen by no picture" not in shown(path, *told, "--mask", "v2v")
+    for row in (0, 9):
+        text = shown(path, *told, "--mask", "mma", "--turns", "split", "--row", row)
+        assert "a picture sees each of them" in text and f"(r0/{row})" in text
+
+
 def test_several_rows_are_packed(place):
     source, _ = rows_of(place, 0)
     single = [preview.encode(source, [number]) for number in (1, TWO_TURNS)]
