@@ -8,6 +8,7 @@ to FILE, each with its reasons.
 
 import argparse
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,8 +23,9 @@ from data_prep.checking.reading import count_rows
 from data_prep.checking.reject import move_rows
 from data_prep.checking.report import print_report, report
 from data_prep.checking.token_lengths import length_counter
+from data_prep.converting.rows import KINDS
 from data_prep.converting.writing import write_json
-from fmtrain.command_line import Parser, guarded
+from fmtrain.command_line import Parser, guarded, nearest
 from fmtrain.data.sources import Source
 
 
@@ -41,12 +43,24 @@ def parser_of() -> Parser:
     add("--against", type=Path, metavar="DIR", help="its images must not be in the rows")
     add("--allow_evaluation", action="store_true", help="accept rows for evaluation only")
     add(
+        "--ignore", action="append", default=[], metavar="KIND", help="of problems; may be repeated"
+    )
+    add(
         "--reject", type=Path, metavar="FILE", help="add bad rows to FILE and take them out of ROWS"
     )
     add("--json", type=Path, metavar="FILE", help="write all findings here")
     workers = os.cpu_count()
     add("--workers", type=int, default=workers, help="threads that open images (%(default)s)")
     return parser
+
+
+def _kind(name: str) -> str:
+    """A kind of problems, with blanks, underscores or dashes. Raises `ValueError` for another."""
+    kind = re.sub("[_-]", " ", name.lower())
+    if kind not in KINDS:
+        near = nearest(kind, KINDS)
+        raise ValueError(f"--ignore {name!r}: no kind of problems; the nearest is {near!r}")
+    return kind
 
 
 def _require_consistent(options: argparse.Namespace) -> None:
@@ -97,6 +111,7 @@ def _findings(source: Source, options: argparse.Namespace) -> Findings:
             image_root=options.image_root,
             max_length=options.max_length,
             allow_evaluation=options.allow_evaluation,
+            ignore=frozenset(map(_kind, options.ignore)),
         )
         if options.against is not None:
             bar = progress.add_task("evaluation images", total=None)

@@ -1,5 +1,6 @@
 """Checking all rows of a prepared folder or file, and what came of it."""
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from data_prep.checking.contamination import EvaluationImages
 from data_prep.checking.image_checks import content_hash, examine_all
 from data_prep.checking.reading import StoredRow, scan
 from data_prep.checking.row_checks import Duplicates, row_problems
-from data_prep.converting.rows import Problem, Row, format_problems, text_part
+from data_prep.converting.rows import NO_TOKENS, Problem, Row, format_problems, text_part
 from fmtrain.data.dialogue import Malformed
 from fmtrain.data.row_format import COLUMNS, names_images, plain
 from fmtrain.data.sources import Source
@@ -23,7 +24,7 @@ _CHUNK = 256  # rows that are checked, and whose images are opened, together
 @dataclass
 class Findings:
     """What is wrong. `bad` has the problems of every bad row by file and row number; `ids` the ids
-    of these rows."""
+    of these rows; `ignored` how many rows have a problem of a kind that was to be ignored."""
 
     rows: int = 0
     images: int = 0
@@ -31,6 +32,7 @@ class Findings:
     ids: dict[tuple[Path, int], str] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     unreadable_evaluation: list[str] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Checks:
     tokens: Callable[[Row], int] | None = None
     max_length: int | None = None
     allow_evaluation: bool = False
+    ignore: frozenset[str] = frozenset()  # kinds of problems that make no row a bad one
 
 
 def check(
@@ -66,8 +69,11 @@ def check(
                 for image in _images(row):
                     own += problems_of_image[_key(image)]
         for row, own in zip(chunk, problems, strict=True):
-            if checks.tokens is not None and not own:
+            kinds = {problem.kind for problem in own}
+            if checks.tokens is not None and kinds <= checks.ignore - NO_TOKENS:
                 own += _length_problems(row.row, checks, findings.lengths)
+            findings.ignored.update({problem.kind for problem in own} & checks.ignore)
+            own = [problem for problem in own if problem.kind not in checks.ignore]
             if own:
                 findings.bad.setdefault(row.file, {})[row.number] = own
                 findings.ids[row.file, row.number] = _id(row)

@@ -38,6 +38,7 @@ def report(findings: Findings, options: argparse.Namespace) -> dict[str, Any]:
         "bad": len(bad_rows),
         "images": findings.images,
         "problems": dict(kinds.most_common()),
+        "ignored": dict(findings.ignored.most_common()),
         "tokens": length_summary(findings.lengths, options.max_length)
         if options.processor
         else None,
@@ -56,6 +57,8 @@ def print_report(summary: dict[str, Any], console: Console) -> None:
         for kind, count in summary["problems"].items():
             table.add_row(kind, f"{count:,}", "\n".join(_examples(summary["bad_rows"], kind)))
         console.print(table)
+    for kind, count in summary["ignored"].items():
+        console.print(f"{count:,} rows with the problem {kind}, ignored", highlight=False)
     if summary["tokens"]:
         _print_tokens(summary["tokens"], console)
     if summary["unreadable_evaluation_images"]:

@@ -27,6 +27,28 @@ _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".zst"
 _PICKLES = (".p", ".pkl", ".pickle", ".pt", ".npy")
 
 
+# What can be wrong with a row, as `data_prep/README.md` tells it
+KINDS = (
+    "format",
+    "image count",
+    "unsafe path",
+    "missing image",
+    "unreadable image",
+    "role order",
+    "empty answer",
+    "empty message",
+    "duplicate answer",
+    "duplicate row",
+    "duplicate id",
+    "placeholder in text",
+    "evaluation only",
+    "too long",
+    "not encodable",
+    "contamination",
+)
+NO_TOKENS = frozenset(KINDS[:5])  # kinds with which nobody can tell how many tokens a row has
+
+
 class Problem(NamedTuple):
     """What is wrong with a row: a kind that is counted, and the detail for this row."""
 

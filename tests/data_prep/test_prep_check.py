@@ -1,9 +1,11 @@
 """The check command: images, contamination, token lengths, rejected rows, exit codes."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import families
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +19,7 @@ from data_prep.checking.findings import Checks, check
 from data_prep.checking.image_checks import SIMILAR, examine, look_hash
 from data_prep.checking.reading import read_rows
 from data_prep.checking.token_lengths import length_summary
-from data_prep.converting.rows import assistant, image_part, user
+from data_prep.converting.rows import KINDS, assistant, image_part, user
 from fmtrain.data.row_format import arrow_schema
 
 
@@ -297,3 +299,69 @@ def test_the_command(prepared, command, tmp_path):
         and process.stderr.startswith("error: ")
         and process.stderr.count("\n") == 1
     )
+
+
+# --- kinds of problems that are ignored -----------------------------------------------------------
+
+
+def test_the_kinds_are_those_of_the_readme():
+    text = (Path(__file__).parents[2] / "data_prep" / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| kind | found when |\n|---|---|\n")[2].partition("\n\n")[0]
+    named = [line.split("|")[1] for line in table.splitlines()]
+    assert sorted(re.findall("`([a-z ]+)`", " ".join(named))) == sorted(KINDS)
+
+
+@pytest.fixture
+def faulty(prepared, tmp_path):
+    """Ten rows: one repeats an id, one is in another order of roles, one has no picture."""
+    path = prepared / "rows.jsonl"
+    rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    rows[1]["id"] = "0"
+    rows[2]["messages"].append(user("and?"))
+    rows[2]["id"] = "1"
+    (tmp_path / "images/3.png").unlink()
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    return prepared
+
+
+def test_ignored_kinds_make_no_row_bad_and_are_counted(faulty, tmp_path, capsys):
+    told = faulty, "--image_root", tmp_path / "images"
+    own = {"json_file": tmp_path / "f.json"}
+    code, found = findings_of(*told, **own)
+    assert (code, found["bad"], found["ignored"]) == (1, 3, {})
+    code, found = findings_of(*told, "--ignore", "duplicate id", "--ignore", "role_order", **own)
+    assert (code, found["bad"]) == (1, 1) and found["problems"] == {"missing image": 1}
+    assert found["ignored"] == {"duplicate id": 1, "role order": 1}
+    assert "1 rows with the problem duplicate id, ignored" in capsys.readouterr().out
+    reject = tmp_path / "rejected.jsonl"
+    code, found = findings_of(
+        *told, "--ignore", "duplicate-id", "--ignore", "role order", "--reject", reject, **own
+    )
+    assert code == 0 and len(list(read_rows(faulty))) == 9
+    [entry] = map(json.loads, reject.read_text().splitlines())
+    assert entry["reasons"][0].startswith("missing image")
+    assert main([*map(str, told), "--ignore", "duplicate_row"]) == 1
+
+
+def test_lengths_of_rows_whose_problems_are_ignored(faulty, tmp_path):
+    """They are counted where they can be, and what a processor refuses is still found."""
+    families.processor("llava").save_pretrained(tmp_path / "processor")
+    told = faulty, "--image_root", tmp_path / "images", "--processor", tmp_path / "processor"
+    ignored = []
+    for kind in ("duplicate id", "role order", "missing image"):
+        ignored += ["--ignore", kind]
+    code, found = findings_of(*told, *ignored, json_file=tmp_path / "f.json")
+    assert code == 0 and found["tokens"]["rows"] == 9
+    path = faulty / "rows.jsonl"
+    rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+    rows[4]["messages"][1] = assistant(" ")
+    path.write_bytes(b"".join(orjson.dumps(row) + b"\n" for row in rows))
+    ignored += ["--ignore", "empty answer"]
+    code, found = findings_of(*told, *ignored, json_file=tmp_path / "f.json")
+    assert code == 1 and found["problems"] == {"not encodable": 1}
+
+
+def test_a_kind_that_is_none(prepared, tmp_path, capsys):
+    assert main([str(prepared), "--skip_images", "--ignore", "dupliate id"]) == 2
+    error = capsys.readouterr().err
+    assert "'dupliate id': no kind of problems; the nearest is 'duplicate id'" in error
