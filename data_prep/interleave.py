@@ -15,12 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.converting import json_stream
-from data_prep.converting.command import Converter, Options, SourceRecord, run
+from data_prep.converting.command import (
+    Converter,
+    Options,
+    SourceRecord,
+    files_of_a_split,
+    run,
+)
 from data_prep.converting.conversations import image_names, messages_of, without_opening
 from data_prep.converting.fields import field, text_of
 from data_prep.converting.parquet import parquet_rows
 from data_prep.converting.rows import Row
-from fmtrain.data.sources import by_split
 
 READERS = {".json": json_stream.array, ".jsonl": json_stream.lines, ".parquet": parquet_rows}
 
@@ -39,20 +44,7 @@ def add_options(parser: ArgumentParser) -> None:
 
 def files(source: Path, options: Options) -> list[Path]:
     """The annotation files, in the order of their names."""
-    paths = sorted(file for file in source.glob(options.annotations) if file.is_file())
-    if not paths:
-        raise ValueError(f"{source / options.annotations} does not exist")
-    for path in paths:
-        if path.suffix not in READERS:
-            raise ValueError(f"{path} is not a .json, .jsonl or .parquet file")
-    splits = by_split(source / options.annotations, paths)
-    if len(splits) > 1:
-        shown = ", ".join(files[0].name for files in splits.values())
-        raise ValueError(
-            f"{source / options.annotations}: holds files of the splits {', '.join(splits)} "
-            f"({shown}); let the pattern take in one"
-        )
-    return paths
+    return files_of_a_split(source, options.annotations, READERS)
 
 
 def records(files: list[Path], options: Options) -> Iterator[SourceRecord]:

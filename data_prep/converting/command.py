@@ -7,7 +7,7 @@ nothing when nothing has changed.
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from data_prep.converting.writing import encoded, prepared_folder, rejected, row
 from fmtrain.command_line import Parser, guarded, printable, replacing
 from fmtrain.data.images import resolve
 from fmtrain.data.row_format import EVALUATION_ONLY
+from fmtrain.data.sources import by_split
 
 Options = argparse.Namespace
 
@@ -71,6 +72,26 @@ def source_file(source: Path, name: str) -> Path:
         if Path(f"{path}{ending}").is_file():
             raise ValueError(f"{path}{ending} is an archive; unpack it first")
     raise ValueError(f"{path} does not exist")
+
+
+def files_of_a_split(source: Path, pattern: str, endings: Collection[str]) -> list[Path]:
+    """The files that `pattern` names below `source`, in the order of their names. Raises
+    `ValueError` for none, for another ending, and for files of several splits."""
+    paths = sorted(file for file in source.glob(pattern) if file.is_file())
+    if not paths:
+        raise ValueError(f"{source / pattern} does not exist")
+    for path in paths:
+        if not path.name.endswith(tuple(endings)):
+            *others, last = endings
+            raise ValueError(f"{path} is not a {', '.join(others)} or {last} file")
+    splits = by_split(source / pattern, paths)
+    if len(splits) > 1:
+        shown = ", ".join(files[0].name for files in splits.values())
+        raise ValueError(
+            f"{source / pattern}: holds files of the splits {', '.join(splits)} "
+            f"({shown}); let the pattern take in one"
+        )
+    return paths
 
 
 def parser_of(converter: Converter) -> Parser:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from data_prep.converting.writing import write_json
 from fmtrain.data.row_format import MANIFEST
 
-ROW_FORMAT = 2  # raised when converters write different rows from the same source
+ROW_FORMAT = 3  # raised when converters write different rows from the same source
 _PLACES = ("source", "out", "reject")  # options that say where, not what
 
 

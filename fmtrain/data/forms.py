@@ -33,7 +33,7 @@ def messages(column: str, turns: list[Any], images: int) -> list[dict]:
     """
     said = exchanges(turns) if column == "texts" else spoken(turns)
     marks = any(PLACEHOLDER in text for role, text in said if role == "user")
-    if images and (marks or column != "texts"):
+    if marks or (images and column != "texts"):
         return marked(said)
     return [{"role": role, "content": text} for role, text in said]
 

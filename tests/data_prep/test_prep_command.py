@@ -15,6 +15,7 @@ import pytest
 
 from data_prep import check
 from data_prep.checking.reading import read_rows
+from data_prep.converting.conversations import OPENING
 from data_prep.converting.conversion_speed import write_mix
 
 ROOT = Path(__file__).parent.parent.parent
@@ -277,3 +278,24 @@ def test_disk_errors_are_one_line(mix, convert, tmp_path, capsys):
     assert convert("llava_mix665k", mix(RECORDS), blocker / "out") == 2
     assert capsys.readouterr().err.count("\n") == 1
     shutil.rmtree(tmp_path / "source")
+
+
+def test_a_turn_of_the_assistant_that_opens_a_dialogue_is_left_out(mix, convert, tmp_path, capsys):
+    """As in LLaVA's own code, which learns what comes behind it; a dialogue of nothing else is
+    refused."""
+    opening, answer = {"from": "gpt", "value": "Hello!"}, {"from": "gpt", "value": "a"}
+    ask = {"from": "human", "value": "<image>\nq"}
+    records = [{"id": 1, "image": "coco/1.jpg", "conversations": [opening, ask, answer]}]
+    assert convert("llava_mix665k", mix(records), tmp_path / "out") == 0
+    assert f"1 left out: {OPENING}" in capsys.readouterr().out
+    [row] = read_rows(tmp_path / "out")
+    assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+    manifest = json.loads((tmp_path / "out" / "_manifest").read_text())
+    assert manifest["left_out"] == {OPENING: 1}
+    alone = [*records, {"id": 2, "conversations": [opening]}]
+    convert("llava_mix665k", mix(alone), tmp_path / "alone")
+    reject = tmp_path / "rejected.jsonl"
+    told = "--reject", str(reject), "--skip_images"
+    assert check.main([str(tmp_path / "alone"), *told]) == 0
+    [entry] = map(json.loads, reject.read_text().splitlines())
+    assert entry["record"]["id"] == "2#2" and entry["reasons"][0].startswith("role order")

@@ -414,6 +414,7 @@ def test_turns_that_are_none(column, turns, reason):
     ("row", "parts", "images"),
     [
         ({"conversations": [{"from": "human", "value": "q"}], "image": "a.png"}, 0, 1),
+        ({"conversations": [{"from": "human", "value": "<image>\nq"}], "image": None}, 1, 0),
         ({"texts": [{"user": "<image> q <image>", "assistant": "a"}], "images": ["a.png"]}, 2, 1),
     ],
 )
