@@ -126,15 +126,19 @@ def peak(run: Callable, device: torch.device) -> float | None:
         before = torch.cuda.memory_allocated(device)
         run()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    marks = Path("/proc/self/clear_refs")
-    if not marks.exists():
+    if not Path("/proc/self/clear_refs").exists():
         run()
         return None
-    ctypes.CDLL(None).malloc_trim(0)
-    marks.write_text("5")
-    before = _resident("VmRSS")
+    before = reset_resident()
     run()
-    return (_resident("VmHWM") - before) / 2**10
+    return (resident("VmHWM") - before) / 2**10
+
+
+def reset_resident() -> int:
+    """Freed memory handed back, and the high-water mark set to what is held now, in KiB."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
 
 
 def peak_text(mib: float | None) -> str:
@@ -142,7 +146,7 @@ def peak_text(mib: float | None) -> str:
     return "-" if mib is None else f"{mib:.0f}"
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
     """A line of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name + ":")).split()[1])

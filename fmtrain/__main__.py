@@ -1,6 +1,6 @@
 """The command `fmtrain`.
 
-    fmtrain train RECIPE [--config_file ACCELERATE.yaml] [--any_trl_argument value]
+    fmtrain train RECIPE [--config_file ACCELERATE.yaml] [--any_trl_argument value] [--dry_run]
     fmtrain audit CHECKPOINT_OR_RECIPE
     fmtrain export RUN --out DIR
     fmtrain chat CHECKPOINT --image FILE
@@ -32,6 +32,7 @@ TRAIN = """usage: fmtrain train RECIPE [--config_file ACCELERATE.yaml] [--key va
 
 Train as a recipe says: a YAML file, or the name of a shipped one. Its keys are these; `--key value`
 overrides one. One process a GPU is started, or what accelerate's configuration file says.
+--dry_run tells rows, tokens, steps and memory, and trains nothing (with --gpus 8 --memory 80GB).
 """
 TRAINER = Path(__file__).parent / "sft.py"
 UNSAID = "<N/A>"  # torch's name for the error file of a process that wrote none
@@ -43,6 +44,8 @@ def launch(arguments: list[str]) -> int:
     some dozens of lines, does not bury the error of the run."""
     import torch
 
+    if {"--dry_run", "--dry-run"} & {*arguments}:  # one process, whatever the configuration says
+        os.execv(sys.executable, [sys.executable, str(TRAINER), *arguments])
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config_file", "--config-file")
     options, words = parser.parse_known_args(arguments)

@@ -19,7 +19,7 @@ import yaml
 
 from fmtrain.command_line import asks_for_help, one_line, quiet
 from fmtrain.data.aspect import described
-from fmtrain.training import keys
+from fmtrain.training import dry_run, keys
 from fmtrain.training import recipe as recipes
 from fmtrain.training.answers import check_answers
 from fmtrain.training.model import load_processor_of, load_weights
@@ -39,6 +39,8 @@ def main(arguments: list[str]) -> int:
         raise ValueError(
             "usage: accelerate launch fmtrain/sft.py RECIPE.yaml [--any_trl_argument value]"
         )
+    if dry_run.asked(arguments):
+        return dry_run.main(arguments)
     recipe = recipes.read(arguments[0], arguments[1:])
     training, resume = recipe.training, recipe.training.resume_from_checkpoint
     checkpoint = checkpoint_of(training, recipe.mask, resume)
@@ -51,7 +53,6 @@ def main(arguments: list[str]) -> int:
     positions = config.get_text_config().max_position_embeddings
     rows = training_rows(recipe, processor, checkpoint, positions)
     eval_rows = evaluation_rows(recipe, processor, positions)
-    say(f"{rows.size} rows; {rows.dropped} dropped, longer than max_length {training.max_length}")
 
     trainer = build_trainer(recipe, load_weights(recipe), processor, rows, eval_rows)
     resolved = {RECIPE: yaml.safe_dump(recipe.resolved, sort_keys=False)}
