@@ -8,11 +8,8 @@ same files and arguments, and the same parameters learn. Stock TRL (`SFTTrainer`
 plain causal attention) learns every token of such rows, fmtrain the answers. All models are held at
 once.
 
-Floating-point operations are those of the model and not of the variant (PaLM's count,
-arXiv 2204.02311, appendix B): a token costs 6 N + 12 L H D T, for N parameters of the language
-model without its embeddings, L layers, H heads of D, and rows of T tokens; 4 N with LoRA, as frozen
-weights need no gradient. Padding and the vision tower count nothing; `tower` is the part of a step
-that the tower's forward takes.
+Floating-point operations are those of the model and not of the variant, as a run's log counts them
+(`fmtrain.training.progress`); `tower` is the part of a step that the tower's forward takes.
 """
 
 import argparse
@@ -45,6 +42,7 @@ from fmtrain.masks import Mask
 from fmtrain.training import recipe as recipes
 from fmtrain.training import trainable
 from fmtrain.training.model import load_model
+from fmtrain.training.progress import flops_per_token
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.rows import training_rows
 from fmtrain.training.trainer import build_trainer
@@ -190,18 +188,6 @@ class Turns(TrainerCallback):
         while self._thread.is_alive():
             self._go.release()
             self._thread.join(timeout=0.1)
-
-
-def flops_per_token(model, length: float, lora: bool) -> float:
-    """Forward and backward of a causal model on a row of `length` tokens, by the count above."""
-    inner = unwrap(model)
-    text, embeddings = inner.config.get_text_config(), inner.get_input_embeddings()
-    head = inner.get_output_embeddings()
-    parts = [*inner.base_model.language_model.parameters(), head.weight]
-    weights = sum({id(part): part.numel() for part in parts}.values()) - embeddings.weight.numel()
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    attention = 12 * text.num_hidden_layers * text.num_attention_heads * size * length
-    return (4 if lora else 6) * weights + attention
 
 
 def variants(

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from trl import SFTConfig, get_peft_config
 from trl.trainer.utils import create_model_from_path
 
-from fmtrain.attention import auto, kernels
+from fmtrain.attention import kernels
 from fmtrain.checkpoint import check_base_mask, complete, is_adapter
 from fmtrain.data import noise
 from fmtrain.data.collator import Collator, encode_row
@@ -32,6 +32,7 @@ from fmtrain.training import first_batch, packing, trainable, trl_options
 from fmtrain.training.answers import Answers, answers_of, check_answers
 from fmtrain.training.arguments import EvaluationArguments, RowArguments
 from fmtrain.training.head import run_head_where_learnt
+from fmtrain.training.progress import Progress
 from fmtrain.training.recipe import Recipe, data_seed
 from fmtrain.training.rows import of_dataset
 from fmtrain.training.run_folder import RECORD, check_resumed, checkpoint_of, record_of, recorded
@@ -137,6 +138,7 @@ class SFTTrainer(trl.SFTTrainer):
         first = first_batch.few(self.packs, self.rows, self._asked)
         self.stopping = SaveOnTerm()
         for callback in (
+            Progress(self),
             first_batch.AuditFirstBatch(self, first),
             trainable.EveryParameterLearns(self.model),
             self.stopping,
@@ -148,15 +150,13 @@ class SFTTrainer(trl.SFTTrainer):
         before = attached(model)
         if before is not None:  # as a checkpoint is loaded
             before.detach()
-        handle = attach(
+        attach(
             model,
             self.mask,
             backend,
             markers=markers(self._processor),
             packed=packing.packs(self._asked),
         )
-        if backend == "auto" and not handle.host:
-            say(f"attention: {auto.described(self._asked.device)}")
 
     def _for_trl(self, args: SFTConfig) -> SFTConfig:
         """The arguments without what TRL would do to rows, or refuse of images."""
