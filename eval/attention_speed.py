@@ -1,6 +1,6 @@
 """What a mask costs in attention alone: time and memory of one layer, forward and backward.
 
-    python -m eval.attention_speed                           1k to 8k tokens, packed to 32k
+    python -m eval.attention_speed                           1k to 16k tokens, packed to 32k
     python -m eval.attention_speed --lengths 4096 --masks v2v --backends flash --threads 1
 
 Rows hold images of 576 tokens with a few words between them, a question and an answer, as many as
@@ -10,7 +10,8 @@ flash attention of the same round.
 
 Beside it stands the bound of the area: with a = revealed pairs over causal pairs, a mask takes at
 least 1 + a times causal attention's work, and its light form about 1 + a / 2, as it needs scores of
-what is revealed and no values. Dense backends are left out above `--dense` tokens.
+what is revealed and no values. `reference` is left out above `--reference` tokens,
+`sdpa` above `--dense`.
 """
 
 import argparse
@@ -145,7 +146,8 @@ def cases_of(options: argparse.Namespace, length: int) -> Iterator[Case]:
     ]
     for mask in masks:
         for backend in options.backends:
-            if backend == "flash" or length <= options.dense:
+            longest = {"reference": options.reference, "sdpa": options.dense}
+            if length <= longest.get(backend, length):
                 yield mask, backend
 
 
@@ -190,11 +192,12 @@ def measure_all(options: argparse.Namespace, command: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m eval.attention_speed", __doc__)
     add = parser.add_argument
-    add("--lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192], metavar="TOKENS")
-    add("--packed", type=int, nargs="*", default=[8192, 32768], metavar="TOKENS")
+    add("--lengths", type=int, nargs="*", default=[1024, 2048, 4096, 8192, 16384], metavar="TOKENS")
+    add("--packed", type=int, nargs="*", default=[8192, 16384, 32768], metavar="TOKENS")
     add("--masks", nargs="+", default=["v2v", "future", "v2v+merge"], metavar="POLICY[+merge]")
-    add("--backends", nargs="+", default=["sdpa", "flash"], choices=BACKENDS)
-    add("--dense", type=int, default=4096, help="longest row for reference and sdpa, in tokens")
+    add("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    add("--reference", type=int, default=2048, help="longest row for reference, in tokens")
+    add("--dense", type=int, default=4096, help="longest row for sdpa, in tokens")
     add("--heads", type=int, default=8)
     add("--head_size", type=int, default=64)
     timing.add_arguments(parser, rounds=5)

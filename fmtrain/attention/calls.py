@@ -13,6 +13,7 @@ So a policy is one call for the past and one for what it reveals; two, if it has
 rectangles. All is planned with NumPy, once a forward.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,6 +82,19 @@ class Part:
     @property
     def rows(self) -> np.ndarray:
         return self.queries[self.kept]
+
+    def pieces(self, budget: int) -> "Iterator[Part]":
+        """The same sequences in parts of at most `budget` queries and keys each, or of one: what a
+        call copies of its tokens is as large as it."""
+        sizes, first, begin_q, begin_k = self.lengths_q + self.lengths_k, 0, 0, 0
+        while first < len(sizes):
+            last = first + max(1, np.searchsorted(np.cumsum(sizes[first:]), budget, side="right"))
+            lengths_q, lengths_k = self.lengths_q[first:last], self.lengths_k[first:last]
+            of_queries = slice(begin_q, begin_q := begin_q + lengths_q.sum())
+            of_keys = slice(begin_k, begin_k := begin_k + lengths_k.sum())
+            tokens = self.queries[of_queries], self.keys[of_keys]
+            yield Part(*tokens, lengths_q, lengths_k, self.kept[of_queries], self.causal)
+            first = last
 
     def call(self, device: torch.device, offsets: np.ndarray) -> Call:
         """offsets: the number of each query among the keys."""

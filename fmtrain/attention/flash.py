@@ -20,6 +20,7 @@ from fmtrain.layout import Layout
 from fmtrain.masks import Mask
 
 STEP = sdpa.STEP
+CALL = 8192  # queries and keys of a call on a CPU, which gains nothing by more; a GPU takes all
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,13 @@ def prepare(layout: Layout, mask: Mask, start: int) -> Prepared | sdpa.Prepared 
     light = None
     if mask.merge is not None and parts:
         light = Light.of(mask.policy, mask.merge, tokens, parts, device)
+    budget = CALL if device.type == "cpu" else len(tokens.place) * 2
     whole = len(tokens.new) == layout.role.numel()
     return Prepared(
         None if whole else calls.on(device, tokens.place_new),
         None if whole else calls.on(device, tokens.place),
         calls.past(tokens, device),
-        [part.call(device, tokens.new) for part in parts],
+        [piece.call(device, tokens.new) for part in parts for piece in part.pieces(budget)],
         light,
     )
 

@@ -7,6 +7,7 @@ Shape names: H query heads, G key heads, T tokens, D head size.
 
 import random
 from types import SimpleNamespace
+from unittest import mock
 
 import oracle
 import pytest
@@ -67,11 +68,29 @@ def compared(layout, mask, merge, start=0, bias=None, **options):
 
 
 @settings(max_examples=150, deadline=None)
-@given(policies(), merges, st.integers(0, 10**6), st.sampled_from([(4, 2), (3, 1), (2, 2)]))
-def test_any_policy_on_any_layout_is_the_reference(policy, merge, seed, heads):
+@given(
+    policies(),
+    merges,
+    st.integers(0, 10**6),
+    st.sampled_from([(4, 2), (3, 1), (2, 2)]),
+    st.sampled_from([1, 12, flash.CALL]),
+)
+def test_any_policy_on_any_layout_is_the_reference(policy, merge, seed, heads, call):
     layout = oracle.random_layout(random.Random(seed), rows=2, samples=3, turns=3)
-    for exact, found in compared(layout, policy, merge, heads=heads, seed=seed):
-        assert (exact - found).abs().max() < 1e-10
+    with mock.patch.object(flash, "CALL", call):
+        for exact, found in compared(layout, policy, merge, heads=heads, seed=seed):
+            assert (exact - found).abs().max() < 1e-10
+
+
+def test_a_call_on_a_cpu_copies_a_part_of_a_packed_row():
+    """Whole sequences, as many as fit: of each sample three queries over three keys."""
+    layout = Layout.parse("|".join(["TIIJJT A"] * 12))
+    with mock.patch.object(flash, "CALL", 20):
+        several = flash.prepare(layout, Mask.parse("v2v"), 0).ahead
+    [one] = flash.prepare(layout, Mask.parse("v2v"), 0).ahead
+    assert len(several) == 4 and all(len(call.queries) + len(call.keys) <= 20 for call in several)
+    for name in ("queries", "keys"):
+        assert torch.equal(torch.cat([getattr(call, name) for call in several]), getattr(one, name))
 
 
 @settings(max_examples=60, deadline=None)
