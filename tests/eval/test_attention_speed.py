@@ -35,12 +35,24 @@ def test_a_run_writes_a_table_for_each_length(tmp_path, capsys):
     threads = torch.get_num_threads()
     out = tmp_path / "attention.json"
     words = ["--lengths", "800", "--packed", "1600", "--heads", "1", "--head_size", "8"]
-    words += ["--rounds", "2", "--threads", "1", "--dense", "1000", "--out", str(out)]
+    words += [
+        "--rounds",
+        "2",
+        "--threads",
+        "1",
+        "--dense",
+        "1000",
+        "--reference",
+        "1000",
+        "--out",
+        str(out),
+    ]
     assert attention_speed.main(words) == 0
     torch.set_num_threads(threads)
     results = json.loads(out.read_text())
     single, packed = results["rows"]
-    assert [entry["backend"] for entry in packed["cases"]] == ["flash"] * 5  # sdpa: too long
+    assert [entry["backend"] for entry in packed["cases"]] == ["flash"] * 5  # others: too long
+    assert {entry["backend"] for entry in single["cases"]} == {"reference", "sdpa", "flash"}
     assert {entry["mask"] for entry in single["cases"]} == {
         "causal",
         "v2v",
