@@ -209,7 +209,7 @@ def export(
         finish_config(staged, mask, model_type)
         if embed_code:
             embed(staged, inner)
-        source = "LoRA, folded" if adapter else "full fine-tuning"
+        source = _source(adapter, read_record(run).get("quantization"))
         how = embed_code, push_to_hub
         write_card(staged, run, mask, base, source, model_type, *how)
         staged.chmod(0o755)
@@ -219,6 +219,15 @@ def export(
     print(f"wrote {out}: {changed} tensors differ from {base}; mask {mask}")
     if push_to_hub is not None:
         print(f"pushed to {push(out, push_to_hub)}")
+
+
+def _source(adapter: bool, quantization: str | None) -> str:
+    """What was trained, in the words of the card."""
+    if not adapter:
+        return "full fine-tuning"
+    if quantization is None:
+        return "LoRA, folded"
+    return f"LoRA that learnt on weights in {quantization}, folded into those of full precision"
 
 
 def write_weights(folder: Path, model, processor, base: str, expected: int | None) -> int:

@@ -98,7 +98,7 @@ def load(
     if turns != TURNS[0]:
         loaded = load(source, count, image_root, seed, first)
         enough = min((limit for limit in (count, first) if limit), default=None)
-        return replace(loaded, rows=_split(loaded.rows, turns)).head(enough)
+        return replace(loaded, rows=split_rows(loaded.rows, turns)).head(enough)
     if source.path == DIGITS:
         return _digits(source, count, seed, first)
     name, rows = str(source.path), tables.read(source)
@@ -120,7 +120,7 @@ def in_row_format(name: str, rows: datasets.Dataset) -> datasets.Dataset:
     return _rewritten(name, rows)
 
 
-def _split(rows: datasets.Dataset, how: str) -> datasets.Dataset:
+def split_rows(rows: datasets.Dataset, how: str) -> datasets.Dataset:
     """A row for every answer; embedded images are copied with each."""
     embedded = not isinstance(rows.features["images"].feature, datasets.Value)
     return rows.map(

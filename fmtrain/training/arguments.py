@@ -64,10 +64,13 @@ class RowArguments:
     )
     check_images: bool = _argument(True, "Decode every image once before training starts.")
     allow_evaluation_data: bool = _argument(False, "Train on rows marked as evaluation data.")
+    turns: str = _argument(TURNS[0], "split or split_without_history: a row for every answer.")
 
     def __post_init__(self):
         if not 0 <= self.max_dropped <= 1:
             raise ValueError(f"max_dropped {self.max_dropped:g} is not a share from 0 to 1")
+        if self.turns not in TURNS:
+            raise ValueError(f"turns is {self.turns!r}; known are {', '.join(TURNS)}")
 
 
 @dataclass
@@ -99,7 +102,6 @@ class DataArguments(RowArguments):
     eval_dataset_name: str | None = _argument(
         None, "Rows for the evaluation loss, if not dataset_name's dataset_test_split."
     )
-    turns: str = _argument(TURNS[0], "split or split_without_history: a row for every answer.")
     image_aspect: str | None = _argument(
         None,
         "Of LLaVA-1.5: pad images to a square, as LLaVA trains, or crop them, as llava-hf's "
@@ -114,8 +116,6 @@ class DataArguments(RowArguments):
         for part in self.train_parts or ():
             if part not in PARTS:
                 raise ValueError(f"train_parts names {part!r}; known are {', '.join(PARTS)}")
-        if self.turns not in TURNS:
-            raise ValueError(f"turns is {self.turns!r}; known are {', '.join(TURNS)}")
         if self.image_aspect not in (None, *ASPECTS):
             raise ValueError(f"image_aspect is {self.image_aspect!r}; known are pad, crop")
         if self.datasets is not None:

@@ -12,6 +12,7 @@ from trl import SFTConfig
 from fmtrain.data import files, mixing, sources, stream
 from fmtrain.data.aspect import aspect_of
 from fmtrain.data.checks import prepare
+from fmtrain.data.dialogue import TURNS
 from fmtrain.data.files import Rows
 from fmtrain.data.row_format import BOX_FRAMES, LENGTH, box_frame
 from fmtrain.data.sources import DIGITS, Source
@@ -204,6 +205,8 @@ def of_dataset(
         done = given.passes is not None or LENGTH in given.rows.column_names
         return given if done else checked(given, processor, name, training, how, positions)
     if isinstance(given, datasets.IterableDataset):
+        if how.turns != TURNS[0]:
+            raise ValueError(f"{name} is a stream of a script's own: turns {how.turns} splits none")
         longest, limit = longest_row(training, positions)
         options = how.max_pixels, how.allow_evaluation_data
         check = stream.checker(processor, longest, *options, limit)
@@ -215,8 +218,11 @@ def of_dataset(
     if not len(given):
         raise ValueError(f"{name}: holds no row")
     with training.main_process_first():
-        rows = Rows(files.in_row_format(name, given), how.image_root or os.sep)
-        return checked(rows, processor, name, training, how, positions)
+        rows = files.in_row_format(name, given)
+        if how.turns != TURNS[0]:
+            rows = files.split_rows(rows, how.turns)
+        loaded = Rows(rows, how.image_root or os.sep)
+        return checked(loaded, processor, name, training, how, positions)
 
 
 def _resumed_stream(

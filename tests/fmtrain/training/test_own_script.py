@@ -218,6 +218,21 @@ def test_rows_over_max_length_are_dropped_and_files_have_a_folder(folder, tmp_pa
         )
 
 
+def test_dialogues_are_split_as_a_recipe_splits_them(folder, rows, tmp_path):
+    twice = rows.select(range(4)).map(lambda row: {"messages": row["messages"] * 2})
+    twice = twice.map(lambda row: {"images": row["images"] * 2})
+    how = RowArguments(turns="split")
+    trainer = fmtrain.SFTTrainer(
+        str(folder / "base"), config(tmp_path), train_dataset=twice, mask="mma", rows=how
+    )
+    assert trainer.rows.size == 8 and [*trainer.rows.rows["prompt_messages"]] == [1, 3] * 4
+    with pytest.raises(ValueError, match="train_dataset is a stream of a script's own: turns"):
+        stream = twice.to_iterable_dataset()
+        fmtrain.SFTTrainer(
+            str(folder / "base"), config(tmp_path), train_dataset=stream, mask="mma", rows=how
+        )
+
+
 def plain(rows):
     return rows
 

@@ -56,6 +56,8 @@ def test_a_run_is_audited_resumed_exported_and_audited_again(folder, tmp_path, c
         resume = ["--resume_from_checkpoint", str(out / "checkpoint-2"), "--max_steps", "6"]
         sft.main([words[0], "--use_cpu", "true", "--output_dir", str(out), *resume])
     export.export(out, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "LoRA that learnt on weights in 4-bit nf4, folded into those of full precision" in card
     model, _ = fmtrain.load(tmp_path / "exported")
     assert not quantized(model) and str(fmtrain.attached(model).mask) == "v2v"
     assert audit.main([str(tmp_path / "exported")]) == 0
