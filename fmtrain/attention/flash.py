@@ -10,6 +10,7 @@ H query heads, G key heads, D head size.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -50,12 +51,13 @@ def prepare(layout: Layout, mask: Mask, start: int) -> Prepared | sdpa.Prepared 
     if mask.merge is not None and parts:
         light = Light.of(mask.policy, mask.merge, tokens, parts, device)
     budget = CALL if device.type == "cpu" else len(tokens.place) * 2
+    pieces = chain.from_iterable(part.pieces(budget) for part in parts)
     whole = len(tokens.new) == layout.role.numel()
     return Prepared(
         None if whole else calls.on(device, tokens.place_new),
         None if whole else calls.on(device, tokens.place),
         calls.past(tokens, device),
-        [piece.call(device, tokens.new) for part in parts for piece in part.pieces(budget)],
+        [piece.call(device, tokens.new) for piece in pieces],
         light,
     )
 
