@@ -8,6 +8,7 @@ real batch first), saving. Nothing here that a script of one's own could not cal
 
 import os
 import sys
+from pathlib import Path
 
 # `accelerate launch fmtrain/sft.py` puts fmtrain/ itself first on the path.
 if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
@@ -22,6 +23,7 @@ from fmtrain.data.aspect import described
 from fmtrain.training import dry_run, keys
 from fmtrain.training import recipe as recipes
 from fmtrain.training.answers import check_answers
+from fmtrain.training.checkpoints import saving
 from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
 from fmtrain.training.run_folder import RECIPE, checkpoint_of, recorded
@@ -57,13 +59,14 @@ def main(arguments: list[str]) -> int:
     trainer = build_trainer(recipe, load_weights(recipe), processor, rows, eval_rows)
     resolved = {RECIPE: yaml.safe_dump(recipe.resolved, sort_keys=False)}
     with recorded(training.output_dir, resolved, trainer.is_world_process_zero()):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint or resume)
     if trainer.stopping.asked:
         step = trainer.state.global_step
         say(f"stopped by SIGTERM at step {step}; resume with --resume_from_checkpoint true")
         return 0
-    trainer.save_model()
-    trainer.save_state()
+    with saving(training.output_dir, Path(training.output_dir)):
+        trainer.save_model()
+        trainer.save_state()
     say(f"saved to {training.output_dir}; next: fmtrain export {training.output_dir} --out DIR")
     return 0
 

@@ -24,8 +24,8 @@ from eval.matrix.recipe import MatrixRecipe
 from fmtrain.checkpoint import check_folder, recorded_mask
 from fmtrain.command_line import write_whole
 from fmtrain.masks import Mask
+from fmtrain.training import checkpoints, run_folder
 from fmtrain.training import recipe as training_recipe
-from fmtrain.training import run_folder
 
 TRAINER = Path(__file__).parents[2] / "fmtrain" / "sft.py"
 
@@ -157,7 +157,7 @@ def train(run: MatrixRun, recipe: MatrixRecipe, started: list[subprocess.Popen])
     with locked(log.with_suffix(".lock")) as lock:
         if finished(run):
             return False
-        resume = bool(run_folder.whole_checkpoints(run.folder))
+        resume = bool(checkpoints.whole_checkpoints(run.folder))
         if not resume and run.folder.exists():
             shutil.rmtree(run.folder)
         command = [*(shlex.split(recipe.launch) or [sys.executable]), str(TRAINER), str(run.recipe)]

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageTextToText
-from trl import get_quantization_config
+from trl import SFTConfig, get_quantization_config
+from trl.trainer.utils import create_model_from_path
 
 from fmtrain.checkpoint import check_base_mask, load_processor, recorded_mask
 from fmtrain.command_line import folded
@@ -64,6 +65,16 @@ def load_weights(recipe: Recipe):
     used = [one for one in getattr(model, "_weight_conversions", ()) if one.was_used()]
     model._weight_conversions = used
     return model
+
+
+def load_named(name: str, args: SFTConfig, quantization_config):
+    """The model as TRL loads it from a name."""
+    keys = dict(args.model_init_kwargs or {})
+    if quantization_config is not None:
+        keys["quantization_config"] = quantization_config
+    if args.world_size > 1:
+        keys["device_map"] = None
+    return create_model_from_path(name, **{"trust_remote_code": args.trust_remote_code, **keys})
 
 
 def _hub(recipe: Recipe) -> dict:

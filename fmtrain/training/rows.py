@@ -18,8 +18,8 @@ from fmtrain.data.row_format import BOX_FRAMES, LENGTH, box_frame
 from fmtrain.data.sources import DIGITS, Source
 from fmtrain.training import packing
 from fmtrain.training.arguments import RowArguments
+from fmtrain.training.checkpoints import state_of
 from fmtrain.training.recipe import Recipe
-from fmtrain.training.run_folder import trainer_state
 from fmtrain.training.tracking import say
 
 
@@ -244,7 +244,7 @@ def _resumed_stream(
             raise ValueError(
                 f"{recipe.path}: a stream is resumed where it stopped; ignore_data_skip cannot be"
             )
-        skip = trainer_state(checkpoint)["global_step"] * training.gradient_accumulation_steps
+        skip = state_of(checkpoint)["global_step"] * training.gradient_accumulation_steps
     longest, limit = longest_row(training, positions)
     check = stream.checker(processor, longest, data.max_pixels, data.allow_evaluation_data, limit)
     sequence = stream.Stream(

@@ -22,17 +22,18 @@ from fmtrain.data.row_format import LENGTH
 from fmtrain.masks import Mask
 from fmtrain.patch import attached, unwrap
 from fmtrain.provenance import revision, versions
-from fmtrain.training import trainable
+from fmtrain.training import checkpoints, trainable
+from fmtrain.training.checkpoints import STATE
 
 RECORD, RECIPE, CONFIG = "run.json", "recipe.yaml", "config.json"
-STATE = "trainer_state.json"  # the last file of a checkpoint, and of a run
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors", "model.safetensors.index.json")
+AUTO = "auto"  # of resume_from_checkpoint
 # What a run cannot change when it is resumed; the mask is checked before anything is loaded.
 FIXED = ("base_model", "quantization", "data", "image_aspect", "trainable", "lora", "packing")
 
 
 def checkpoint_of(training: SFTConfig, mask: Mask, wanted: str | bool | None) -> str | None:
-    """The checkpoint to resume from: the one that is wanted, for true the newest whole one.
+    """The checkpoint to resume from: the one that is wanted, for true the newest whole one, for
+    `auto` that or, where there is none, the beginning.
 
     Raises `ValueError` if the output folder cannot be written, holds a run and resuming was not
     asked for, or holds none and it was; for a checkpoint that was trained with another mask or
@@ -47,11 +48,16 @@ def checkpoint_of(training: SFTConfig, mask: Mask, wanted: str | bool | None) ->
         )
     _check_writable(folder)
     checkpoint = None
-    if str(wanted) in ("True", "true"):
-        checkpoint = _newest(folder)
+    if str(wanted) in ("True", "true", AUTO):
+        checkpoint = checkpoints.newest(folder)
+        if checkpoint is None and wanted != AUTO:
+            raise ValueError(f"{folder}: no whole checkpoint to resume from")
+        if checkpoint is None and finished(folder):
+            raise ValueError(f"{folder}: the run has ended and has no checkpoint to resume from")
     elif str(wanted) not in ("None", "False", "false"):
         checkpoint = str(wanted)
-    if checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve():
+    elsewhere = checkpoint is None or Path(checkpoint).resolve().parent != folder.resolve()
+    if elsewhere and wanted != AUTO:
         _check_free(folder)
     if checkpoint is None:
         return None
@@ -61,7 +67,7 @@ def checkpoint_of(training: SFTConfig, mask: Mask, wanted: str | bool | None) ->
     if recorded != mask:
         raise ValueError(f"{checkpoint} records the mask {recorded}, the recipe says {mask}")
     _check_unfinished(training, Path(checkpoint))
-    return checkpoint
+    return str(checkpoint)
 
 
 def _check_writable(folder: Path) -> None:
@@ -81,51 +87,28 @@ def _check_free(folder: Path) -> None:
     if not (folder / RECORD).exists() and not any(folder.glob("checkpoint-*")):
         return
     advice = "resume it (--resume_from_checkpoint true)"
-    if not whole_checkpoints(folder):
+    if not checkpoints.whole_checkpoints(folder):
         advice = "it has no whole checkpoint, so remove it"
     raise ValueError(f"{folder}: holds a run already; {advice} or name another output_dir")
 
 
-def trainer_state(folder: str | Path) -> dict:
-    """The trainer's state in a checkpoint or the folder of a run. Raises `ValueError` where a run
-    was killed before it was written, or while it was."""
-    try:
-        return json.loads((Path(folder) / STATE).read_text())
-    except (FileNotFoundError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder}: not a whole checkpoint (no {STATE}, or half of it)") from error
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        trainer_state(folder)
-    except ValueError:
-        return False
-    return True
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run that were written to their end, from which it can be resumed."""
-    return [path for path in folder.glob("checkpoint-*") if _is_whole(path)]
+def finish(folder: str | Path) -> None:
+    """Mark a run as saved, if its config and weights are there beside its trainer's state."""
+    folder = Path(folder)
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]
+    if weights and (folder / CONFIG).is_file():
+        checkpoints.list_files(folder, [*weights, folder / CONFIG, folder / STATE])
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run has ended and is saved: its record, config and weights, and the state of its
-    trainer."""
-    saved = all((folder / name).is_file() for name in (RECORD, CONFIG))
-    return saved and any((folder / name).is_file() for name in WEIGHTS) and _is_whole(folder)
-
-
-def _newest(folder: Path) -> str:
-    whole = whole_checkpoints(folder)
-    if not whole:
-        raise ValueError(f"{folder}: no whole checkpoint to resume from")
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1])))
+    """Whether a run has ended and is saved: its record, and all that `finish` has listed."""
+    return (folder / RECORD).is_file() and checkpoints.is_whole(folder)
 
 
 def _check_unfinished(training: SFTConfig, checkpoint: Path) -> None:
     """There is nothing to resume behind the last step, unless the run was killed before it was
     saved."""
-    state = trainer_state(checkpoint)
+    state = checkpoints.state_of(checkpoint)
     done = state["global_step"]
     if training.max_steps > 0:
         left, end = training.max_steps - done, f"max_steps {training.max_steps}"
@@ -220,31 +203,36 @@ def _short(value) -> str:
 
 
 @contextmanager
-def recorded(folder: str | Path, texts: dict[str, str], first_process: bool) -> Iterator[None]:
-    """The files stand in a run's folder, with these texts, while the block runs and afterwards.
-    After a block that raises before it has saved a checkpoint the folder has those that it had
-    before; a new one is free again."""
+def recorded(
+    folder: str | Path, texts: dict[str, str | None], first_process: bool
+) -> Iterator[None]:
+    """The files stand in a run's folder, with these texts, while the block runs and afterwards;
+    for None they do not. After a block that raises before it has saved a checkpoint the folder has
+    those that it had before; a new one is free again."""
     folder = Path(folder)
     before = {
         name: (folder / name).read_text("utf-8") if (folder / name).is_file() else None
         for name in texts
     }
-    checkpoints = {*folder.glob("checkpoint-*")}
+    saved = {*folder.glob("checkpoint-*")}
     if first_process:
-        for name, text in texts.items():
-            write_whole(folder / name, text)
+        _write(folder, texts)
     try:
         yield
     except BaseException:
-        if first_process and checkpoints == {*folder.glob("checkpoint-*")}:
-            for name, text in before.items():
-                if text is None:
-                    (folder / name).unlink(missing_ok=True)
-                else:
-                    write_whole(folder / name, text)
+        if first_process and saved == {*folder.glob("checkpoint-*")}:
+            _write(folder, before)
             if not any(folder.iterdir()):
                 folder.rmdir()
         raise
+
+
+def _write(folder: Path, texts: dict[str, str | None]) -> None:
+    for name, text in texts.items():
+        if text is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            write_whole(folder / name, text)
 
 
 def read_record(run: Path) -> dict:

@@ -3,18 +3,18 @@ carries."""
 
 import copy
 import json
+import os
 import random
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 import trl
 from peft import PeftConfig
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoProcessor, PreTrainedModel
+from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, get_peft_config
-from trl.trainer.utils import create_model_from_path
 
 from fmtrain.attention import kernels
 from fmtrain.checkpoint import check_base_mask, complete, is_adapter
@@ -28,14 +28,22 @@ from fmtrain.masks import Mask
 from fmtrain.patch import attach, attached, unwrap
 from fmtrain.patch import recorded as recorded_of
 from fmtrain.policies import Policy
-from fmtrain.training import first_batch, packing, trainable, trl_options
+from fmtrain.training import checkpoints, first_batch, packing, trainable, trl_options
 from fmtrain.training.answers import Answers, answers_of, check_answers
 from fmtrain.training.arguments import EvaluationArguments, RowArguments
 from fmtrain.training.head import run_head_where_learnt
 from fmtrain.training.progress import Progress
+from fmtrain.training.model import load_named
 from fmtrain.training.recipe import Recipe, data_seed
 from fmtrain.training.rows import of_dataset
-from fmtrain.training.run_folder import RECORD, check_resumed, checkpoint_of, record_of, recorded
+from fmtrain.training.run_folder import (
+    RECORD,
+    check_resumed,
+    checkpoint_of,
+    finish,
+    record_of,
+    recorded,
+)
 from fmtrain.training.stopping import SaveOnTerm
 from fmtrain.training.tracking import say
 
@@ -82,13 +90,13 @@ class SFTTrainer(trl.SFTTrainer):
     ):
         name = model if isinstance(model, str) else unwrap(model).config._name_or_path
         args = args or SFTConfig(f"{Path(name).name}-SFT")
-        _check(args, data_collator, train_dataset, others)
+        trl_options.check_script(args, data_collator, train_dataset, others)
         self.mask, self._asked = Mask.of(mask), copy.copy(args)
         self._row_arguments = rows or RowArguments()
         self._evaluation = evaluation or EvaluationArguments(eval_answers=0)
         check_answers(self._asked, self._evaluation)
         if isinstance(model, str):
-            model = _loaded(model, args, quantization_config)
+            model = load_named(model, args, quantization_config)
         config = unwrap(model).config
         check_base_mask(name, recorded_of(config), self.mask, base_mask)
         if processing_class is None:
@@ -125,6 +133,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.answers: dict[str, Answers] = {}  # by the prefix of their metrics
         self.eval_dataset = self._to_evaluate(held_out, "eval")
         self.packs: Packs | None = None
+        self._saving: str | None = None  # where a checkpoint is being written
         if args.packing:
             self.packs = packing.training_packs(self._asked, self.rows, data_seed(args))
             self.train_dataset = self.packs
@@ -211,7 +220,9 @@ class SFTTrainer(trl.SFTTrainer):
         record = record_of(self)
         check_resumed(checkpoint, record)
         self.accelerator.wait_for_everyone()  # all have looked before the first one writes
-        texts = {RECORD: json.dumps(record, indent=2) + "\n"}
+        if self.is_world_process_zero():
+            checkpoints.clear(self.args.output_dir)
+        texts = {RECORD: json.dumps(record, indent=2) + "\n", checkpoints.FILES: None}
         with recorded(self.args.output_dir, texts, self.is_world_process_zero()):
             return super().train(resume_from_checkpoint=checkpoint, **others)
 
@@ -300,39 +311,42 @@ class SFTTrainer(trl.SFTTrainer):
             head.unshard()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _get_output_dir(self, trial) -> str:
+        return self._saving or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """transformers' checkpoint, whole or not there; older ones go when it is."""
+        run = super()._get_output_dir(trial)
+        name = f"checkpoint-{self.state.global_step}"
+        with checkpoints.staged(self, run) as staged:
+            self._saving = staged
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving = None
+            if self.state.best_global_step == self.state.global_step:
+                self.state.best_model_checkpoint = os.path.join(run, name)
+            if self.args.should_save:
+                self.state.save_to_json(os.path.join(staged, name, checkpoints.STATE))
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(os.path.join(run, name))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run, self.args.save_total_limit, best, use_mtime=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not before it is in its place."""
+
+    def save_state(self) -> None:
+        """TRL's; the run then counts as finished."""
+        super().save_state()
+        if self.args.should_save:
+            finish(self.args.output_dir)
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             unwrap(self.model).config.save_pretrained(output_dir or self.args.output_dir)
-
-
-def _check(args: SFTConfig, data_collator, train_dataset, others: dict) -> None:
-    """Raises `ValueError` for what TRL's trainer takes and this one would lose."""
-    if not isinstance(args, SFTConfig):
-        raise ValueError(f"args is a {type(args).__name__}, not trl.SFTConfig")
-    if data_collator is not None:
-        raise ValueError(
-            "data_collator: a mask needs the layout of its rows, which SFTTrainer's own collator "
-            "gives; leave it out"
-        )
-    for name in ("formatting_func", "compute_loss_func"):
-        if others.get(name) is not None:
-            raise ValueError(
-                f"{name}: rows are dialogues in one of TRL's forms and the loss is that of their "
-                "answers; leave it out"
-            )
-    rows_streamed = isinstance(train_dataset, datasets.IterableDataset)
-    trl_options.check("args", args, rows_streamed)
-
-
-def _loaded(name: str, args: SFTConfig, quantization_config):
-    """The model as TRL loads it from a name."""
-    keys = dict(args.model_init_kwargs or {})
-    if quantization_config is not None:
-        keys["quantization_config"] = quantization_config
-    if args.world_size > 1:
-        keys["device_map"] = None
-    return create_model_from_path(name, **{"trust_remote_code": args.trust_remote_code, **keys})
 
 
 def build_trainer(

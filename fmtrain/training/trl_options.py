@@ -1,6 +1,7 @@
 """Options of TRL's `SFTConfig` that its own data preparation, collator or loss would read: what
 they ask for is done in another way here, or not at all, and then they are refused by name."""
 
+import datasets
 from trl import SFTConfig
 
 from fmtrain.training import packing
@@ -29,3 +30,22 @@ def check(place: object, training: SFTConfig, streaming: bool = False) -> None:
             said = str(value).lower() if isinstance(value, bool) else value
             raise ValueError(f"{place}: {option} {said}: {reason}")
     packing.check(place, training, streaming)
+
+
+def check_script(args: SFTConfig, data_collator, train_dataset, others: dict) -> None:
+    """Raises `ValueError` for what TRL's trainer takes and this one would lose."""
+    if not isinstance(args, SFTConfig):
+        raise ValueError(f"args is a {type(args).__name__}, not trl.SFTConfig")
+    if data_collator is not None:
+        raise ValueError(
+            "data_collator: a mask needs the layout of its rows, which SFTTrainer's own collator "
+            "gives; leave it out"
+        )
+    for name in ("formatting_func", "compute_loss_func"):
+        if others.get(name) is not None:
+            raise ValueError(
+                f"{name}: rows are dialogues in one of TRL's forms and the loss is that of their "
+                "answers; leave it out"
+            )
+    rows_streamed = isinstance(train_dataset, datasets.IterableDataset)
+    check("args", args, rows_streamed)

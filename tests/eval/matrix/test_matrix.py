@@ -280,6 +280,7 @@ if recipe["mask"] == "future":
 time.sleep(recipe["seed"])
 for name in ("config.json", "adapter_model.safetensors", "trainer_state.json"):
     (out / name).write_text("{}")
+(out / "files.json").write_text('{"trainer_state.json": 2, "config.json": 2}')
 """
 
 
@@ -358,7 +359,7 @@ def test_a_half_done_run_is_resumed_or_restarted(stand_in, folder):
     )
     (run.folder / "trainer_state.json").unlink()
     (run.folder / "checkpoint-1").mkdir()
-    (run.folder / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    (run.folder / "checkpoint-1" / "files.json").write_text("{}")
     assert (
         runs.train(run, recipe, [])
         and "begin ['--resume_from_checkpoint', 'true']" in log.read_text()
@@ -371,12 +372,15 @@ def test_a_state_that_is_half_written_is_passed_over(stand_in, folder, text):
     run, recipe = stand_in("v2v")
     log, torn = folder / "work" / "logs" / "v2v-seed0.log", run.folder / "checkpoint-2"
     torn.mkdir(parents=True)
+    listed = '{"trainer_state.json": 2}'
     (torn / "trainer_state.json").write_text(text)
+    (torn / "files.json").write_text(listed)
     assert runs.train(run, recipe, []) and runs.finished(run) and not torn.exists()
     assert [line for line in log.read_text().splitlines() if "begin" in line] == ["begin []"]
     for name, state in (("checkpoint-1", "{}"), ("checkpoint-2", text), (".", text)):
         (run.folder / name).mkdir(exist_ok=True)
         (run.folder / name / "trainer_state.json").write_text(state)
+        (run.folder / name / "files.json").write_text(listed)
     assert not runs.finished(run)
     assert runs.train(run, recipe, []) and runs.finished(run) and torn.exists()
     assert log.read_text().endswith("begin ['--resume_from_checkpoint', 'true']\n")

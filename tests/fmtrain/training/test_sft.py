@@ -544,20 +544,6 @@ def test_a_run_killed_while_it_saved_gets_its_weights_and_no_step(folder, lost):
     assert "step 2 is the end already" in refused(folder, *resume)
 
 
-def test_a_checkpoint_that_is_half_written_is_passed_over(folder):
-    """Its last file is there, and has nothing in it yet, or a part."""
-    assert sft.main([str(folder / "recipe.yaml"), "--max_steps", "4"]) == 0
-    losses, torn = training.losses(folder / "out"), folder / "out" / "checkpoint-4"
-    for text in ("", '{"global_step": 4, "ep'):
-        (torn / "trainer_state.json").write_text(text)
-        (folder / "out" / "trainer_state.json").write_text(text)
-        named = ["--resume_from_checkpoint", str(torn), "--max_steps", "4"]
-        assert "not a whole checkpoint" in refused(folder, *named)
-        resume = ["--resume_from_checkpoint", "true", "--max_steps", "4"]
-        assert sft.main([str(folder / "recipe.yaml"), *resume]) == 0
-        assert training.losses(folder / "out") == losses
-
-
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_stream_is_resumed_on_its_own_files(folder, kind):
     path = folder / "data" / f"streamed.{kind}"
