@@ -15,11 +15,12 @@ import argparse
 import importlib
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-from fmtrain.command_line import asks_for_help, guarded
+from fmtrain.command_line import TRY_AGAIN, asks_for_help, guarded
 
 COMMANDS = {
     "audit": "fmtrain.audit",
@@ -63,8 +64,13 @@ def launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    started = launch_command_parser().parse_args([*launcher, str(TRAINER), *words])
+    # Of these torch's launcher would give the processes 30 seconds to save.
+    started.signals_to_handle = "SIGINT,SIGHUP,SIGQUIT"
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, hand_on)
     try:
-        launch_command(launch_command_parser().parse_args([*launcher, str(TRAINER), *words]))
+        launch_command(started)
     except subprocess.CalledProcessError as error:
         return shell_code(error.returncode)
     except ChildFailedError as error:
@@ -72,6 +78,17 @@ def launch(arguments: list[str]) -> int:
     except SignalException as error:
         return shell_code(-error.sigval)
     return 0
+
+
+def hand_on(number: int, frame) -> None:
+    """A signal goes on to the processes, which save and end; the launcher waits for them."""
+    import psutil
+
+    processes = psutil.Process().children()
+    if not processes:
+        sys.exit(TRY_AGAIN)
+    for process in processes:
+        process.send_signal(number)
 
 
 def shell_code(status: int) -> int:
@@ -82,6 +99,9 @@ def shell_code(status: int) -> int:
 def reported(failures: dict, rank: int, failure) -> int:
     """Say why the first of several processes failed, unless the one with the terminal has said so;
     returns its exit code. failures: torch's `ProcessFailure` by rank."""
+    stopped = (TRY_AGAIN, -signal.SIGTERM, -signal.SIGUSR1)  # the others: before they could listen
+    if failure.exitcode in stopped:
+        return TRY_AGAIN
     if failure.error_file == UNSAID:
         print(f"error: process {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
     elif 0 not in failures or failures[0].message != failure.message:

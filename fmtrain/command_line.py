@@ -9,6 +9,10 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+# The exit code of a run that was stopped by a signal and has saved: EX_TEMPFAIL of sysexits.h, "try
+# again later". Python, shells and launchers use it for nothing else.
+TRY_AGAIN = 75
+
 
 class Help(argparse.RawTextHelpFormatter):
     """The texts of `--help` as they are written, each with its default."""

@@ -7,6 +7,7 @@ real batch first), saving. Nothing here that a script of one's own could not cal
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import datasets
 import torch
 import yaml
 
-from fmtrain.command_line import asks_for_help, one_line, quiet
+from fmtrain.command_line import TRY_AGAIN, asks_for_help, one_line, quiet
 from fmtrain.data.aspect import described
 from fmtrain.training import dry_run, keys
 from fmtrain.training import recipe as recipes
@@ -27,12 +28,14 @@ from fmtrain.training.checkpoints import saving
 from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
 from fmtrain.training.run_folder import RECIPE, checkpoint_of, recorded
+from fmtrain.training.stopping import SIGNALS
 from fmtrain.training.tracking import prepare_tracking, say, say_error
 from fmtrain.training.trainer import build_trainer
 
 
 def main(arguments: list[str]) -> int:
-    """Train as a recipe says, or print the keys of one (`--help`); returns 0. Raises `ValueError`,
+    """Train as a recipe says, or print the keys of one (`--help`); returns 0, or 75 if a
+    signal has stopped it and it has saved. Raises `ValueError`,
     in one line, for what does not fit."""
     if asks_for_help(arguments):
         print(f"{__doc__}\n{keys.described()}")
@@ -61,9 +64,14 @@ def main(arguments: list[str]) -> int:
     with recorded(training.output_dir, resolved, trainer.is_world_process_zero()):
         trainer.train(resume_from_checkpoint=checkpoint or resume)
     if trainer.stopping.asked:
-        step = trainer.state.global_step
-        say(f"stopped by SIGTERM at step {step}; resume with --resume_from_checkpoint true")
-        return 0
+        for number in SIGNALS:  # a launcher ends the others when the first process has ended
+            signal.signal(number, signal.SIG_IGN)
+        name, step = trainer.stopping.signal or "a signal", trainer.state.global_step
+        say(
+            f"stopped by {name} and saved at step {step} (exit code {TRY_AGAIN}); resume with "
+            "--resume_from_checkpoint true"
+        )
+        return TRY_AGAIN
     with saving(training.output_dir, Path(training.output_dir)):
         trainer.save_model()
         trainer.save_state()
@@ -71,8 +79,16 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def try_again(number: int, frame) -> None:
+    """What a signal does where there is no step to save."""
+    say(f"stopped by {signal.Signals(number).name} outside of training, with nothing to save")
+    sys.exit(TRY_AGAIN)
+
+
 def run(arguments: list[str]) -> int:
     """`main`, with errors of one line (of bad rows a line each) and exit code 2."""
+    for number in SIGNALS:
+        signal.signal(number, try_again)
     quiet()
     datasets.logging.set_verbosity_error()
     try:

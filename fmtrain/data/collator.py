@@ -18,6 +18,8 @@ from fmtrain.data.encode import IGNORED, Encoded, encode, labels
 from fmtrain.data.images import MAX_PIXELS, open_image
 from fmtrain.layout import Layout
 
+NAMES = "rows"
+
 
 def encode_row(
     processor,
@@ -173,3 +175,18 @@ class Collator:
                 f"it"
             )
         return Encoded({**encoded.inputs, "labels": learnt}, encoded.layout)
+
+
+@dataclass
+class Named:
+    """Batches of a collator, each with the ids of its rows under `NAMES`: no model takes them."""
+
+    collator: Collator
+
+    def __call__(self, rows: list[dict] | list[list[dict]]) -> dict:
+        names = []
+        for row in rows:
+            names += [
+                str(each.get("id", "?")) for each in (row if isinstance(row, list) else [row])
+            ]
+        return {**self.collator(rows), NAMES: names}

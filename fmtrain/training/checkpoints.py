@@ -35,6 +35,11 @@ def staged(trainer, run: str | Path) -> Iterator[str]:
     try:
         with saving(Path(run) / name, folder):
             yield str(folder)
+            state = trainer.state
+            if state.best_global_step == state.global_step:
+                state.best_model_checkpoint = str(Path(run) / name)
+            if trainer.args.should_save:
+                state.save_to_json(str(folder / name / STATE))
             trainer.accelerator.wait_for_everyone()
             if trainer.args.should_save:
                 _check_in(folder / name, Path(run) / name)

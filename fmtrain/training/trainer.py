@@ -1,9 +1,9 @@
 """TRL's `SFTTrainer` under an attention mask: what is audited before step 0, what every checkpoint
 carries."""
 
+import contextlib
 import copy
 import json
-import os
 import random
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 import trl
 from peft import PeftConfig
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig, get_peft_config
@@ -19,7 +20,7 @@ from trl import SFTConfig, get_peft_config
 from fmtrain.attention import kernels
 from fmtrain.checkpoint import check_base_mask, complete, is_adapter
 from fmtrain.data import noise
-from fmtrain.data.collator import Collator, encode_row
+from fmtrain.data.collator import NAMES, Collator, Named, encode_row
 from fmtrain.data.encode import IGNORED
 from fmtrain.data.files import Rows
 from fmtrain.data.packing import Packs
@@ -44,7 +45,7 @@ from fmtrain.training.run_folder import (
     record_of,
     recorded,
 )
-from fmtrain.training.stopping import SaveOnTerm
+from fmtrain.training.stopping import Stopping
 from fmtrain.training.tracking import say
 
 
@@ -67,6 +68,8 @@ class SFTTrainer(trl.SFTTrainer):
 
     Raises `ValueError` for rows, options and models that do not fit, in one line.
     """
+
+    _saving: str | None = None  # where a checkpoint is being written
 
     def __init__(
         self,
@@ -111,7 +114,7 @@ class SFTTrainer(trl.SFTTrainer):
         unreached = trainable.set_trainable(model, peft_config, train_parts, blank.pixels())
         super().__init__(
             model=model,
-            args=self._for_trl(args),
+            args=trl_options.for_trl(args, self.rows.ordered),
             data_collator=Collator(
                 self._processor,
                 self.rows.image_root,
@@ -133,7 +136,6 @@ class SFTTrainer(trl.SFTTrainer):
         self.answers: dict[str, Answers] = {}  # by the prefix of their metrics
         self.eval_dataset = self._to_evaluate(held_out, "eval")
         self.packs: Packs | None = None
-        self._saving: str | None = None  # where a checkpoint is being written
         if args.packing:
             self.packs = packing.training_packs(self._asked, self.rows, data_seed(args))
             self.train_dataset = self.packs
@@ -145,7 +147,7 @@ class SFTTrainer(trl.SFTTrainer):
         trainable.run_tower_without_graph(self.model)
         run_head_where_learnt(self.model)
         first = first_batch.few(self.packs, self.rows, self._asked)
-        self.stopping = SaveOnTerm()
+        self.stopping = Stopping(self)
         for callback in (
             Progress(self),
             first_batch.AuditFirstBatch(self, first),
@@ -166,18 +168,6 @@ class SFTTrainer(trl.SFTTrainer):
             markers=markers(self._processor),
             packed=packing.packs(self._asked),
         )
-
-    def _for_trl(self, args: SFTConfig) -> SFTConfig:
-        """The arguments without what TRL would do to rows, or refuse of images."""
-        changed = copy.copy(args)
-        changed.max_length = None  # rows are dropped whole, before training; TRL would cut them
-        changed.dataset_kwargs = {"skip_prepare_dataset": True}
-        changed.remove_unused_columns = False
-        changed.packing = changed.padding_free = False
-        changed.eval_packing = None
-        if self.rows.ordered and changed.train_sampling_strategy == "random":
-            changed.train_sampling_strategy = "sequential"
-        return changed
 
     # --- rows -------------------------------------------------------------------------------------
 
@@ -223,12 +213,35 @@ class SFTTrainer(trl.SFTTrainer):
         if self.is_world_process_zero():
             checkpoints.clear(self.args.output_dir)
         texts = {RECORD: json.dumps(record, indent=2) + "\n", checkpoints.FILES: None}
-        with recorded(self.args.output_dir, texts, self.is_world_process_zero()):
+        with (
+            contextlib.closing(self.stopping),
+            recorded(self.args.output_dir, texts, self.is_world_process_zero()),
+        ):
             return super().train(resume_from_checkpoint=checkpoint, **others)
 
     def predict(self, test_dataset, *args, metric_key_prefix: str = "test", **kwargs):
         rows = self._to_evaluate(self._held_out(test_dataset), metric_key_prefix)
         return super().predict(rows, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+
+    def get_train_dataloader(self):
+        """TRL's; its batches say which rows they are of."""
+        collator, self.data_collator = self.data_collator, Named(self.data_collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        self.stopping.step.rows = [batch.pop(NAMES) for batch in batches]
+        return batches, count
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        scaled = self.args.fp16  # its scaler leaves out steps whose gradient is not finite
+        if isinstance(norm, torch.Tensor) and not scaled:
+            self.stopping.step.norm = norm.to_local() if isinstance(norm, DTensor) else norm
+        return norm
 
     def _get_train_sampler(self, train_dataset=None):
         if self.packs is None:
@@ -316,20 +329,13 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         """transformers' checkpoint, whole or not there; older ones go when it is."""
+        self.stopping.check()
         run = super()._get_output_dir(trial)
-        name = f"checkpoint-{self.state.global_step}"
-        with checkpoints.staged(self, run) as staged:
-            self._saving = staged
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._saving = None
-            if self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = os.path.join(run, name)
-            if self.args.should_save:
-                self.state.save_to_json(os.path.join(staged, name, checkpoints.STATE))
+        with checkpoints.staged(self, run) as self._saving:
+            super()._save_checkpoint(model, trial)
+        self._saving = None
         if self.args.push_to_hub:
-            super()._push_from_checkpoint(os.path.join(run, name))
+            super()._push_from_checkpoint(f"{run}/checkpoint-{self.state.global_step}")
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(run, self.args.save_total_limit, best, use_mtime=True)

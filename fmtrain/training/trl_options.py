@@ -1,6 +1,8 @@
 """Options of TRL's `SFTConfig` that its own data preparation, collator or loss would read: what
 they ask for is done in another way here, or not at all, and then they are refused by name."""
 
+import copy
+
 import datasets
 from trl import SFTConfig
 
@@ -49,3 +51,18 @@ def check_script(args: SFTConfig, data_collator, train_dataset, others: dict) ->
             )
     rows_streamed = isinstance(train_dataset, datasets.IterableDataset)
     check("args", args, rows_streamed)
+
+
+def for_trl(args: SFTConfig, ordered: bool) -> SFTConfig:
+    """The arguments without what TRL would do to rows, or refuse of images, and without what would
+    hide the loss that ends a run. ordered: whether the rows have an order to keep."""
+    changed = copy.copy(args)
+    changed.max_length = None  # rows are dropped whole, before training; TRL would cut them
+    changed.dataset_kwargs = {"skip_prepare_dataset": True}
+    changed.remove_unused_columns = False
+    changed.packing = changed.padding_free = False
+    changed.eval_packing = None
+    changed.logging_nan_inf_filter = False
+    if ordered and changed.train_sampling_strategy == "random":
+        changed.train_sampling_strategy = "sequential"
+    return changed

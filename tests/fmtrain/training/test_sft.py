@@ -23,8 +23,6 @@ from fmtrain import sft
 from fmtrain.patch import unwrap
 from fmtrain.training import trainable
 from fmtrain.training.first_batch import AuditFirstBatch
-from fmtrain.training.recipe import read
-from fmtrain.training.run_folder import checkpoint_of
 
 
 @pytest.fixture(scope="module")
@@ -663,31 +661,3 @@ def test_killed_twice_and_resumed_gives_the_same_losses(folder, mode):
     assert last.returncode == 0, last.stderr[-2000:]
     expected = training.losses(folder / "whole")
     assert len(expected) == 60 and training.losses(out) == expected
-
-
-@pytest.mark.slow
-def test_sigterm_saves_a_checkpoint_and_exits_cleanly(folder):
-    out = folder / "out"
-    overrides = ["--max_steps", "5000", "--save_steps", "20"]
-    process = subprocess.Popen(
-        training.command(folder / "recipe.yaml", *overrides),
-        env=training.environment(),
-        cwd=folder,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint-20" / "trainer_state.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.terminate()
-    said = process.communicate(timeout=60)[1]
-    assert process.returncode == 0 and "stopped by SIGTERM" in said
-    last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    step = json.loads((last / "trainer_state.json").read_text())["global_step"]
-    assert (
-        step == int(last.name.split("-")[1]) < 5000
-        and not (out / "adapter_model.safetensors").exists()
-    )
-    recipe = read(folder / "recipe.yaml")
-    assert checkpoint_of(recipe.training, recipe.mask, True) == str(last)
