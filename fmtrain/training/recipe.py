@@ -119,6 +119,8 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
             f"{path}: output_dir {training.output_dir!r} names a variable that is not set"
         )
     check_init(path, training.model_init_kwargs)
+    if training.hub_token is not None:
+        raise ValueError(f"{path}: hub_token: {trl_options.NO_TOKEN}")
     _check_use_of_rows(path, data, training, {*values, *changed})
     trl_options.check(path, training, data.dataset_streaming)
     mask = masking.parse()
@@ -229,8 +231,9 @@ def _parsed(path: Path, values: dict, overrides: list[str]) -> list:
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"{path}: {folded(error)}") from error
     if unknown:
-        near = nearest(unknown[0].lstrip("-").split("=")[0], known)
-        raise ValueError(f"unknown argument {unknown[0]!r}; the nearest known one is '--{near}'")
+        name = unknown[0].split("=")[0]  # the value may be a secret
+        near = nearest(name.lstrip("-"), known)
+        raise ValueError(f"unknown argument {name!r}; the nearest known one is '--{near}'")
     return arguments
 
 

@@ -8,6 +8,8 @@ from trl import SFTConfig
 
 from fmtrain.training import packing
 
+NO_TOKEN = "it would be written to logs and checkpoints; set HF_TOKEN in the environment"
+
 _REASONS = {
     "completion_only_loss": "would learn prompts; only answers are learnt, all of them in rows of "
     "messages, those of the completion in rows with a prompt",
@@ -23,6 +25,19 @@ _REASONS = {
 _REFUSED = {"completion_only_loss": (False,), "use_liger_kernel": (True,)}  # of others all but None
 
 
+class Secret(str):
+    """A text that is neither pickled, as checkpoints pickle arguments, nor shown."""
+
+    def __reduce__(self):
+        return str, ("<SECRET>",)
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def __repr__(self):
+        return "<SECRET>"
+
+
 def check(place: object, training: SFTConfig, streaming: bool = False) -> None:
     """Raises `ValueError`, beginning with the place, for an option that would be lost, and for what
     packing does not go with."""
@@ -31,6 +46,9 @@ def check(place: object, training: SFTConfig, streaming: bool = False) -> None:
         if value in _REFUSED[option] if option in _REFUSED else value is not None:
             said = str(value).lower() if isinstance(value, bool) else value
             raise ValueError(f"{place}: {option} {said}: {reason}")
+    for key in ("token", "use_auth_token"):
+        if key in (training.model_init_kwargs or {}):
+            raise ValueError(f"{place}: model_init_kwargs names {key}: {NO_TOKEN}")
     packing.check(place, training, streaming)
 
 
@@ -63,6 +81,8 @@ def for_trl(args: SFTConfig, ordered: bool) -> SFTConfig:
     changed.packing = changed.padding_free = False
     changed.eval_packing = None
     changed.logging_nan_inf_filter = False
+    if changed.hub_token is not None:
+        changed.hub_token = Secret(changed.hub_token)
     if ordered and changed.train_sampling_strategy == "random":
         changed.train_sampling_strategy = "sequential"
     return changed

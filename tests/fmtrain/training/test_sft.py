@@ -4,10 +4,8 @@ nothing had happened."""
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -617,47 +615,3 @@ def test_wandb_offline_without_a_key_and_tensorboard_can_be_read_back(folder):
     assert {event.step: event.value for event in scalars} == pytest.approx(
         training.losses(folder / "out")
     )
-
-
-def kill_after(recipe: Path, checkpoint: Path, *overrides: str) -> None:
-    """Start a run and SIGKILL it once `checkpoint` is whole."""
-    process = subprocess.Popen(
-        training.command(recipe, *overrides),
-        env=training.environment(),
-        cwd=recipe.parent,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 120
-    while not (checkpoint / "trainer_state.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline, (
-            process.stderr.read().decode()[-2000:]
-        )
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mode", [["--lora_dropout", "0.2"], ["--use_peft", "false"]], ids=["lora", "full"]
-)
-def test_killed_twice_and_resumed_gives_the_same_losses(folder, mode):
-    steps = ["--max_steps", "60", "--save_steps", "5", *mode]
-    whole = training.launch(folder / "recipe.yaml", *steps, "--output_dir", "whole")
-    assert whole.returncode == 0, whole.stderr[-2000:]
-    out = folder / "cut"
-    steps += ["--output_dir", str(out)]
-    kill_after(folder / "recipe.yaml", out / "checkpoint-10", *steps)
-    assert not (out / "checkpoint-60").exists()
-    (
-        out / "checkpoint-59"
-    ).mkdir()  # what a kill in the middle of saving leaves: no trainer state yet
-    resume = ["--resume_from_checkpoint", "true"]
-    kill_after(folder / "recipe.yaml", out / "checkpoint-30", *steps, *resume)
-    assert not (out / "checkpoint-60").exists()
-    last = training.launch(folder / "recipe.yaml", *steps, *resume)
-    assert last.returncode == 0, last.stderr[-2000:]
-    expected = training.losses(folder / "whole")
-    assert len(expected) == 60 and training.losses(out) == expected
