@@ -82,6 +82,9 @@ def saving(place: str | Path, written: Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
             raise
+        reason = folded(error)
+        if isinstance(error, RuntimeError):
+            reason = f"torch.save could not write all of a file ({reason})"
         paths = [path for path in written.rglob("*") if path.is_file()]
         reached = ""
         if paths:
@@ -90,7 +93,7 @@ def saving(place: str | Path, written: Path) -> Iterator[None]:
         existing = next(path for path in (written, *written.parents) if path.exists())
         free = shutil.disk_usage(existing).free
         raise ValueError(
-            f"{place}: not saved: {folded(error)}; {reached}{free:,} bytes are free; what was "
+            f"{place}: not saved: {reason}; {reached}{free:,} bytes are free; what was "
             "saved before is whole: make room and resume"
         ) from error
 

@@ -33,8 +33,8 @@ from fmtrain.training import checkpoints, first_batch, packing, trainable, trl_o
 from fmtrain.training.answers import Answers, answers_of, check_answers
 from fmtrain.training.arguments import EvaluationArguments, RowArguments
 from fmtrain.training.head import run_head_where_learnt
-from fmtrain.training.progress import Progress
 from fmtrain.training.model import load_named
+from fmtrain.training.progress import Progress
 from fmtrain.training.recipe import Recipe, data_seed
 from fmtrain.training.rows import of_dataset
 from fmtrain.training.run_folder import (
