@@ -334,11 +334,9 @@ def test_two_processes_name_the_rows_of_one(poisoned, two, tmp_path):
 
 @pytest.fixture
 def slurm(tmp_path) -> dict[str, str]:
-    """An environment in which `srun` runs its command, `scontrol` writes down what it is told, and
-    `fmtrain` is this one."""
+    """An environment in which `scontrol` writes down what it is told, and `fmtrain` is this one."""
     (tmp_path / "bin").mkdir()
     commands = {
-        "srun": 'while [[ "$1" == --* ]]; do shift; done\nexec "$@"',
         "scontrol": f'echo "$@" >> {tmp_path / "scontrol"}',
         "fmtrain": f'exec {sys.executable} -m fmtrain "$@"',
     }
@@ -355,8 +353,7 @@ def test_the_slurm_script_queues_a_stopped_run_again_and_goes_on(folder, slurm, 
     command = ["bash", str(SLURM), str(folder / "recipe.yaml"), "--output_dir", str(out)]
     process = begun([*command, "--max_steps", "60", "--save_steps", "2"], folder, **slurm)
     until(process, lambda: (out / "checkpoint-2").exists())
-    [run] = psutil.Process(process.pid).children()
-    run.send_signal(signal.SIGUSR1)  # as --signal=USR1@120 does: the step, not the script
+    process.send_signal(signal.SIGUSR1)  # as --signal=B:USR1@120 does: the script, not the run
     said = process.communicate(timeout=120)[1]
     assert process.returncode == TRY_AGAIN and "saved at step" in said, said[-3000:]
     assert told.read_text() == "requeue 17\n"
@@ -372,7 +369,7 @@ def test_the_slurm_script_queues_a_stopped_run_again_and_goes_on(folder, slurm, 
 
 
 def test_the_slurm_script_is_one():
-    """Its signal comes before the end of the job, to the step, and the job may be queued again."""
+    """Its signal comes before the end of the job, and the job may be queued again."""
     assert subprocess.run(["bash", "-n", str(SLURM)]).returncode == 0
     options = re.findall("^#SBATCH (\\S+)$", SLURM.read_text(), re.MULTILINE)
-    assert {"--signal=USR1@120", "--requeue"} <= {*options}
+    assert {"--signal=B:USR1@120", "--requeue"} <= {*options}
