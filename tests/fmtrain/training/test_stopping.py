@@ -83,7 +83,9 @@ def test_a_signal_saves_at_the_step_at_hand(folder, tmp_path, number, event, wor
     rows = ["--eval_dataset_name", str(folder / "data" / "rows.jsonl")] * ("eval" in str(words))
     trainer = trainer_of(folder, tmp_path / "out", "--save_steps", "100", *words, *rows)
     sent = {"on_train_begin": 0, "on_step_begin": 1}.get(event, 2)
-    trainer.callback_handler.callbacks.insert(0, Send(event, sent, number))
+    trainer.add_callback(Send(event, sent, number))
+    if event == "on_save":  # before the trainer's own looks whether a signal came
+        trainer.callback_handler.callbacks.reverse()
     trainer.train()
     assert trainer.stopping.asked and trainer.state.global_step == stops
     [saved] = checkpoints.whole_checkpoints(tmp_path / "out")
