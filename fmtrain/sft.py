@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     recipe = recipes.read(arguments[0], arguments[1:])
     training, resume = recipe.training, recipe.training.resume_from_checkpoint
     checkpoint = checkpoint_of(training, recipe.mask, resume)
-    check_answers(training, recipe.evaluation)
+    check_answers(training, recipe.evaluation, recipe.mask)
     prepare_tracking(training.report_to)
 
     processor, config = load_processor_of(recipe)

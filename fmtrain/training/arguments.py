@@ -8,6 +8,7 @@ from fmtrain.data.images import MAX_PIXELS
 from fmtrain.data.mixing import entries
 from fmtrain.data.sources import DIGITS
 from fmtrain.masks import Mask, parse_masks
+from fmtrain.training.metrics import parse_metrics
 
 PARTS = ("language_model", "projector", "vision_tower")
 
@@ -142,13 +143,37 @@ class DataArguments(RowArguments):
 class EvaluationArguments:
     """What is measured on held-out rows while a model trains, beside the loss."""
 
+    eval_rows: int | None = _argument(
+        None, "Evaluation rows that are read, evenly from all; by default all."
+    )
     eval_answers: int = _argument(
         200, "Evaluation rows whose questions are answered, for eval_exact_match; 0: none."
     )
     eval_max_new_tokens: int = _argument(32, "How many tokens such an answer may have.")
+    eval_masks: list[str] | None = _argument(
+        None, "Masks under which they are answered as well: eval_causal_exact_match and so on."
+    )
+    eval_metrics: dict | str | None = _argument(
+        None,
+        "Their metric, if not exact_match: anls, relaxed_accuracy or option_letter, or one by the "
+        "beginning of a row's source: {docvqa: anls, chartqa: relaxed_accuracy}.",
+    )
+    early_stopping_patience: int | None = _argument(
+        None, "Stop after so many evaluations without a better metric_for_best_model."
+    )
 
     def __post_init__(self):
+        if self.eval_rows is not None and self.eval_rows < 1:
+            raise ValueError(f"eval_rows {self.eval_rows} is less than 1")
         if self.eval_answers < 0:
             raise ValueError(f"eval_answers {self.eval_answers} is a number of rows; 0: none")
         if self.eval_max_new_tokens < 1:
             raise ValueError(f"eval_max_new_tokens {self.eval_max_new_tokens} is less than 1")
+        self.eval_metrics = parse_metrics(self.eval_metrics)
+        for key in ("eval_masks", "eval_metrics"):
+            if getattr(self, key) and not self.eval_answers:
+                raise ValueError(f"{key} with eval_answers 0: nothing is answered")
+        if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
+            raise ValueError(
+                f"early_stopping_patience {self.early_stopping_patience} is less than 1"
+            )

@@ -39,6 +39,13 @@ OWN_KEYS = {
 }
 
 
+# Keys that say how to evaluate, and nothing where a run does not
+NEED_EVALUATION = (
+    *("dataset_test_split", "eval_dataset_name", "eval_rows", "eval_masks", "eval_metrics"),
+    "early_stopping_patience",
+)
+
+
 def check_init(path: Path, kwargs: dict | None) -> None:
     """Raises `ValueError` for `model_init_kwargs` that are said elsewhere."""
     for key in kwargs or {}:
@@ -121,7 +128,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     check_init(path, training.model_init_kwargs)
     if training.hub_token is not None:
         raise ValueError(f"{path}: hub_token: {trl_options.NO_TOKEN}")
-    _check_use_of_rows(path, data, training, {*values, *changed})
+    _check_use_of_rows(path, data, evaluation, training, {*values, *changed})
     trl_options.check(path, training, data.dataset_streaming)
     mask = masking.parse()
     if masking.base_mask is not None:
@@ -146,14 +153,21 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     return Recipe(str(path), mask, masking, data, evaluation, training, model, resolved)
 
 
-def _check_use_of_rows(path: Path, data: DataArguments, training: SFTConfig, said: set) -> None:
+def _check_use_of_rows(
+    path: Path,
+    data: DataArguments,
+    evaluation: EvaluationArguments,
+    training: SFTConfig,
+    said: set,
+) -> None:
     """Raises `ValueError` for evaluation without rows of its own, and for such rows without it."""
     evaluates = training.eval_strategy != "no"
-    named = sorted({"eval_dataset_name", "dataset_test_split"} & said)
+    named = [key for key in NEED_EVALUATION if key in said]
     if named and not evaluates:
+        value = getattr(data if hasattr(data, named[0]) else evaluation, named[0])
         raise ValueError(
-            f"{path}: {named[0]} {getattr(data, named[0])} with eval_strategy no; evaluating takes "
-            "both (eval_strategy: steps or epoch)"
+            f"{path}: {named[0]} {value} with eval_strategy no; evaluating takes both "
+            "(eval_strategy: steps or epoch)"
         )
     if evaluates and data.eval_dataset_name is None:
         if data.datasets is not None:

@@ -3,6 +3,7 @@ a script hands to the trainer."""
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -127,11 +128,29 @@ def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> 
     source = Source(name, config, data.dataset_test_split)
     if data.eval_dataset_name is not None:
         source = sources.held_out(source)
+    wanted = recipe.evaluation.eval_rows
+    made = (wanted or data.dataset_rows) if name == DIGITS else None
     with training.main_process_first():
-        count, root = data.dataset_rows, data.image_root
-        rows = files.load(source, count, root, recipe.data_seed, turns=data.turns)
-        name = f"{name}, {source.split}"
-        return checked(rows.rooted(), processor, name, training, data, positions)
+        seed = recipe.data_seed
+        rows = files.load(source, made, data.image_root, seed, turns=data.turns)
+        rows = evenly(rows, wanted).rooted()
+        how = to_evaluate(data)
+        return checked(rows, processor, f"{name}, {source.split}", training, how, positions)
+
+
+def to_evaluate(how: RowArguments) -> RowArguments:
+    """How evaluation rows are read: those that are marked as such as well."""
+    return replace(how, allow_evaluation_data=True)
+
+
+def evenly(rows, count: int | None):
+    """`count` of the rows (None: all) of a `Dataset`, or of `Rows` that hold one, from the first on
+    and as far apart as can be."""
+    if isinstance(rows, Rows):
+        return replace(rows, rows=evenly(rows.rows, count))
+    if count is None or not isinstance(rows, datasets.Dataset) or len(rows) <= count:
+        return rows
+    return rows.select([k * len(rows) // count for k in range(count)])
 
 
 def _say(line: str) -> None:

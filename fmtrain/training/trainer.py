@@ -30,13 +30,14 @@ from fmtrain.patch import attach, attached, unwrap
 from fmtrain.patch import recorded as recorded_of
 from fmtrain.policies import Policy
 from fmtrain.training import checkpoints, first_batch, packing, trainable, trl_options
-from fmtrain.training.answers import Answers, answers_of, check_answers
+from fmtrain.training.answers import Answers, answers_of, check_answers, check_metrics
 from fmtrain.training.arguments import EvaluationArguments, RowArguments
+from fmtrain.training.early_stopping import StopEarly
 from fmtrain.training.head import run_head_where_learnt
 from fmtrain.training.model import load_named
 from fmtrain.training.progress import Progress
 from fmtrain.training.recipe import Recipe, data_seed
-from fmtrain.training.rows import of_dataset
+from fmtrain.training.rows import evenly, of_dataset, to_evaluate
 from fmtrain.training.run_folder import (
     RECORD,
     check_resumed,
@@ -97,7 +98,7 @@ class SFTTrainer(trl.SFTTrainer):
         self.mask, self._asked = Mask.of(mask), copy.copy(args)
         self._row_arguments = rows or RowArguments()
         self._evaluation = evaluation or EvaluationArguments(eval_answers=0)
-        check_answers(self._asked, self._evaluation)
+        check_answers(self._asked, self._evaluation, self.mask)
         if isinstance(model, str):
             model = load_named(model, args, quantization_config)
         config = unwrap(model).config
@@ -106,8 +107,12 @@ class SFTTrainer(trl.SFTTrainer):
             processing_class = AutoProcessor.from_pretrained(name)
         self._processor = complete(processing_class, config)
         self._positions = config.get_text_config().max_position_embeddings
-        self.rows = self._checked(train_dataset, "train_dataset")
-        held_out = self._held_out(eval_dataset)
+        self.rows = self._checked(train_dataset, "train_dataset", self._row_arguments)
+        held_out = self._held_out(eval_dataset, self._evaluation.eval_rows)
+        self.answers: dict[str, Answers] = {}  # by the prefix of their metrics
+        evaluated = self._to_evaluate(held_out, "eval")
+        if others.get("compute_metrics") is None:
+            check_metrics(self._asked, self._evaluation, self.answers)
 
         self._attach(model, attention_backend, flash_impl)
         blank = encode_row(self._processor, noise.rows()[1])  # a row with one image
@@ -133,8 +138,7 @@ class SFTTrainer(trl.SFTTrainer):
         if unreached:
             say(f"frozen, since no gradient can reach them: {', '.join(unreached)}")
         say(trainable.summary(self.model))
-        self.answers: dict[str, Answers] = {}  # by the prefix of their metrics
-        self.eval_dataset = self._to_evaluate(held_out, "eval")
+        self.eval_dataset = evaluated
         self.packs: Packs | None = None
         if args.packing:
             self.packs = packing.training_packs(self._asked, self.rows, data_seed(args))
@@ -155,6 +159,8 @@ class SFTTrainer(trl.SFTTrainer):
             self.stopping,
         ):
             self.add_callback(callback)
+        if self._evaluation.early_stopping_patience is not None:
+            self.add_callback(StopEarly(self._evaluation.early_stopping_patience))
 
     def _attach(self, model, backend: str, flash_impl: str) -> None:
         kernels.use(flash_impl)
@@ -171,18 +177,17 @@ class SFTTrainer(trl.SFTTrainer):
 
     # --- rows -------------------------------------------------------------------------------------
 
-    def _checked(self, given, name: str) -> Rows:
-        return of_dataset(
-            given, name, self._processor, self._asked, self._row_arguments, self._positions
-        )
+    def _checked(self, given, name: str, how: RowArguments) -> Rows:
+        return of_dataset(given, name, self._processor, self._asked, how, self._positions)
 
-    def _held_out(self, given):
-        """Checked rows to evaluate on, or several sets of them by name."""
+    def _held_out(self, given, count: int | None = None):
+        """Checked rows to evaluate on, `count` of them, or several sets of them by name."""
         if isinstance(given, dict):
-            return {name: self._held_out(one) for name, one in given.items()}
+            return {name: self._held_out(one, count) for name, one in given.items()}
         if given is None or isinstance(given, str | Packs):
             return given
-        rows = self._checked(given, "eval_dataset")
+        how = to_evaluate(self._row_arguments)
+        rows = self._checked(evenly(given, count), "eval_dataset", how)
         if rows.passes is not None:
             raise ValueError("eval_dataset is a stream; evaluation rows are a Dataset")
         rooted = "image_root" in rows.rows.column_names
@@ -194,8 +199,9 @@ class SFTTrainer(trl.SFTTrainer):
             return {name: self._to_evaluate(one, f"{prefix}_{name}") for name, one in rows.items()}
         if rows is None or isinstance(rows, str | Packs):
             return rows
+        pixels = self._row_arguments.max_pixels
         answers = answers_of(
-            self._asked, self._evaluation, self._row_arguments.max_pixels, self._processor, rows
+            self._asked, self._evaluation, self.mask, pixels, self._processor, rows
         )
         if answers is not None:
             self.answers[prefix] = answers
@@ -276,9 +282,8 @@ class SFTTrainer(trl.SFTTrainer):
         total, count = self.accelerator.gather(sums).sum(0).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(1, count)
         if metric_key_prefix in self.answers:
-            answers = self.answers[metric_key_prefix]
-            metrics = answers.metrics(self.model, self.accelerator, metric_key_prefix)
-            output.metrics.update(metrics)
+            answered = self.answers[metric_key_prefix].answered(self.model, self.accelerator)
+            output.metrics.update(answered.measured(metric_key_prefix))
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):
@@ -308,7 +313,7 @@ class SFTTrainer(trl.SFTTrainer):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         """transformers takes a step before it looks whether a resumed run has any left."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         if self.packs is not None:
