@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from rich.columns import Columns
 from rich.console import Group
@@ -16,6 +15,7 @@ from fmtrain.command_line import printable
 from fmtrain.data.aspect import described, seen
 from fmtrain.data.encode import Encoded
 from fmtrain.data.images import image_size
+from fmtrain.data.views import views
 
 EDGE = 32  # of a thumbnail, in pixels: a character is two of them, one above the other
 HALVES = "▀"
@@ -41,35 +41,12 @@ def pictures(
     """The pictures of an encoded row, in the row's order."""
     root, result = row.get("image_root") or image_root, []
     sources = row.get("images") or []
-    views = _views(encoded, len(sources))
-    for source, tiles in zip(sources, views, strict=True):
-        size = image_size(source, root, max_pixels)
-        # A tiled picture also comes as a whole: first, but behind its tiles in InternVL.
-        whole = tiles[0] if encoded.inputs["pixel_values"].ndim == 5 else tiles[-1]
-        view = _image(processor, whole)
+    for source, view in zip(sources, views(processor, encoded, len(sources)), strict=True):
+        size, whole = image_size(source, root, max_pixels), view.image
         result.append(
-            Picture(_name(source), size, len(tiles), view.size, seen(processor, size), view)
+            Picture(_name(source), size, view.tiles, whole.size, seen(processor, size), whole)
         )
     return result
-
-
-def _views(encoded: Encoded, count: int) -> list[torch.Tensor]:
-    """What the model gets of each picture: tiles [N, 3, height, width]."""
-    if not count:
-        return []
-    pixels = encoded.inputs["pixel_values"]
-    if pixels.ndim == 5:  # padded with black to the most tiles
-        return [tiles[tiles.flatten(1).any(1)] for tiles in pixels]
-    tokens = torch.bincount(encoded.layout.image[encoded.layout.visual], minlength=count)
-    return list(pixels.split((tokens * len(pixels) // tokens.sum()).tolist()))
-
-
-def _image(processor, pixels: torch.Tensor) -> Image.Image:
-    """Normalised pixels [3, height, width] as a picture again."""
-    images = processor.image_processor
-    mean, std = torch.tensor(images.image_mean), torch.tensor(images.image_std)
-    values = (pixels.permute(1, 2, 0) * std + mean).mul(255).round().clamp(0, 255)
-    return Image.fromarray(values.byte().numpy())
 
 
 def _name(source: Any) -> str:

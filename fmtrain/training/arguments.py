@@ -158,6 +158,9 @@ class EvaluationArguments:
         "Their metric, if not exact_match: anls, relaxed_accuracy or option_letter, or one by the "
         "beginning of a row's source: {docvqa: anls, chartqa: relaxed_accuracy}.",
     )
+    eval_samples: int = _argument(
+        8, "Questions that W&B and TensorBoard show with pictures and answers; 0: none."
+    )
     early_stopping_patience: int | None = _argument(
         None, "Stop after so many evaluations without a better metric_for_best_model."
     )
@@ -170,6 +173,8 @@ class EvaluationArguments:
         if self.eval_max_new_tokens < 1:
             raise ValueError(f"eval_max_new_tokens {self.eval_max_new_tokens} is less than 1")
         self.eval_metrics = parse_metrics(self.eval_metrics)
+        if self.eval_samples < 0:
+            raise ValueError(f"eval_samples {self.eval_samples} is a number of questions; 0: none")
         for key in ("eval_masks", "eval_metrics"):
             if getattr(self, key) and not self.eval_answers:
                 raise ValueError(f"{key} with eval_answers 0: nothing is answered")

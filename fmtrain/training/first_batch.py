@@ -41,7 +41,9 @@ class AuditFirstBatch(TrainerCallback):
             model.train(training)
         losses = f"loss {loss:.4f} under {handle.mask}, {causal:.4f} causal"
         say(f"audit of the first {len(self.rows)} rows: {len(results)} checks; {losses}")
+        self.trainer.audited = {"loss": loss, "causal_loss": causal}
         for result in results:
+            self.trainer.audited[result.check] = result.figure
             if not result.passed:
                 raise ValueError(f"the audit before step 0 fails: {result.check}: {result.figure}")
 

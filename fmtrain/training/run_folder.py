@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from trl import SFTConfig
@@ -130,6 +131,7 @@ def record_of(trainer) -> dict:
         "rows": rows.size,
         "rows_dropped": rows.dropped,
         "data": fingerprint(rows),
+        "evaluation": _held_out(trainer.held_out),
         "packing": None if packs is None else packs.record(),
         "image_aspect": aspect_of(trainer.processing_class),
         "quantization": _quantization(trainer.model),
@@ -146,6 +148,15 @@ def _quantization(model) -> str | None:
     if config is None:
         return None
     return f"4-bit {config.bnb_4bit_quant_type}" if config.load_in_4bit else "8-bit"
+
+
+def _held_out(rows) -> dict | None:
+    """How many evaluation rows there are, and their fingerprint; or those of several sets."""
+    if isinstance(rows, dict):
+        return {name: _held_out(one) for name, one in rows.items()}
+    if not isinstance(rows, datasets.Dataset):
+        return None
+    return {"rows": len(rows), "data": fingerprint(Rows(rows, "."))}
 
 
 def fingerprint(rows: Rows) -> str:

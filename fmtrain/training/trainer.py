@@ -46,8 +46,10 @@ from fmtrain.training.run_folder import (
     record_of,
     recorded,
 )
+from fmtrain.training.samples import Samples
 from fmtrain.training.stopping import Stopping
 from fmtrain.training.tracking import say
+from fmtrain.training.wandb_run import RUN_ID, RecordInWandb, open_run, run_id
 
 
 class SFTTrainer(trl.SFTTrainer):
@@ -110,6 +112,8 @@ class SFTTrainer(trl.SFTTrainer):
         self.rows = self._checked(train_dataset, "train_dataset", self._row_arguments)
         held_out = self._held_out(eval_dataset, self._evaluation.eval_rows)
         self.answers: dict[str, Answers] = {}  # by the prefix of their metrics
+        self.samples = Samples(self._evaluation.eval_samples)
+        self.held_out = held_out
         evaluated = self._to_evaluate(held_out, "eval")
         if others.get("compute_metrics") is None:
             check_metrics(self._asked, self._evaluation, self.answers)
@@ -151,10 +155,11 @@ class SFTTrainer(trl.SFTTrainer):
         trainable.run_tower_without_graph(self.model)
         run_head_where_learnt(self.model)
         first = first_batch.few(self.packs, self.rows, self._asked)
-        self.stopping = Stopping(self)
+        self.stopping, self.audited = Stopping(self), {}
         for callback in (
             Progress(self),
             first_batch.AuditFirstBatch(self, first),
+            RecordInWandb(self),
             trainable.EveryParameterLearns(self.model),
             self.stopping,
         ):
@@ -218,11 +223,15 @@ class SFTTrainer(trl.SFTTrainer):
         self.accelerator.wait_for_everyone()  # all have looked before the first one writes
         if self.is_world_process_zero():
             checkpoints.clear(self.args.output_dir)
-        texts = {RECORD: json.dumps(record, indent=2) + "\n", checkpoints.FILES: None}
+        run = run_id(self.args.report_to, self.args.output_dir, checkpoint is not None)
+        written = json.dumps({**record, RUN_ID: run}, indent=2) + "
+"
+        texts = {RECORD: written, checkpoints.FILES: None}
         with (
             contextlib.closing(self.stopping),
             recorded(self.args.output_dir, texts, self.is_world_process_zero()),
         ):
+            open_run(run, self.args.run_name)
             return super().train(resume_from_checkpoint=checkpoint, **others)
 
     def predict(self, test_dataset, *args, metric_key_prefix: str = "test", **kwargs):
@@ -284,6 +293,7 @@ class SFTTrainer(trl.SFTTrainer):
         if metric_key_prefix in self.answers:
             answered = self.answers[metric_key_prefix].answered(self.model, self.accelerator)
             output.metrics.update(answered.measured(metric_key_prefix))
+            self.samples.log(answered, self, metric_key_prefix)
         return output
 
     def prediction_step(self, model, inputs, *args, **kwargs):

@@ -12,6 +12,10 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from fmtrain import attach
+from fmtrain.data.collator import encode_prompt
+from fmtrain.data.dialogue import turns
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -88,6 +92,24 @@ def write_recipe(folder: Path, **changes) -> Path:
         yaml.safe_dump({key: value for key, value in recipe.items() if value is not None})
     )
     return path
+
+
+def own_answers(folder: Path, mask: str, tokens: int) -> list[str]:
+    """What the base of a workplace answers to every row, one at a time."""
+    model, processor = families.model("llava"), families.processor("llava")
+    texts = []
+    with attach(model.eval(), mask, "reference"):
+        for row in read_rows(folder):
+            [turn] = turns(row)
+            prompt = encode_prompt(processor, row, turn, folder / "data")
+            length = prompt.layout.shape[1]
+            never = [model.config.image_token_id]
+            ids = model.generate(
+                **prompt.kwargs(), max_new_tokens=tokens, do_sample=False, suppress_tokens=never
+            )
+            text = processor.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+            texts.append(text.strip())
+    return texts
 
 
 def command(recipe: Path, *overrides: str) -> list[str]:

@@ -17,32 +17,12 @@ from safetensors.torch import load_file
 from statsmodels.stats.proportion import proportion_confint
 
 import fmtrain
-from fmtrain import Mask, attach, sft
-from fmtrain.data.collator import encode_prompt
-from fmtrain.data.dialogue import turns
+from fmtrain import Mask, sft
 from fmtrain.training.arguments import EvaluationArguments, RowArguments
 
 TOKENS = 5
 KEYS = {"eval_strategy": "steps", "eval_steps": 2, "eval_max_new_tokens": TOKENS}
 MASKS = ("v2v", "causal", "v2v+merge")
-
-
-def own_answers(folder: Path, mask: str) -> list[str]:
-    """What the base answers to every row, one at a time."""
-    model, processor = training.families.model("llava"), training.families.processor("llava")
-    texts = []
-    with attach(model.eval(), mask, "reference"):
-        for row in training.read_rows(folder):
-            [turn] = turns(row)
-            prompt = encode_prompt(processor, row, turn, folder / "data")
-            length = prompt.layout.shape[1]
-            never = [model.config.image_token_id]
-            ids = model.generate(
-                **prompt.kwargs(), max_new_tokens=TOKENS, do_sample=False, suppress_tokens=never
-            )
-            text = processor.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
-            texts.append(text.strip())
-    return texts
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +31,7 @@ def base(tmp_path_factory):
     base answers under v2v, with other blanks; known.json says by mask which answers are right."""
     folder = tmp_path_factory.mktemp("answers")
     training.workplace(folder, rows=12)
-    answers = {mask: own_answers(folder, mask) for mask in MASKS}
+    answers = {mask: training.own_answers(folder, mask, TOKENS) for mask in MASKS}
     ours, rows = answers["v2v"], training.read_rows(folder)
     said = [k % 3 > 0 and ours[k] != "" for k in range(12)]
     for k, row in enumerate(rows):
