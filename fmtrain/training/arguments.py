@@ -144,25 +144,19 @@ class EvaluationArguments:
     """What is measured on held-out rows while a model trains, beside the loss."""
 
     eval_rows: int | None = _argument(
-        None, "Evaluation rows that are read, evenly from all; by default all."
+        None, "So many evaluation rows, evenly from all; by default all."
     )
-    eval_answers: int = _argument(
-        200, "Evaluation rows whose questions are answered, for eval_exact_match; 0: none."
-    )
+    eval_answers: int = _argument(200, "Of these, so many have their questions answered; 0: none.")
     eval_max_new_tokens: int = _argument(32, "How many tokens such an answer may have.")
     eval_masks: list[str] | None = _argument(
-        None, "Masks under which they are answered as well: eval_causal_exact_match and so on."
+        None, "Masks to answer under as well: eval_causal_exact_match."
     )
     eval_metrics: dict | str | None = _argument(
-        None,
-        "Their metric, if not exact_match: anls, relaxed_accuracy or option_letter, or one by the "
-        "beginning of a row's source: {docvqa: anls, chartqa: relaxed_accuracy}.",
+        None, "anls, relaxed_accuracy, option_letter; or {SOURCE: METRIC}."
     )
-    eval_samples: int = _argument(
-        8, "Questions that W&B and TensorBoard show with pictures and answers; 0: none."
-    )
+    eval_samples: int = _argument(8, "Answers that W&B and TensorBoard show; 0: none.")
     early_stopping_patience: int | None = _argument(
-        None, "Stop after so many evaluations without a better metric_for_best_model."
+        None, "Stop after so many evaluations that are no better."
     )
 
     def __post_init__(self):
