@@ -8,7 +8,7 @@ type is an error as well.
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
 
@@ -139,7 +139,7 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
             f"{path}: {', '.join(pooling)} belong to the light form, but the mask is '{mask}', not "
             f"'{mask}{LIGHT}'"
         )
-    name = f"{path.stem}-{mask}-s{training.seed}"
+    name = "-".join([path.stem, str(mask), *_pooling(masking), f"s{training.seed}"])
     training.output_dir = training.output_dir or f"runs/{name}"
     training.run_name = training.run_name or name
     resolved = {}
@@ -179,6 +179,16 @@ def _check_use_of_rows(
             raise ValueError(
                 f"{path}: dataset_test_split {data.dataset_test_split} is the split of training"
             )
+
+
+def _pooling(masking: MaskArguments) -> list[str]:
+    """The options of a light form that are not the defaults, as a run's name says them."""
+    options = []
+    for key in fields(MaskArguments):
+        value = getattr(masking, key.name)
+        if key.name.startswith("merge_") and value != key.default:
+            options.append(f"{key.name.removeprefix('merge_')}={value}")
+    return options
 
 
 def find(name: str | os.PathLike) -> Path:

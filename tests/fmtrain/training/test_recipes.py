@@ -91,6 +91,8 @@ def test_a_sweep_compares_held_out_answers(name, monkeypatch):
     found = read(recipe, [*words, "--use_cpu", "true"])
     assert found.training.eval_strategy != "no" and found.evaluation.eval_answers == 1000
     assert found.training.output_dir == f"runs/sweeps/{name}/abc"
+    named = {"masks": "prefix_lm-s2", "merge": "v2v+merge-prefix=0.1-kernel_size=7-s42"}
+    assert found.training.run_name == f"llava7b_v2v_lora-{named[name]}"
 
 
 FIXTURES = training.ROOT / "tests" / "data_prep" / "fixtures"
