@@ -41,11 +41,11 @@ from fmtrain.host import unwrap
 from fmtrain.masks import Mask
 from fmtrain.training import recipe as recipes
 from fmtrain.training import trainable
+from fmtrain.training.build import build_trainer
 from fmtrain.training.model import load_model
 from fmtrain.training.progress import flops_per_token
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.rows import training_rows
-from fmtrain.training.trainer import build_trainer
 
 STOCK = "stock TRL"
 HEADER = (

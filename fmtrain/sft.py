@@ -24,13 +24,13 @@ from fmtrain.data.aspect import described
 from fmtrain.training import dry_run, keys
 from fmtrain.training import recipe as recipes
 from fmtrain.training.answers import check_answers
+from fmtrain.training.build import build_trainer
 from fmtrain.training.checkpoints import saving
 from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
 from fmtrain.training.run_folder import RECIPE, checkpoint_of, recorded
 from fmtrain.training.stopping import SIGNALS
 from fmtrain.training.tracking import prepare_tracking, say, say_error
-from fmtrain.training.trainer import build_trainer
 
 
 def main(arguments: list[str]) -> int:

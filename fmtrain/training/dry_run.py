@@ -22,13 +22,14 @@ from fmtrain.data.row_format import LENGTH
 from fmtrain.layout import Role
 from fmtrain.training import estimate, packing, sharding, trainable
 from fmtrain.training import recipe as recipes
+from fmtrain.training.build import build_trainer
 from fmtrain.training.model import load_processor_of
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.row_counts import batches_of_epoch, largest, padding, roles, steps_of
 from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
 from fmtrain.training.sharding import DDP, FSDP2, ONE, ZERO2, ZERO3, Strategy
 from fmtrain.training.tracking import console, say
-from fmtrain.training.trainer import SFTTrainer, build_trainer
+from fmtrain.training.trainer import SFTTrainer
 
 FLAGS = ("--dry_run", "--dry-run")
 GIB = 2**30

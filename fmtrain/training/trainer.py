@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoProcessor, PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTConfig, get_peft_config
+from trl import SFTConfig
 
 from fmtrain.attention import kernels
 from fmtrain.checkpoint import check_base_mask, complete, is_adapter
@@ -36,7 +36,7 @@ from fmtrain.training.early_stopping import StopEarly
 from fmtrain.training.head import run_head_where_learnt
 from fmtrain.training.model import load_named
 from fmtrain.training.progress import Progress
-from fmtrain.training.recipe import Recipe, data_seed
+from fmtrain.training.recipe import data_seed
 from fmtrain.training.rows import evenly, of_dataset, to_evaluate
 from fmtrain.training.run_folder import (
     RECORD,
@@ -224,8 +224,7 @@ class SFTTrainer(trl.SFTTrainer):
         if self.is_world_process_zero():
             checkpoints.clear(self.args.output_dir)
         run = run_id(self.args.report_to, self.args.output_dir, checkpoint is not None)
-        written = json.dumps({**record, RUN_ID: run}, indent=2) + "
-"
+        written = json.dumps({**record, RUN_ID: run}, indent=2) + "\n"
         texts = {RECORD: written, checkpoints.FILES: None}
         with (
             contextlib.closing(self.stopping),
@@ -368,25 +367,3 @@ class SFTTrainer(trl.SFTTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             unwrap(self.model).config.save_pretrained(output_dir or self.args.output_dir)
-
-
-def build_trainer(
-    recipe: Recipe, model, processor, rows: Rows, eval_rows: Rows | None = None
-) -> SFTTrainer:
-    """The trainer that a recipe describes, of rows and a model that were read as it says."""
-    lora, parts = get_peft_config(recipe.model), recipe.data.train_parts
-    return SFTTrainer(
-        model,
-        recipe.training,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=processor,
-        mask=recipe.mask,
-        attention_backend=recipe.masking.attention_backend,
-        flash_impl=recipe.masking.flash_impl,
-        base_mask=recipe.masking.base_mask,
-        train_parts=parts or trainable.default_parts(lora),
-        rows=recipe.data,
-        evaluation=recipe.evaluation,
-        peft_config=lora,
-    )

@@ -22,9 +22,9 @@ from fmtrain.data import files as data
 from fmtrain.data import mixing, stream
 from fmtrain.data.collator import encode_row
 from fmtrain.tiny import digits
+from fmtrain.training.build import build_trainer
 from fmtrain.training.recipe import read
 from fmtrain.training.rows import evaluation_rows, rows_of, training_rows
-from fmtrain.training.trainer import build_trainer
 
 own_cache = test_data.own_cache
 

@@ -5,6 +5,7 @@ import torch
 import training
 
 from fmtrain.training import recipe as recipes
+from fmtrain.training.build import build_trainer
 from fmtrain.training.dry_run import Start, memory_of
 from fmtrain.training.estimate import (
     ACTIVATIONS,
@@ -17,7 +18,6 @@ from fmtrain.training.estimate import (
 from fmtrain.training.model import load_weights
 from fmtrain.training.row_counts import largest
 from fmtrain.training.sharding import Sizes, Strategy, shared, strategy_of
-from fmtrain.training.trainer import build_trainer
 
 CPU = ["--use_cpu", "true"]
 SETUPS = {

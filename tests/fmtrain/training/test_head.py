@@ -18,9 +18,9 @@ from fmtrain import attached, sft
 from fmtrain.data.encode import IGNORED
 from fmtrain.patch import unwrap
 from fmtrain.training import recipe as recipes
+from fmtrain.training.build import build_trainer
 from fmtrain.training.model import load_model
 from fmtrain.training.rows import evaluation_rows, training_rows
-from fmtrain.training.trainer import build_trainer
 
 TIMES = 4  # plain float32's own distance from float64
 

@@ -19,9 +19,9 @@ from fmtrain import attach, policies, sft
 from fmtrain.data.collator import Collator
 from fmtrain.data.encode import IGNORED
 from fmtrain.data.packing import Packs
+from fmtrain.training.build import build_trainer
 from fmtrain.training.recipe import read
 from fmtrain.training.rows import evaluation_rows, training_rows
-from fmtrain.training.trainer import build_trainer
 
 MAX_LENGTH = 100  # tokens: three or four of the rows, which have 15 to 31
 

@@ -13,9 +13,9 @@ import fmtrain
 from fmtrain import audit, export, sft
 from fmtrain.host import unwrap
 from fmtrain.training import recipe as recipes
+from fmtrain.training.build import build_trainer
 from fmtrain.training.model import load_model
 from fmtrain.training.rows import training_rows
-from fmtrain.training.trainer import build_trainer
 
 WORDS = ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "nf4", "--use_cpu", "true"]
 

@@ -19,10 +19,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 
 from fmtrain import sft
 from fmtrain.training import checkpoints
+from fmtrain.training.build import build_trainer
 from fmtrain.training.model import load_model
 from fmtrain.training.recipe import read
 from fmtrain.training.rows import evaluation_rows, training_rows
-from fmtrain.training.trainer import build_trainer
 
 SIGNALS = [signal.SIGTERM, signal.SIGUSR1]
 TRY_AGAIN = 75  # EX_TEMPFAIL

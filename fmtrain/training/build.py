@@ -1,0 +1,30 @@
+"""From a recipe to its trainer."""
+
+from trl import get_peft_config
+
+from fmtrain.data.files import Rows
+from fmtrain.training import trainable
+from fmtrain.training.recipe import Recipe
+from fmtrain.training.trainer import SFTTrainer
+
+
+def build_trainer(
+    recipe: Recipe, model, processor, rows: Rows, eval_rows: Rows | None = None
+) -> SFTTrainer:
+    """The trainer that a recipe describes, of rows and a model that were read as it says."""
+    lora, parts = get_peft_config(recipe.model), recipe.data.train_parts
+    return SFTTrainer(
+        model,
+        recipe.training,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        mask=recipe.mask,
+        attention_backend=recipe.masking.attention_backend,
+        flash_impl=recipe.masking.flash_impl,
+        base_mask=recipe.masking.base_mask,
+        train_parts=parts or trainable.default_parts(lora),
+        rows=recipe.data,
+        evaluation=recipe.evaluation,
+        peft_config=lora,
+    )
