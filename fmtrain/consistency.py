@@ -109,16 +109,17 @@ def template_ids(processor, rows: list[dict], image_root: str = ".") -> Result:
 
 
 def _shown(turn: Turn, images: list) -> tuple[list[dict], list[list]]:
-    """The dialogue before a turn with its images in their parts, and the images of each message
+    """The dialogue before a turn with its images in their parts, and the images of each prefill
     that shows any."""
-    dialogue, groups, left = typed(turn.history, len(images)), [], iter(images)
+    dialogue, groups, left = typed(turn.history, len(images)), [[]], iter(images)
     for message in dialogue:
-        parts = [part for part in message["content"] if part["type"] == "image"]
-        for part in parts:
-            part["image"] = next(left)
-        if parts:
-            groups.append([part["image"] for part in parts])
-    return dialogue, groups
+        if message["role"] == "assistant":
+            groups.append([])
+        for part in message["content"]:
+            if part["type"] == "image":
+                part["image"] = next(left)
+                groups[-1].append(part["image"])
+    return dialogue, [group for group in groups if group]
 
 
 def largest_score(query, key, scale: float | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import families
 import pytest
@@ -17,6 +18,7 @@ from fmtrain import consistency, patch, policies
 from fmtrain.checkpoint import load
 from fmtrain.data import noise, template
 from fmtrain.data.collator import batch, encode_row, pack
+from fmtrain.data.encode import Encoded
 from fmtrain.layout import Layout, Role
 
 
@@ -81,6 +83,9 @@ def test_a_leak_is_found(monkeypatch):
     found = results("llava", "future")
     assert {"leaks", "logits", "mask in each layer"} <= failed(found)
     assert int(found["leaks: later tokens move no earlier logit"].figure.split()[0]) > 0
+    one_turn = encode_row(families.processor("llava"), noise.rows()[1])
+    with fmtrain.attach(model := families.model("llava"), "future"):
+        assert not consistency.leaks(model, one_turn).passed
 
 
 def test_a_lost_mask_is_found_in_each_mode(monkeypatch):
@@ -134,6 +139,41 @@ def test_prompts_that_differ_are_found(monkeypatch):
     assert "prompt ids" in failed(results("llava", "v2v"))
 
 
+@pytest.mark.parametrize("part", ["pixels", "layout"])
+def test_prompts_of_the_same_ids_that_differ_are_found(part, monkeypatch):
+    """In the last image by a rounding, or in what one token is said to be."""
+    encode_prompt, processor = consistency.encode_prompt, families.processor("llava")
+
+    def other(*args):
+        inputs, layout = encode_prompt(*args)
+        if part == "pixels" and "pixel_values" in inputs:
+            pixels = inputs["pixel_values"].clone()
+            pixels[-1, -1, -1, -1] += 1e-6
+            inputs = inputs | {"pixel_values": pixels}
+        elif part == "layout" and layout.visual.any():
+            role = layout.role.clone()
+            role[0, layout.visual[0].nonzero()[-1]] = int(Role.TEXT)
+            layout = replace(layout, role=role)
+        return Encoded(inputs, layout)
+
+    assert consistency.prompt_ids(processor, noise.rows()).passed
+    monkeypatch.setattr(consistency, "encode_prompt", other)
+    assert not consistency.prompt_ids(processor, noise.rows()).passed
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_images_over_two_messages_of_the_user_are_one_prefill(family):
+    """llava-onevision tiles an image that is alone in its group, which is a prefill's."""
+    processor = copy.copy(families.processor(family))
+    processor.chat_template = template.lawful(processor)
+    [first, *_], [second, answer] = noise.turn(1, "1"), noise.turn(1, "2 ?", "3")
+    pictures = [noise.picture(1, (60, 40)), noise.picture(2, (40, 60))]
+    rows = [{"messages": [first, second, answer], "images": pictures}]
+    for check in (consistency.prompt_ids, consistency.template_ids):
+        found = check(processor, rows)
+        assert found.passed, found
+
+
 def test_a_template_that_transformers_renders_otherwise_is_found():
     """The hub's, which ends no answer: who never imports `encode` would feed other ids."""
     found = results("llava", "v2v", lawful=False)
@@ -155,6 +195,53 @@ def test_decoding_that_differs_is_found(monkeypatch):
     monkeypatch.setattr(sdpa, "attend", forgetful)
     found = results("llava", "v2v")
     assert "logits" in failed(found) and found["mask in each layer: evaluation"].passed
+
+
+@pytest.mark.parametrize("roundings", [4, 400])
+def test_decoding_off_by_a_few_roundings_is_told_from_decoding_off_by_many(roundings, monkeypatch):
+    from fmtrain.attention import sdpa
+
+    attend = sdpa.attend
+
+    def off(q, k, v, prepared, *rest):
+        scale = 1 + roundings * torch.finfo(q.dtype).eps * (prepared is sdpa.STEP)
+        return scale * attend(q, k, v, prepared, *rest)
+
+    monkeypatch.setattr(sdpa, "attend", off)
+    with fmtrain.attach(model := families.model("llava"), "v2v", "sdpa"):
+        found = consistency.decoding(model, families.processor("llava"), noise.rows())
+    assert found.passed == (roundings == 4), found
+
+
+def test_a_layer_that_calls_no_attention_is_found():
+    """One that goes on from its input, as a layer does that some library replaced."""
+    model = families.model("llava")
+    encoded = encode_row(families.processor("llava"), noise.rows()[1])
+    last = model.model.language_model.layers[-1].self_attn
+    last.forward = lambda hidden_states, **kwargs: (hidden_states, None)
+    with fmtrain.attach(model, "v2v"):
+        found = consistency.layers(model, encoded)
+    assert [result.passed for result in found] == [False, False]
+    assert all(result.figure.startswith("3 layers") for result in found)
+
+
+@pytest.mark.parametrize("roundings", [4, 40])
+def test_an_output_off_by_a_few_roundings_is_told_from_one_off_by_many(roundings, monkeypatch):
+    """Of the largest value; no score is over 1 in half of the calls, so 16 are their limit."""
+    from fmtrain.attention import sdpa
+
+    model, attend = families.model("llava"), sdpa.attend
+
+    def off(q, k, v, *rest):
+        out = attend(q, k, v, *rest)
+        out[0, 0, -1, 0] += roundings * torch.finfo(v.dtype).eps * v.abs().max()
+        return out
+
+    monkeypatch.setattr(sdpa, "attend", off)
+    encoded = encode_row(families.processor("llava"), noise.rows()[1])
+    with fmtrain.attach(model, "v2v", "sdpa"):
+        found = consistency.layers(model, encoded)
+    assert [result.passed for result in found] == [roundings == 4] * 2, found
 
 
 @pytest.mark.parametrize("mask", ["v2v", "future+merge"])
