@@ -298,6 +298,11 @@ class Handle:
         ids = given.get("input_ids") if given.get("inputs") is None else given["inputs"]
         if layout is not None and ids is not None and layout.shape[0] != len(ids):
             raise ValueError(f"the layout has {layout.shape[0]} rows, the prompt {len(ids)}")
+        if layout is not None and layout.packed:
+            raise ValueError(
+                "generate from a packed row: its answer would read every sample; give each sample "
+                "a row of its own"
+            )
         grouped = given.get("batch_num_images") is not None
         if grouped and layout is None and ids is not None and not self.host:
             # `generate` computes the features ahead, and no forward sees the groups

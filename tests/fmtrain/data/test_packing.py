@@ -216,6 +216,24 @@ def test_a_changed_sample_moves_no_bit_of_its_neighbours(variant, backend):
             assert not moved[~own].any() and moved[own].all()
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+@pytest.mark.parametrize("variant", ["causal", "v2v", "future+merge"])
+def test_a_token_on_a_packed_rows_cache_reads_its_own_sample_alone(variant, backend):
+    """With the layout of the whole row; without one, `generate` would read them all."""
+    model, samples = precise("llava"), samples_of("llava")[:2]
+    row = pack(samples).to(model)
+    inputs = {name: value for name, value in row.inputs.items() if name != "labels"}
+    with attach_to(model, variant, backend), torch.no_grad():
+        alone = forward(model, samples[1])[:, -1]
+        cut = Encoded(inputs | {"input_ids": inputs["input_ids"][:, :-1]}, row.layout[:, :-1])
+        cache = model(**cut.kwargs(), use_cache=True).past_key_values
+        last = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
+        found = model(**last, **row.layout.model_inputs()).logits[:, -1]
+        torch.testing.assert_close(found, alone, **NEAR)
+        with pytest.raises(ValueError, match="packed row"):
+            model.generate(**Encoded(inputs, row.layout).kwargs(), max_new_tokens=1)
+
+
 def gradients(model, rows: list[Encoded], processor) -> tuple[float, dict[str, torch.Tensor]]:
     """The mean over all answer tokens, by the model's own loss, and the gradients."""
     model.zero_grad()
