@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import training
-from peft import PrefixTuningConfig, PromptTuningConfig
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -82,6 +82,40 @@ def test_folded_equals_adapter_and_loads_everywhere(trained, tmp_path):
         "markers": fmtrain.markers(training.families.processor("llava")).record(),
     }
     assert not list(out.glob("*.bin")) and "`v2v`" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_folded_weights_are_w_plus_ba_in_the_dtype_of_the_base(trained, tmp_path, dtype):
+    """Summed in float32 and rounded once. Modules that learn whole, beside LoRA, are what they
+    learnt."""
+    plain, base, run = AutoModelForImageTextToText, tmp_path / "base", tmp_path / "run"
+    plain.from_pretrained(trained / "base", dtype=dtype).save_pretrained(base)
+    shutil.copytree(trained / "out", run)
+    settings = LoraConfig.from_pretrained(str(run))
+    settings.inference_mode, settings.modules_to_save = False, ["multi_modal_projector"]
+    adapted = get_peft_model(plain.from_pretrained(base), settings)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in filter(lambda each: each.requires_grad, adapted.parameters()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(run)
+    export(run, tmp_path / "exported")
+    before, after = (
+        plain.from_pretrained(path).state_dict() for path in (base, run.with_name("exported"))
+    )
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    learnt, folded, whole = adapted.state_dict(), 0, 0
+    for name, tensor in before.items():
+        own = f"base_model.model.{name}"
+        a, b = (own.replace(".weight", f".lora_{letter}.default.weight") for letter in "AB")
+        if own not in learnt and a in learnt:
+            added = learnt[b].float() @ learnt[a].float() * settings.lora_alpha / settings.r
+            tensor, folded = tensor.float() + added, folded + 1
+        elif own not in learnt:
+            saved = own.replace("projector.", "projector.modules_to_save.default.")
+            tensor, whole = learnt[saved], whole + 1
+        assert torch.equal(after[name], tensor.to(dtype)), name
+    assert (folded, whole) == (4 * 7, 4)
 
 
 def test_a_full_run_is_exported_as_it_is(trained, tmp_path):

@@ -2,6 +2,7 @@
 lose the mask without a word."""
 
 import copy
+from dataclasses import replace
 
 import families
 import pytest
@@ -217,6 +218,8 @@ def test_under_another_policy_for_a_while(model_of):
             alone[name, merge] = logits()
     with attach(model, "v2v", "sdpa") as handle:
         with handle.under("prefix_lm"):
+            with handle.under("v2v", Merge()):
+                assert torch.equal(logits(), alone["v2v", Merge()])
             assert torch.equal(logits(), alone["prefix_lm", None])
         with handle.under("v2v", Merge()):
             assert torch.equal(logits(), alone["v2v", Merge()])
@@ -399,14 +402,19 @@ def test_generate_continues_a_cache_with_the_layout_of_the_whole_row(name, merge
 
 
 def test_the_layout_of_one_call_does_not_stay_for_the_next(model_of):
-    model = model_of("llava")
-    one, other = prompt("llava"), prompt("llava", OTHER)
-    with attach(model, "prefix_lm"):
-        expected = greedy(model, other[0])
-        greedy(model, {**one[0], **one[1].model_inputs()})
+    """Of a `generate` that answers or fails, for one of another length, or a plain forward of the
+    same."""
+    model, (inputs, layout), other = model_of("llava"), prompt("llava"), prompt("llava", OTHER)
+    texts = replace(layout, role=torch.where(layout.visual, int(Role.TEXT), layout.role))
+    with attach(model, "v2v"), torch.no_grad():
+        expected, plain = greedy(model, other[0]), model(**inputs).logits
+        lawless = greedy(model, {**inputs, **texts.model_inputs()})
+        assert not torch.allclose(lawless.logits[0], plain[:, -1], **NEAR)
+        assert torch.equal(model(**inputs).logits, plain)
         same(greedy(model, other[0]), expected)
         with pytest.raises(ValueError):
-            greedy(model, {**one[0], **other[1].model_inputs()})
+            greedy(model, {**other[0], **texts.model_inputs()})
+        assert torch.equal(model(**inputs).logits, plain)
         same(greedy(model, other[0]), expected)
 
 

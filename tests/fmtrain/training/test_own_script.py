@@ -280,7 +280,9 @@ def test_a_start_under_another_mask_says_so(folder, rows, tmp_path):
     start, args = str(tmp_path / "base"), config(tmp_path / "out")
     with pytest.raises(ValueError, match="records the mask 'future', and 'v2v' is to be trained"):
         fmtrain.SFTTrainer(start, args, train_dataset=rows, mask="v2v")
-    fmtrain.SFTTrainer(start, args, train_dataset=rows, mask="v2v", base_mask="future")
+    options = {"train_dataset": rows, "mask": "v2v", "base_mask": "future"}
+    fmtrain.SFTTrainer(start, args, **options).save_model(tmp_path / "saved")
+    assert recorded_mask(tmp_path / "saved") == fmtrain.Mask.parse("v2v")
     loaded, _ = fmtrain.load(start)  # carries its mask, which gives way to the trainer's
     trainer = fmtrain.SFTTrainer(loaded, args, train_dataset=rows, mask="future")
     assert str(fmtrain.attached(trainer.model).mask) == "future"
