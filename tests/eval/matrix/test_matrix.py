@@ -18,11 +18,13 @@ import families
 import pytest
 import training
 import yaml
+from safetensors.torch import load_file, save_file
 
 from eval import held_out
 from eval.matrix import answers, cells, report, runs
 from eval.matrix import command as matrix
 from eval.matrix import recipe as matrix_recipe
+from eval.provenance import fingerprint
 from fmtrain import POLICIES, Mask, Policy, attach, attached
 from fmtrain.checkpoint import load, recorded_mask
 from fmtrain.data.aspect import with_aspect
@@ -211,9 +213,40 @@ def test_a_cell_is_made_again_when_what_it_depends_on_changes(folder):
     assert missing(other, data, 2) == ["v2v+merge"]
     fewer = held_out.HeldOut(data.rows[:1], data.image_root)
     assert len(missing(masks, fewer, 2)) == 2
+    adapter = folder / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "{place}"}}')
+    of_adapter, weights = fingerprint(adapter), load_file(place / "model.safetensors")
+    weights[min(weights)][0] += 1
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    assert missing(masks, data, 2) == ["causal", "v2v+merge"]
+    assert fingerprint(adapter) != of_adapter
+    assert cells.evaluate(work, "base", place, masks, source, 4, 2) == 2
+    assert missing(masks, data, 2) == []
     cells.cell_path(work, "base", "causal").write_text('{"key": ')
     with pytest.raises(ValueError, match=r"causal\.json: not JSON"):
         missing(masks, data, 2)
+
+
+def test_a_cell_answers_every_question_under_its_own_mask(folder):
+    """Batches are in the order of lengths; one by one, `generate` gives the same answers."""
+    source, place = (str(folder / "data" / "rows.jsonl"), ("two", "one"), 3, None), folder / "base"
+    masks = [Mask.parse("causal"), Mask.parse("v2v"), Mask.parse("v2v+merge", prefix=4)]
+    cells.evaluate(folder / "work", "base", place, masks, source, 2, 6)
+    model, processor = load(place, "causal", backend="sdpa")
+    prompts, answers = held_out.by_task(*source).prompts(processor), []
+    lengths = [prompt.layout.shape[1] for prompt in prompts]
+    assert lengths != sorted(lengths)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    options["suppress_tokens"] = [model.config.image_token_id]
+    for mask in masks:
+        cell = cells.read_cell(cells.cell_path(folder / "work", "base", mask))
+        answers.append(cell["answers"])
+        with attached(model).under(mask):
+            for prompt, answer in zip(prompts, cell["answers"], strict=True):
+                ids = model.generate(**prompt.kwargs(), **options)[0, prompt.layout.shape[1] :]
+                assert answer == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert answers[0] != answers[1] != answers[2] != answers[0]
 
 
 def test_the_base_is_shown_images_as_the_trained_rows_are(folder):

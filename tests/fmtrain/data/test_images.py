@@ -3,10 +3,13 @@
 import io
 import subprocess
 
+import families
 import numpy as np
 import pytest
+from families import IMAGE, assistant, photo, user
 from PIL import Image
 
+from fmtrain.data.collator import Collator
 from fmtrain.data.images import image_size, open_image
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
@@ -55,6 +58,15 @@ def test_a_deep_picture_in_memory():
 def test_a_depth_whose_white_nobody_knows_is_refused(values, words):
     with pytest.raises(ValueError, match=rf"image 'ramp.tiff' cannot be read: .*{words}"):
         open_image(stored(Image.fromarray(values), "TIFF"))
+
+
+def test_the_collator_opens_no_picture_over_its_pixels():
+    row = {"id": "r7", "images": [photo(1, 20, 16)]}
+    row["messages"] = [user(IMAGE, "which?"), assistant("3")]
+    processor = families.processor("llava")
+    assert len(Collator(processor, max_pixels=320)([row])["pixel_values"]) == 1
+    with pytest.raises(ValueError, match=r"row r7: .*320 pixels"):
+        Collator(processor, max_pixels=319)([row])
 
 
 EPS = (

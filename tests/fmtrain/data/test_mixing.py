@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
@@ -192,6 +192,9 @@ def test_a_mix_is_what_its_entries_say_and_depends_on_the_seed_alone(place):
     assert ids(mixed(mixture, 3).rows) == ids(found.rows)
     other = mixed(mixture, 4)
     assert ids(other.rows) != ids(found.rows) and Counter(ids(other.rows)) != times
+    whole = [entry(place, "a"), entry(place, "b", epochs=2)]
+    one, two = (ids(mixed(whole, seed).rows) for seed in (3, 4))
+    assert one != two and Counter(one) == Counter(two) and max(Counter(one).values()) == 2
 
 
 def test_every_row_opens_the_images_of_its_own_set(place):
@@ -249,11 +252,17 @@ def test_the_evaluation_loss_opens_the_pictures_of_its_own_set(place, tmp_path, 
     if training_set != "mix":
         changes = {"dataset_name": str(place / "a"), "dataset_streaming": training_set == "stream"}
     recipe = recipe_of(
-        place, tmp_path, eval_dataset_name=str(place / "b"), eval_strategy="steps", **changes
+        place,
+        tmp_path,
+        eval_dataset_name=str(place / "b"),
+        eval_strategy="steps",
+        max_pixels=500,
+        **changes,
     )
     processor, model = families.processor("llava"), families.model("llava")
     rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
     trainer = build_trainer(recipe, model, processor, rows, held_out)
+    assert trainer.data_collator.max_pixels == 500
     batch = trainer.data_collator([trainer.eval_dataset[[0]]])
     own = data.load(str(place / "b"))
     expected = encode_row(processor, own.rows[0], own.image_root)
@@ -319,6 +328,23 @@ def test_workers_do_not_change_the_order(place, tmp_path, streaming):
         trainer.data_collator = ids
         found.append(list(islice(trainer.get_train_dataloader(), 7)))
     assert found[0] == found[1] == found[2] and all(len(batch) == 4 for batch in found[0])
+
+
+@pytest.mark.parametrize("kind", ["single", "mix", "stream"])
+def test_the_order_is_that_of_the_seed_of_the_data(place, tmp_path, kind):
+    changes = {"dataset_name": str(place / "a")}
+    if kind != "single":
+        mixture = [entry(place, "a"), entry(place, "b")]
+        changes = {"datasets": mixture, "dataset_streaming": kind == "stream"}
+    processor, found = families.processor("llava"), []
+    for seed, data_seed in ((1, 7), (2, 7), (1, 8)):
+        seeds = {"seed": seed, "data_seed": data_seed}
+        recipe = recipe_of(place, tmp_path, shuffle_buffer=8, max_steps=3, **changes, **seeds)
+        rows = training_rows(recipe, processor)
+        trainer = build_trainer(recipe, families.model("llava"), processor, rows)
+        trainer.data_collator = ids
+        found.append(list(islice(trainer.get_train_dataloader(), 3)))
+    assert found[0] == found[1] != found[2] and len(set(chain.from_iterable(found[0]))) == 12
 
 
 MIXTURES = {
@@ -397,6 +423,11 @@ def test_a_stream_gives_every_set_its_share_in_every_pass(place):
         == ids(islice(a_stream(place, mixture).rows(), 54))
         != ids(islice(a_stream(place, mixture, seed=2).rows(), 54))
     )
+    weights = [entry(place, "a", weight=3), entry(place, "b", weight=1)]
+    loaded = [
+        stream.load(mixing.entries(one), a_stream(place, one), 0) for one in (mixture, weights)
+    ]
+    assert [rows.size for rows in loaded] == [6 + 16 + 5, 12 + 8]
     files = ids(islice(a_stream(place, [entry(place, "a")], buffer=1).rows(), 24))
     assert files == [f"a{k}" for k in range(12)] * 2
 
@@ -415,17 +446,18 @@ def test_ranks_share_a_stream_batch_by_batch(place):
 def test_what_a_stream_refuses(place, tmp_path):
     processor = families.processor("llava")
 
-    def refused(rows: list[dict] | str, **changes) -> str:
+    def given(rows: list[dict] | str, **changes):
         file = tmp_path / "rows.jsonl"
         file.write_text(rows) if isinstance(rows, str) else test_data.write(file, rows)
         training.picture(1).save(tmp_path / "0_0.png")
-        recipe = recipe_of(
-            place,
-            tmp_path,
-            **({"dataset_name": str(file), "dataset_streaming": True, "max_steps": 3} | changes),
-        )
+        keys = {"dataset_name": str(file), "dataset_streaming": True, "max_steps": 3}
+        return recipe_of(place, tmp_path, **keys | {"shuffle_buffer": 1} | changes)
+
+    def refused(rows: list[dict] | str, **changes) -> str:
+        """Before training starts: the first four rows are read then."""
+        recipe = given(rows, **changes)
         with pytest.raises(ValueError) as error:
-            list(islice(training_rows(recipe, processor).rows, 9))
+            training_rows(recipe, processor)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -436,13 +468,23 @@ def test_what_a_stream_refuses(place, tmp_path):
     assert "rows.jsonl row 2: a row has messages, or prompt and completion, or one of" in (
         refused([good, {"id": "x", "text": "y"}])
     )
-    assert "row r9: image '9_0.png' does not exist" in refused([good] * 8 + [test_data.simple(9)])
+    assert "row r9: image '9_0.png' does not exist" in refused([good] * 3 + [test_data.simple(9)])
     assert "row r0: is evaluation data" in refused([good | {"source": "evaluation_only/x"}])
-    assert "longer than max_length 5; a stream drops no row" in refused([good], max_length=5)
+    length = encode_row(processor, good, tmp_path).layout.shape[1]
+    short = f"{length} tokens, longer than max_length {length - 1}; a stream drops no row"
+    assert short in refused([good], max_length=length - 1)
+    assert len(training_rows(given([good], max_length=length), processor).opened) == 4
+    assert "image '0_0.png'" in refused([good], max_pixels=24 * 20 - 1)
+    assert "needs the lengths of all rows" in (
+        refused([good], train_sampling_strategy="group_by_length")
+    )
     assert "holds no row" in refused("\n")
     assert "not .json" in refused(
         [good], dataset_name=str(test_data.write(tmp_path / "rows.json", [good]))
     )
+    later = training_rows(given([good] * 4 + [test_data.simple(9)]), processor).rows
+    with pytest.raises(ValueError, match=r"row r9: image '9_0.png' does not exist"):
+        list(islice(later, 5))
 
 
 # --- resuming -------------------------------------------------------------------------------------
@@ -469,7 +511,8 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened_and_opens_no_image_twi
         tmp_path,
         datasets=mixture,
         max_steps=6,
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=2,
         lora_dropout=0.2,
         **stream_keys,
     )
