@@ -49,6 +49,8 @@ def test_turns():
         ([{"role": "gpt", "content": "x"}], 0, "format", "role 'gpt' is not one of"),
         ([{"role": "assistant", "content": [IMAGE]}], 1, "format", "image in the assistant's turn"),
         ([{"role": "user", "content": [{"type": "video"}]}], 0, "format", "neither a text nor"),
+        ([{"role": "user", "content": [text("x") | {"type": "table"}]}], 0, "format", "neither"),
+        ([{"role": "user", "content": [text("x") | {"text": None}]}], 0, "format", "neither"),
     ],
 )
 def test_what_is_malformed_says_its_kind(messages, images, kind, words):
