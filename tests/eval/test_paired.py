@@ -91,6 +91,8 @@ def test_units_of_different_sizes_are_weighted_by_their_questions():
         drawn.append(np.concatenate([groups[k] for k in rng.integers(0, 60, 60)]).mean())
     assert mean.value == pytest.approx(d.mean())
     assert mean.error == pytest.approx(np.std(drawn), rel=0.05)
+    runs = coins(4, 3, len(unit), p=np.array([[0.2], [0.5], [0.9]]))
+    assert QuestionsOfTask("t", unit).by_unit(runs).mean(1) == pytest.approx(runs.mean(1))
 
 
 def test_a_seed_is_the_same_in_all_tasks():
