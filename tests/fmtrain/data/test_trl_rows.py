@@ -11,7 +11,7 @@ import training
 from trl.data_utils import prepare_multimodal_messages
 
 from eval import held_out
-from fmtrain.data import checks, files, mixing, noise, stream
+from fmtrain.data import checks, files, mixing, noise, row_format, stream
 from fmtrain.data.collator import Collator, encode_prompt, encode_row
 from fmtrain.data.dialogue import Malformed, in_parts, turns, typed
 
@@ -309,6 +309,14 @@ def test_prompts_and_completions_that_are_refused(pictures, change, reason):
             else:
                 checks.prepare(files.load(path), families.processor("llava"), path)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("context", [-1, 2, 3, "1", 0.5])
+def test_a_prompt_of_all_messages_or_of_no_number_is_refused(context):
+    row = {"messages": [MORE, TELL], "images": []}
+    assert row_format.plain(row | {"prompt_messages": 1}, "here")["prompt_messages"] == 1
+    with pytest.raises(ValueError, match=f"prompt_messages {context!r} leaves none of its 2 mess"):
+        row_format.plain(row | {"prompt_messages": context}, "here")
 
 
 def test_a_prompt_is_neither_asked_nor_scored(pictures):
