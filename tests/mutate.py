@@ -128,7 +128,7 @@ def imports(path: Path) -> set[str]:
 
 
 def tests_of(path: Path) -> list[Path]:
-    """Test files: the one called as the module, those that import it or have its name as a text,
+    """Test files: those called as the module, those that import it or have its name as a text,
     those that import a module which does; of each kind, those that name it most often first."""
     module, users = name_of(path), set()
     for package in PACKAGES:
@@ -137,12 +137,13 @@ def tests_of(path: Path) -> list[Path]:
                 users.add(name_of(other))
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     files.sort(key=lambda file: -file.read_text().count(path.stem))
-    mirror = ROOT / "tests" / path.relative_to(ROOT).with_name(f"test_{path.stem}.py")
+    home = ROOT / "tests" / path.relative_to(ROOT).parts[0]
+    mirrors = list(home.rglob(f"test_*{path.stem}.py"))
     imported = {file: imports(file) for file in files}
     direct = [file for file in files if module in imported[file]]
     named = [file for file in files if f'"{path.stem}"' in file.read_text()]
     indirect = [file for file in files if users & imported[file]]
-    return list(dict.fromkeys([*filter(Path.is_file, [mirror]), *direct, *named, *indirect]))
+    return list(dict.fromkeys([*mirrors, *direct, *named, *indirect]))
 
 
 def name_of(path: Path) -> str:
