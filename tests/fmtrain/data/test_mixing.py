@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
 
@@ -308,6 +309,13 @@ def test_of_a_stream_no_more_is_read_than_is_looked_at(place, tmp_path, monkeypa
 # --- the same order, whatever the workers ---------------------------------------------------------
 
 
+def batches_of(trainer) -> Iterator[list[str]]:
+    """The ids of the rows of each batch of an epoch."""
+    trainer.data_collator = lambda rows: {"ids": ids(rows)}
+    for batch in trainer.get_train_dataloader():
+        yield batch["ids"]
+
+
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_workers_do_not_change_the_order(place, tmp_path, streaming):
     mixture = [entry(place, "a", epochs=1.5), entry(place, "b"), entry(place, "c", weight=0.2)]
@@ -325,8 +333,7 @@ def test_workers_do_not_change_the_order(place, tmp_path, streaming):
         rows = training_rows(recipe, processor)
         model = families.model("llava")
         trainer = build_trainer(recipe, model, processor, rows)
-        trainer.data_collator = ids
-        found.append(list(islice(trainer.get_train_dataloader(), 7)))
+        found.append(list(islice(batches_of(trainer), 7)))
     assert found[0] == found[1] == found[2] and all(len(batch) == 4 for batch in found[0])
 
 
@@ -342,8 +349,7 @@ def test_the_order_is_that_of_the_seed_of_the_data(place, tmp_path, kind):
         recipe = recipe_of(place, tmp_path, shuffle_buffer=8, max_steps=3, **changes, **seeds)
         rows = training_rows(recipe, processor)
         trainer = build_trainer(recipe, families.model("llava"), processor, rows)
-        trainer.data_collator = ids
-        found.append(list(islice(trainer.get_train_dataloader(), 3)))
+        found.append(list(islice(batches_of(trainer), 3)))
     assert found[0] == found[1] != found[2] and len(set(chain.from_iterable(found[0]))) == 12
 
 
@@ -365,11 +371,9 @@ def test_a_longer_run_begins_with_the_rows_of_a_shorter_one(place, tmp_path, kin
         recipe = recipe_of(place, tmp_path, gradient_accumulation_steps=2, **keys)
         rows = training_rows(recipe, processor)
         trainer = build_trainer(recipe, families.model("llava"), processor, rows)
-        trainer.data_collator = ids
         found = []
         while len(found) < 2 * steps:  # a pass over the loader is an epoch
-            trainer_epoch = trainer.get_train_dataloader()
-            found += list(islice(trainer_epoch, 2 * steps - len(found)))
+            found += list(islice(batches_of(trainer), 2 * steps - len(found)))
         batches[steps] = found
     assert batches[6][:6] == batches[3] and len(batches[3]) == 6
 
