@@ -131,10 +131,14 @@ def test_strings_without_any_image(tmp_path):
     assert [row["messages"] for row in loaded.rows] == [in_parts([ASK, TELL], 0)] * 2
 
 
-def test_lists_behind_ten_megabytes_of_strings(tmp_path):
+@pytest.mark.parametrize("keys", [("role", "content"), ("content", "role")])
+def test_lists_behind_ten_megabytes_of_strings(tmp_path, keys):
     long = {"role": "user", "content": "q" * 9000}
-    rows = [training.row(k, ["0.png"], long, TELL) for k in range(1300)]
-    rows.append(training.row(1300, ["0.png"], training.user(1, "which?"), TELL))
+    talks = [[long, TELL]] * 1300 + [[training.user(1, "which?"), TELL]]
+    rows = []
+    for k, talk in enumerate(talks):
+        turns = [{key: turn[key] for key in keys} for turn in talk]
+        rows.append(training.row(k, ["0.png"], *turns))
     loaded = files.load(str(test_data.write(tmp_path / "rows.jsonl", rows)))
     assert loaded.size == 1301
     for k in (0, 1300):
