@@ -12,6 +12,7 @@ import sys
 import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -28,6 +29,7 @@ from eval.milebench.llava_prompt import (
     llava_messages,
     llava_prompt,
 )
+from eval.milebench.progress import TaskRun
 from eval.milebench.prompt import Window, build_prompt
 from eval.milebench.tasks import batches, read_task
 from fmtrain.decoding import Decoder
@@ -402,6 +404,16 @@ def test_verify(place, plain, tmp_path, monkeypatch, capsys):
 
 
 # --- a killed run ---------------------------------------------------------------------------------
+
+
+def test_notes_of_every_batch_are_in_the_record(tmp_path):
+    run, samples = TaskRun(tmp_path, {}, {}), [SimpleNamespace(sample_id=k) for k in range(3)]
+    run.start()
+    run.append(1, 1, [{"sample_id": 2}], {"2": ["no place"]})
+    run.append(0, 0, [{"sample_id": 0}, {"sample_id": 1}], {"1": ["cut"]})
+    assert run.finish([samples[:2], samples[2:]]) == 2
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["notes"] == {"1": ["cut"], "2": ["no place"]}
 
 
 @pytest.mark.slow
