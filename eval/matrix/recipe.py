@@ -13,6 +13,7 @@ from fmtrain.command_line import Help, nearest, one_line
 from fmtrain.data.sources import DIGITS
 from fmtrain.masks import Mask, parse_masks
 from fmtrain.training.recipe import load_values
+from fmtrain.training.trl_options import NO_TOKEN
 
 USAGE = "usage: python -m eval.matrix RECIPE.yaml | CHECKPOINT .. [--KEY VALUE ..] [--wandb]"
 
@@ -246,6 +247,8 @@ def check(recipe: MatrixRecipe) -> None:
         raise ValueError(
             "train_masks need `base`, the checkpoint to train from, and `recipe`, how to train"
         )
+    if "hub_token" in recipe.overrides:
+        raise ValueError(f"overrides: hub_token: {NO_TOKEN}")
     for name in ("rows_per_task", "max_new_tokens", "batch_size", "jobs", "merge_kernel_size"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name} is {getattr(recipe, name)}; it is 1 or more")

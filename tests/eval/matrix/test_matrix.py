@@ -361,6 +361,13 @@ def test_values_of_a_recipe_arrive_as_they_are(folder):
     assert changed.overrides == {"max_steps": 3} and changed.checkpoints == recipe.checkpoints
 
 
+def test_a_token_among_the_overrides_is_refused_before_a_recipe_is_written(folder):
+    path = write(folder, overrides={"max_steps": 2, "hub_token": "hf_secret"})
+    with pytest.raises(ValueError, match="overrides: hub_token: it would be written") as error:
+        matrix_recipe.read(path)
+    assert "hf_secret" not in str(error.value) and not [*folder.rglob("recipes/*")]
+
+
 def test_a_folder_whose_name_is_a_number_is_a_folder(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     checkpoint(folder, "7", "v2v")
