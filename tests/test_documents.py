@@ -367,6 +367,27 @@ def test_figures_of_more_steps(name, p):
         assert f"`v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f} (five seeds, p" in readme
 
 
+def test_figures_of_the_light_forms():
+    results = json.loads((RESULTS / "learning_light" / "results.json").read_text(encoding="utf-8"))
+    cells = {(cell["row"], cell["mask"]): 100 * cell["score"] for cell in results["cells"]}
+    light = ("v2v+merge", "future+merge", "prefix_lm+merge")
+    said = " ".join(TEXTS["docs/results.md"].split())
+    apart = {}
+    for each in results["comparisons"]:
+        if each["kind"] == "causal-causal":
+            figures = [100 * each[key] for key in ("difference", "low", "high")]
+            apart[each["row"], each["mask"]] = "{:+.1f} [{:.1f}, {:.1f}]".format(*figures)
+    first, *others = (rounded(cells[name, name], 1) for name in light)
+    causal = rounded(cells["causal", "causal"], 1)
+    assert f"`v2v+merge` {first} against causal {causal} ({apart[light[0], light[0]]})" in said
+    assert f"`future+merge` {others[0]}, `prefix_lm+merge` {others[1]}" in said
+    costs = [cells["causal", "causal"] - cells["causal", name] for name in light]
+    assert f"they cost {min(costs):.1f} to {max(costs):.1f} points" in said
+    verdicts = " ".join(TEXTS["docs/experiments.md"].split())
+    for name in light:
+        assert apart["causal", name] in verdicts
+
+
 def test_figures_of_attention_alone():
     rows = json.loads((RESULTS / "attention_cpu.json").read_text(encoding="utf-8"))["rows"]
     shown = table(TEXTS["docs/results.md"], "row")
