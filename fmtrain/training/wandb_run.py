@@ -8,6 +8,7 @@ import yaml
 from transformers import Trainer, TrainerCallback
 
 from fmtrain.training.run_folder import RECIPE, read_record
+from fmtrain.training.tracking import wandb_mode
 
 RUN_ID = "wandb_run_id"  # in run.json
 
@@ -34,7 +35,7 @@ def open_run(run: str | None, name: str | None) -> None:
 
     if wandb.run is None:
         project = os.environ.get("WANDB_PROJECT", "huggingface")
-        wandb.init(project=project, name=name, id=run, resume="allow")
+        wandb.init(project=project, name=name, id=run, resume="allow", mode=wandb_mode())
 
 
 class RecordInWandb(TrainerCallback):

@@ -26,7 +26,7 @@ def run(tmp_path_factory):
     recipe = training.workplace(folder, rows=8)
     evaluation = {"eval_strategy": "steps", "eval_steps": 2}
     evaluation["eval_dataset_name"] = str(folder / "data" / "rows.jsonl")
-    training.write_recipe(folder, mask="image", hub_token=TOKEN, **evaluation)
+    training.write_recipe(folder, mask="image", **evaluation)
     assert sft.main([str(recipe)]) == 0
     return folder / "out"
 

@@ -1,6 +1,7 @@
 """Several sets in one run, and sets that are streamed: the rows, their order, and what a resumed
 run leaves unopened."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -227,7 +228,7 @@ def recipe_of(place: Path, folder: Path, *overrides: str, **changes):
 
 def test_long_rows_are_dropped_before_sets_are_mixed(place, tmp_path):
     mixture = [entry(place, "a"), entry(place, "b", epochs=2)]
-    processor = families.processor("llava")
+    processor = own_processor()
     lengths = {
         row["id"]: fmtrain.data.collator.encode_row(processor, row)[1].shape[1]
         for row in mixed(mixture).rows
@@ -241,6 +242,11 @@ def test_long_rows_are_dropped_before_sets_are_mixed(place, tmp_path):
     recipe = recipe_of(place, tmp_path, datasets=[*mixture, {"path": str(bad)}])
     with pytest.raises(ValueError, match=r"bad/rows.jsonl, row r0: image '0_0.png' does not exist"):
         training_rows(recipe, processor)
+
+
+def own_processor():
+    """Of which a trainer sets the template; the others of these tests share one."""
+    return copy.copy(families.processor("llava"))
 
 
 # --- rows for the evaluation loss -----------------------------------------------------------------
@@ -260,7 +266,7 @@ def test_the_evaluation_loss_opens_the_pictures_of_its_own_set(place, tmp_path, 
         max_pixels=500,
         **changes,
     )
-    processor, model = families.processor("llava"), families.model("llava")
+    processor, model = own_processor(), families.model("llava")
     rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
     trainer = build_trainer(recipe, model, processor, rows, held_out)
     assert trainer.data_collator.max_pixels == 500
@@ -277,7 +283,7 @@ def test_digits_for_the_evaluation_loss_are_those_of_the_test_split(place, tmp_p
     changes = {"dataset_name": "digits", "eval_dataset_name": "digits", "dataset_config": config}
     changes["eval_strategy"] = "steps"
     recipe = recipe_of(place, tmp_path, dataset_rows=20, **changes)
-    processor = families.processor("llava")
+    processor = own_processor()
     rows, held_out = training_rows(recipe, processor), evaluation_rows(recipe, processor)
     assert {name.split("-")[0] for name in ids(rows.rows)} == {"train"}
     assert {name.split("-")[0] for name in ids(held_out.rows)} == {"test"}
@@ -319,7 +325,7 @@ def batches_of(trainer) -> Iterator[list[str]]:
 @pytest.mark.parametrize("streaming", [False, True], ids=["map", "stream"])
 def test_workers_do_not_change_the_order(place, tmp_path, streaming):
     mixture = [entry(place, "a", epochs=1.5), entry(place, "b"), entry(place, "c", weight=0.2)]
-    processor, found = families.processor("llava"), []
+    processor, found = own_processor(), []
     for workers in (0, 1, 2):
         recipe = recipe_of(
             place,
@@ -343,7 +349,7 @@ def test_the_order_is_that_of_the_seed_of_the_data(place, tmp_path, kind):
     if kind != "single":
         mixture = [entry(place, "a"), entry(place, "b")]
         changes = {"datasets": mixture, "dataset_streaming": kind == "stream"}
-    processor, found = families.processor("llava"), []
+    processor, found = own_processor(), []
     for seed, data_seed in ((1, 7), (2, 7), (1, 8)):
         seeds = {"seed": seed, "data_seed": data_seed}
         recipe = recipe_of(place, tmp_path, shuffle_buffer=8, max_steps=3, **changes, **seeds)
@@ -365,7 +371,7 @@ MIXTURES = {
 def test_a_longer_run_begins_with_the_rows_of_a_shorter_one(place, tmp_path, kind, streaming):
     """24 rows and 48, of sets with 12, 8 and 5: several rounds of each."""
     mixture, processor = [entry(place, name, **part) for name, part in MIXTURES[kind]], None
-    processor, batches = families.processor("llava"), {}
+    processor, batches = own_processor(), {}
     for steps in (3, 6):
         keys = {"datasets": mixture, "dataset_streaming": streaming, "max_steps": steps}
         recipe = recipe_of(place, tmp_path, gradient_accumulation_steps=2, **keys)
@@ -448,7 +454,7 @@ def test_ranks_share_a_stream_batch_by_batch(place):
 
 
 def test_what_a_stream_refuses(place, tmp_path):
-    processor = families.processor("llava")
+    processor = own_processor()
 
     def given(rows: list[dict] | str, **changes):
         file = tmp_path / "rows.jsonl"

@@ -1,6 +1,7 @@
 """Runs with several samples in a row: the steps, the losses and the evaluation of the rows that
 they pack, and what packing does not go with."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -56,10 +57,14 @@ def run(recipe: Path, out: Path, *overrides: str) -> dict[int, float]:
 
 
 def trainer_of(recipe: Path, evaluates: bool = False):
-    parsed, processor = read(recipe), families.processor("llava")
+    parsed, processor = read(recipe), copy.copy(families.processor("llava"))  # gets a template
     rows = training_rows(parsed, processor)
     eval_rows = evaluation_rows(parsed, processor) if evaluates else None
     return build_trainer(parsed, families.model("llava"), processor, rows, eval_rows)
+
+
+def ids_of(packs: list[list[dict]]) -> dict:
+    return {"ids": [[row["id"] for row in pack] for pack in packs]}
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -99,11 +104,11 @@ def test_every_row_comes_once_an_epoch_with_and_without_workers(folder):
     for workers in (0, 2):
         recipe = packing(folder, dataloader_num_workers=workers, num_train_epochs=2, max_steps=-1)
         trainer = trainer_of(recipe)
-        trainer.data_collator = lambda packs: [[row["id"] for row in pack] for pack in packs]
+        trainer.data_collator = ids_of
         epochs = []
         for epoch in range(2):
             trainer.packs.epoch = epoch
-            batches = list(trainer.get_train_dataloader())
+            batches = [batch["ids"] for batch in trainer.get_train_dataloader()]
             assert all(len(batch) == 2 for batch in batches)
             epochs.append(batches)
             ids = Counter(chain.from_iterable(chain.from_iterable(batches)))

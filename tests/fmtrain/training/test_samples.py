@@ -58,6 +58,7 @@ def folder(base, tmp_path, monkeypatch):
 def run(folder: Path, *words: str) -> None:
     import wandb
 
+    wandb.teardown()  # of another test's environment
     try:
         assert sft.main([str(folder / "recipe.yaml"), *words]) == 0
     finally:
