@@ -20,10 +20,11 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def surroundings():
-    """Every test leaves the environment as it was: accelerate writes ranks into it, and what it
-    should do in the next process."""
+    """Every test leaves the environment as it was, for accelerate writes ranks into it, and what it
+    should do in the next process; and the processors that tests share with the hub's templates."""
     before = dict(os.environ)
     yield
+    families.restore_templates()
     if dict(os.environ) != before:
         os.environ.clear()
         os.environ.update(before)

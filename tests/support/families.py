@@ -8,7 +8,6 @@ Tokenizers are byte-level BPE or SentencePiece-like BPE trained here on a few se
 file is downloaded.
 """
 
-import functools
 import json
 
 import numpy as np
@@ -162,8 +161,23 @@ CLIP = dict(
 )
 
 
-@functools.cache
+def restore_templates() -> None:
+    """What a trainer has set of the processors that all tests share is undone."""
+    for family, built in BUILT.items():
+        built.chat_template = TEMPLATES[family]
+
+
+BUILT: dict = {}
+
+
 def processor(family: str):
+    """The same one whenever it is asked for."""
+    if family not in BUILT:
+        BUILT[family] = _processor(family)
+    return BUILT[family]
+
+
+def _processor(family: str):
     template = TEMPLATES[family]
     size = {"shortest_edge": 16}
     crop = {"height": 16, "width": 16}
