@@ -409,6 +409,15 @@ def test_figures_of_attention_alone():
     assert f"within {rounded(min(light), 2)} to {rounded(max(light), 2)} of its own" in said
 
 
+def test_figures_of_memory_in_a_packed_row():
+    found = json.loads((RESULTS / "attention_reference.json").read_text(encoding="utf-8"))["rows"]
+    [row] = [row for row in found if row["samples"] > 1]
+    peaks = {case["mask"]: round(case["peak_mib"]) for case in row["cases"]}
+    said = " ".join(TEXTS["docs/results.md"].split())
+    assert f"`v2v` over {row['tokens']:,} packed tokens needs {peaks['v2v']} MiB" in said
+    assert f"where causal flash attention alone needs {peaks['causal']};" in said
+
+
 def test_figures_of_whole_runs():
     names = ("tiny", "25m", "packed")
     shown = {row[0]: row[1:] for row in table(TEXTS["docs/results.md"], "run")}
