@@ -17,7 +17,7 @@ from fmtrain.layout import Layout
 from fmtrain.masks import EXAMPLE, Mask, picture
 from fmtrain.preview.drawing import draw_row, in_words
 from fmtrain.provenance import versions
-from fmtrain.training.run_folder import RECIPE, RECORD, STATE, read_record
+from fmtrain.training.run_folder import RECIPE, RECORD, STATE, record_of_folder
 
 PICTURE = "mask.png"
 # Of an evaluation, what says how it ran and not how good the model is.
@@ -150,7 +150,7 @@ def _of_run(run: Path) -> tuple[dict, dict]:
     recipe = {}
     if (folder / RECIPE).is_file():
         recipe = yaml.safe_load((folder / RECIPE).read_text("utf-8"))
-    return read_record(run) or read_record(run.parent), _shown(recipe)
+    return record_of_folder(run), _shown(recipe)
 
 
 def _shown(value):

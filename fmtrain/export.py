@@ -37,7 +37,7 @@ from fmtrain.masks import Mask
 from fmtrain.patch import attached, unwrap
 from fmtrain.training.recipe import read
 from fmtrain.training.rows import rows_of
-from fmtrain.training.run_folder import RECIPE, read_record
+from fmtrain.training.run_folder import RECIPE, record_of_folder
 
 # Of float32 logits, relative to the largest: (W + BA) x against W x + B (A x), through all layers
 TOLERANCE = 1e-4
@@ -138,7 +138,7 @@ def base_folder(name: str) -> Path:
 def check_record(run: Path, mask: Mask, processor) -> None:
     """Raises `ValueError` where a checkpoint's config.json names another mask than the run that it
     is of, or is in, or its processor shows images in another way."""
-    record = read_record(run) or read_record(run.parent)
+    record = record_of_folder(run)
     trained = Mask.from_record(record) if "policy" in record else mask
     if trained != mask:
         raise ValueError(
@@ -191,7 +191,8 @@ def export(
     base = (
         base_of(run)
         if adapter
-        else read_record(run).get("base_model") or AutoConfig.from_pretrained(run)._name_or_path
+        else record_of_folder(run).get("base_model")
+        or AutoConfig.from_pretrained(run)._name_or_path
     )
     model, processor = load(run, backend=backend, dtype=torch.float32)
     mask = attached(model).mask
@@ -209,7 +210,7 @@ def export(
         finish_config(staged, mask, model_type)
         if embed_code:
             embed(staged, inner)
-        source = _source(adapter, read_record(run).get("quantization"))
+        source = _source(adapter, record_of_folder(run).get("quantization"))
         how = embed_code, push_to_hub
         write_card(staged, run, mask, base, source, model_type, *how)
         staged.chmod(0o755)

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from fmtrain.command_line import folded
+
 NAME = r"[\w.-]+/[\w.-]+"
 
 
@@ -54,5 +56,5 @@ def _asked(call, what: str):
     try:
         return call()
     except (HTTPError, OSError, ValueError) as error:
-        message = " ".join(str(error).split()).replace(str(get_token()), "TOKEN")
+        message = folded(error).replace(str(get_token()), "TOKEN")
         raise ValueError(f"{what}: {message[:400]}") from None

@@ -197,6 +197,11 @@ class Handle:
         if self._had_section is not None:
             setattr(inner.config, SECTION, self._had_section)
 
+    @property
+    def backend_name(self) -> str:
+        """As `attach` knows it; `host` says whether the model's own attention serves instead."""
+        return self.backend.__name__.rpartition(".")[2]
+
     @contextlib.contextmanager
     def under(self, mask: str | Policy | Mask, merge: Merge | None = None):
         """Run under another mask for a while, in this thread, with the same backend."""

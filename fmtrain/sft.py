@@ -27,7 +27,7 @@ from fmtrain.training.answers import check_answers
 from fmtrain.training.build import build_trainer
 from fmtrain.training.checkpoints import saving
 from fmtrain.training.model import load_processor_of, load_weights
-from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
+from fmtrain.training.rows import rows_of_run
 from fmtrain.training.run_folder import RECIPE, checkpoint_of, recorded
 from fmtrain.training.stopping import SIGNALS
 from fmtrain.training.tracking import prepare_tracking, say, say_error
@@ -53,11 +53,8 @@ def main(arguments: list[str]) -> int:
     prepare_tracking(training.report_to)
 
     processor, config = load_processor_of(recipe)
-    for line in [described(processor), *check_boxes(recipe, processor)]:
-        say(line)
-    positions = config.get_text_config().max_position_embeddings
-    rows = training_rows(recipe, processor, checkpoint, positions)
-    eval_rows = evaluation_rows(recipe, processor, positions)
+    say(described(processor))
+    rows, eval_rows = rows_of_run(recipe, processor, config, checkpoint)
 
     trainer = build_trainer(recipe, load_weights(recipe), processor, rows, eval_rows)
     resolved = {RECIPE: yaml.safe_dump(recipe.resolved, sort_keys=False)}

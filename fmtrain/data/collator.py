@@ -112,6 +112,11 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(tensors)
 
 
+def _packs(rows: list[dict] | list[list[dict]]) -> list[list[dict]]:
+    """Rows that share no other's row are packs of one."""
+    return [row if isinstance(row, list) else [row] for row in rows]
+
+
 @dataclass
 class Collator:
     """A list of rows, or of packs (lists of rows that share one), into one training batch: ids,
@@ -132,7 +137,7 @@ class Collator:
     padding_free: bool = False
 
     def __call__(self, rows: list[dict] | list[list[dict]]) -> dict[str, torch.Tensor]:
-        packs = [row if isinstance(row, list) else [row] for row in rows]
+        packs = _packs(rows)
         if self.padding_free:
             packs = [list(chain.from_iterable(packs))]
         if not all("messages" in row for row in chain.from_iterable(packs)):
@@ -184,9 +189,5 @@ class Named:
     collator: Collator
 
     def __call__(self, rows: list[dict] | list[list[dict]]) -> dict:
-        names = []
-        for row in rows:
-            names += [
-                str(each.get("id", "?")) for each in (row if isinstance(row, list) else [row])
-            ]
+        names = [str(row.get("id", "?")) for row in chain.from_iterable(_packs(rows))]
         return {**self.collator(rows), NAMES: names}

@@ -29,7 +29,7 @@ from fmtrain.masks import Mask
 from fmtrain.patch import attach, attached
 from fmtrain.training.arguments import EvaluationArguments
 from fmtrain.training.interval import mean_with_interval
-from fmtrain.training.metrics import METRICS, check_reference, metric_of, source_of
+from fmtrain.training.metrics import METRICS, check_reference, metric_of, unmarked
 from fmtrain.training.rows import evenly
 from fmtrain.training.tracking import say
 
@@ -66,7 +66,7 @@ class Answers:
         """What the rows are from; of rows that do not say it, ""."""
         if "source" not in self.rows.column_names:
             return {""}
-        return {source_of({"source": source}) for source in self.rows["source"]}
+        return set(map(unmarked, self.rows["source"]))
 
     @cached_property
     def metrics(self) -> dict[str, list[int]]:

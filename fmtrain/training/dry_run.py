@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fmtrain.data.files import Rows
 from fmtrain.data.row_format import LENGTH
@@ -26,7 +27,7 @@ from fmtrain.training.build import build_trainer
 from fmtrain.training.model import load_processor_of
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.row_counts import batches_of_epoch, largest, padding, roles, steps_of
-from fmtrain.training.rows import check_boxes, evaluation_rows, training_rows
+from fmtrain.training.rows import rows_of_run
 from fmtrain.training.sharding import DDP, FSDP2, ONE, ZERO2, ZERO3, Strategy
 from fmtrain.training.tracking import console, say
 from fmtrain.training.trainer import SFTTrainer
@@ -58,14 +59,10 @@ class Start:
     def of(cls, recipe: Recipe, gpu: bool = False) -> "Start":
         """Raises `ValueError` for rows and options that training would refuse as well."""
         processor, config = load_processor_of(recipe)
-        for line in check_boxes(recipe, processor):
-            say(line)
-        positions = config.get_text_config().max_position_embeddings
-        rows = training_rows(recipe, processor, positions=positions)
-        held_out = evaluation_rows(recipe, processor, positions)
+        rows, held_out = rows_of_run(recipe, processor, config)
         return cls(recipe, processor, config, rows, held_out, gpu)
 
-    def trainer(self, recipe: Recipe | None = None) -> tuple[SFTTrainer, estimate.Mode]:
+    def trainer(self, recipe: Recipe | None = None) -> tuple[SFTTrainer, FakeTensorMode]:
         """The trainer of the run, of another recipe for the same rows if one is given, around a
         model without data."""
         recipe = recipe or self.recipe
@@ -90,10 +87,14 @@ class Start:
         return trainer, mode
 
 
-def memory_of(start: Start, recipe: Recipe | None = None):
+def memory_of(
+    start: Start,
+    recipe: Recipe | None = None,
+    built: tuple[SFTTrainer, FakeTensorMode] | None = None,
+):
     """The memory of a step of the largest batch that there can be, in one process, and the sizes of
-    the model."""
-    trainer, mode = start.trainer(recipe)
+    the model. built: by `start.trainer`, if that has been done."""
+    trainer, mode = built or start.trainer(recipe)
     training = (recipe or start.recipe).training
     batch = trainer.data_collator(largest(trainer, start.rows, training.train_batch_size))
     batches = [batch] * min(2, training.gradient_accumulation_steps)
@@ -133,11 +134,17 @@ def say_rows(start: Start, trainer: SFTTrainer, processes: int) -> None:
     say(f"steps: {epoch} an epoch, {steps} in all, of {taken} {unit} each on {processes} processes")
 
 
-def say_memory(start: Start, strategy: Strategy, limit: float | None, words: list[str]) -> None:
+def say_memory(
+    start: Start,
+    built: tuple[SFTTrainer, FakeTensorMode],
+    strategy: Strategy,
+    limit: float | None,
+    words: list[str],
+) -> None:
     """Memory by kind, for the strategies that so many GPUs allow; whether the one at hand fits, and
     else what would."""
     recipe, bf16 = start.recipe, start.recipe.training.bf16
-    memory, sizes = memory_of(start)
+    memory, sizes = memory_of(start, built=built)
     names = [ONE] if strategy.gpus == 1 else [DDP, ZERO2, ZERO3, FSDP2]
     table = Table(title="memory of a step on each device, of the largest batch")
     table.add_column("")
@@ -254,12 +261,12 @@ def main(arguments: list[str]) -> int:
         recipe = recipes.read(path, overrides)
         _check(recipe)
         start = Start.of(recipe, gpu=limit is not None or gpus is not None)
-        trainer, _ = start.trainer()
+        trainer, mode = start.trainer()
         say_rows(start, trainer, strategy.gpus)
         say(trainable.summary(trainer.model))
         reason = estimated(recipe)
         if reason is None:
-            say_memory(start, strategy, limit, overrides)
+            say_memory(start, (trainer, mode), strategy, limit, overrides)
         else:
             say(f"no estimate of memory: {reason}")
     say("nothing was trained")

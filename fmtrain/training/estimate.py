@@ -93,9 +93,6 @@ def _without_data(model: nn.Module, fake: FakeTensorMode) -> None:
                 setattr(module, name, empty)
 
 
-Mode = FakeTensorMode
-
-
 class _Count(TorchDispatchMode):
     """The bytes of all live storages of tensors without data, by kind."""
 

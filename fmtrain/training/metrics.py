@@ -76,14 +76,14 @@ def parse_metrics(given: str | Mapping[str, str] | None) -> dict[str, str]:
     return dict(found)
 
 
-def source_of(row: Mapping) -> str:
-    """The source of a row, whether or not it is marked as evaluation data."""
-    return (row.get("source") or "").removeprefix(EVALUATION_ONLY)
+def unmarked(source: str | None) -> str:
+    """A row's source without the mark of evaluation data; of a row that names none, ""."""
+    return (source or "").removeprefix(EVALUATION_ONLY)
 
 
 def metric_of(source: str | None, metrics: Mapping[str, str]) -> str:
     """The metric of the longest key that the source begins with, or `exact_match`."""
-    name = source_of({"source": source})
+    name = unmarked(source)
     fitting = [key for key in metrics if name.startswith(key)]
     return metrics[max(fitting, key=len)] if fitting else EXACT
 

@@ -123,7 +123,7 @@ class Progress(TrainerCallback):
         trainer, handle = self._trainer, attached(self._trainer.model)
         merge = handle.mask.merge
         options = "" if merge is None else f" ({merge})"
-        backend = "the model's own" if handle.host else handle.backend.__name__.rpartition(".")[2]
+        backend = "the model's own" if handle.host else handle.backend_name
         if backend == "auto":
             backend = auto.described(trainer.args.device)
         data = f"{trainer.rows.size} rows; {trainer.rows.dropped} dropped, over max_length"

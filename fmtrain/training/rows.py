@@ -138,6 +138,19 @@ def evaluation_rows(recipe: Recipe, processor, positions: int | None = None) -> 
         return checked(rows, processor, f"{name}, {source.split}", training, how, positions)
 
 
+def rows_of_run(
+    recipe: Recipe, processor, config, checkpoint: str | None = None
+) -> tuple[Rows, Rows | None]:
+    """The rows that a run trains on and those that it evaluates on, read and checked; says which
+    boxes are not relative to what is shown. config: of the model. Errors: of the functions above
+    and below."""
+    for line in check_boxes(recipe, processor):
+        say(line)
+    positions = config.get_text_config().max_position_embeddings
+    rows = training_rows(recipe, processor, checkpoint, positions)
+    return rows, evaluation_rows(recipe, processor, positions)
+
+
 def to_evaluate(how: RowArguments) -> RowArguments:
     """How evaluation rows are read: those that are marked as such as well."""
     return replace(how, allow_evaluation_data=True)
@@ -150,7 +163,13 @@ def evenly(rows, count: int | None):
         return replace(rows, rows=evenly(rows.rows, count))
     if count is None or not isinstance(rows, datasets.Dataset) or len(rows) <= count:
         return rows
-    return rows.select([k * len(rows) // count for k in range(count)])
+    return rows.select(even_places(len(rows), count))
+
+
+def even_places(total: int, count: int) -> list[int]:
+    """`count` of so many places, or all, from the first on and as far apart as can be."""
+    count = min(count, total)
+    return [k * total // count for k in range(count)]
 
 
 def _say(line: str) -> None:

@@ -126,7 +126,7 @@ def record_of(trainer) -> dict:
     lora = getattr(trainer.model, "peft_config", {}).get("default")
     return {
         **handle.mask.record(),
-        "backend": "host" if handle.host else handle.backend.__name__.rpartition(".")[2],
+        "backend": "host" if handle.host else handle.backend_name,
         "base_model": unwrap(trainer.model).config._name_or_path,
         "rows": rows.size,
         "rows_dropped": rows.dropped,
@@ -244,6 +244,11 @@ def _write(folder: Path, texts: dict[str, str | None]) -> None:
             (folder / name).unlink(missing_ok=True)
         else:
             write_whole(folder / name, text)
+
+
+def record_of_folder(folder: Path) -> dict:
+    """What was written about the run that a folder is, or is a checkpoint of."""
+    return read_record(folder) or read_record(folder.parent)
 
 
 def read_record(run: Path) -> dict:

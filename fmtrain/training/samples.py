@@ -12,6 +12,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from fmtrain.data.encode import Encoded
 from fmtrain.data.views import views
 from fmtrain.training.answers import Answered, Answers
+from fmtrain.training.rows import even_places
 
 
 class Sample(NamedTuple):
@@ -92,9 +93,8 @@ class Samples:
 
 def samples(asked: Answers, count: int) -> list[Sample]:
     """`count` of the questions, evenly from all."""
-    total, taken = len(asked.questions), []
-    for k in range(min(count, total)):
-        number = k * total // min(count, total)
+    taken = []
+    for number in even_places(len(asked.questions), count):
         question = asked.questions[number]
         encoded = asked.prompt(question)
         shown = int(encoded.layout.image.max()) + 1

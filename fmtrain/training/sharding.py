@@ -9,11 +9,12 @@ from pathlib import Path
 import yaml
 from torch import nn
 
-from fmtrain.training.estimate import ACTIVATIONS, GRADIENTS, LOGITS, OPTIMIZER, WEIGHTS, Memory
+from fmtrain.training import estimate
+from fmtrain.training.estimate import OPTIMIZER, WEIGHTS, Memory
 
 ONE, DDP, ZERO2, ZERO3, FSDP2 = "one GPU", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2"
 BUFFERS = "buffers"  # of communication, and weights that are gathered for a while
-KINDS = (WEIGHTS, GRADIENTS, OPTIMIZER, ACTIVATIONS, LOGITS, BUFFERS)
+KINDS = (*estimate.KINDS, BUFFERS)
 REDUCED, LIVE, PREFETCHED = 5e8, 1e9, 5e7  # parameters: DeepSpeed's buckets, gathered, ahead
 
 
