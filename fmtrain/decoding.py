@@ -14,12 +14,14 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from fmtrain.data.collator import batch
+from fmtrain.data import noise
+from fmtrain.data.collator import batch, encode_row
 from fmtrain.data.encode import Encoded, encode
 from fmtrain.host import unwrap
 from fmtrain.layout import Layout, Role
 from fmtrain.masks import Mask
 from fmtrain.patch import Handle, attached
+from fmtrain.sharded import is_sharded, most, outer_weights
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,13 @@ class EncodedFeatures:
 class Decoder:
     """A model with an attached mask, its processor, and the tokens at which an answer ends.
 
-    The model is left as it was: its generation config, and whether it is in training mode.
+    The model is left as it was: its generation config, and whether it is in training mode. Where
+    weights are spread over processes, each has a decoder and calls `in_batches` at the same time.
     """
 
     def __init__(self, model: nn.Module, processor):
         self.model, self.processor = unwrap(model), processor
+        self._outer, self.sharded = model, is_sharded(model)
         known = self.model.generation_config.eos_token_id
         ends = {
             *(known if isinstance(known, list) else [known]),
@@ -72,8 +76,10 @@ class Decoder:
             if name in inputs:
                 pixels[name] = inputs.pop(name)
         if not pixels:
+            if self.sharded:
+                self.run_tower([self._blank()])  # as the other processes may
             return EncodedFeatures(inputs, layout, None)
-        with torch.no_grad(), self._evaluating():
+        with torch.no_grad(), self._evaluating(), outer_weights(self._outer):
             return EncodedFeatures(inputs, layout, tower(**pixels, return_dict=True))
 
     def in_batches(
@@ -84,14 +90,17 @@ class Decoder:
         Yields for each batch the indices of its prompts and, mask by mask, their answers.
         """
         order = sorted(range(len(rows)), key=lambda k: rows[k].layout.shape[1])
-        for begin in range(0, len(order), batch_size):
-            indices = order[begin : begin + batch_size]
-            prompts, texts = self.run_tower([rows[k] for k in indices]), []
+        batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+        if self.sharded:
+            batches += [[]] * (most(len(batches), self.model.device) - len(batches))
+        for indices in batches:
+            prompts, texts = self.run_tower([rows[k] for k in indices] or [self._blank()]), []
             for mask in masks:
                 with self.under(mask):
                     answers = self.answers(prompts, **settings)
                 texts.append([self.text(answer) for answer in answers])
-            yield indices, texts
+            if indices:
+                yield indices, texts
 
     def under(self, mask: str | Mask) -> contextlib.AbstractContextManager[Handle]:
         """The model under another mask for a while."""
@@ -103,7 +112,7 @@ class Decoder:
         settings: of `GenerationConfig`; greedy unless they say otherwise.
         """
         config = GenerationConfig(**settings)
-        with self._evaluating():
+        with self._evaluating(), outer_weights(self._outer):
             out = self.model.generate(**prompts.kwargs(), generation_config=config)
         return [self._ended(row) for row in out[:, prompts.layout.shape[1] :].tolist()]
 
@@ -156,6 +165,10 @@ class Decoder:
             taken = logits.gather(1, torch.tensor(answer, device=logits.device)[:, None])[:, 0]
             gaps.append(((logits.amax(1) - taken) / scale).tolist())
         return gaps
+
+    def _blank(self) -> Encoded:
+        """A row with an image, for a process that has none left."""
+        return encode_row(self.processor, noise.rows()[1])
 
     def _ended(self, ids: list[int]) -> list[int]:
         """The ids up to the first end token, which is kept."""

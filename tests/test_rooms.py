@@ -16,7 +16,7 @@ FLOORS = [
     ["fmtrain.masks"],
     ["fmtrain.attention"],
     ["fmtrain.infer", "fmtrain.host"],
-    ["fmtrain.patch"],
+    ["fmtrain.patch", "fmtrain.sharded"],
     ["fmtrain.data"],
     ["fmtrain.checkpoint"],
     ["fmtrain.consistency", "fmtrain.decoding"],

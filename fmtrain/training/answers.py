@@ -17,7 +17,6 @@ import datasets
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 from fmtrain.data.collator import encode_prompt
@@ -196,8 +195,7 @@ def other_masks(names: Iterable | None, own: Mask) -> tuple[Mask, ...]:
 
 def check_answers(training: SFTConfig, evaluation: EvaluationArguments, mask: Mask) -> None:
     """Raises `ValueError` for masks that do not exist, for early stopping without a metric, and for
-    answers under FSDP and ZeRO-3, where every process would have to run each module as often as all
-    others."""
+    answers under FSDP's first version, whose inner modules cannot be called."""
     other_masks(evaluation.eval_masks, mask)
     wanted, evaluates = evaluation.eval_answers, training.eval_strategy != "no"
     if evaluation.early_stopping_patience is not None:
@@ -208,10 +206,15 @@ def check_answers(training: SFTConfig, evaluation: EvaluationArguments, mask: Ma
             )
     if not evaluates or not wanted:
         return
-    if training.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise ValueError(f"eval_answers {wanted}: not under FSDP; say `eval_answers: 0`")
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(f"eval_answers {wanted}: not under ZeRO-3; say `eval_answers: 0`")
+    launched = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    version = os.environ.get("FSDP_VERSION", "1") if launched else "2"
+    if training.fsdp:
+        version = str(training.fsdp_plugin_args["fsdp_version"])
+    if version == "1":
+        raise ValueError(
+            f"eval_answers {wanted}: not under FSDP's first version; say `fsdp_version: 2`, or "
+            "`eval_answers: 0`"
+        )
 
 
 def answers_of(

@@ -3,6 +3,7 @@ them."""
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,28 @@ def launch(recipe: Path, *overrides: str, **env: str) -> subprocess.CompletedPro
         text=True,
         timeout=300,
     )
+
+
+def two_processes(kind: str) -> list[str]:
+    """What starts two processes of a strategy, before their script."""
+    bin = Path(sys.executable).parent
+    if kind == "ddp":
+        return [str(bin / "torchrun"), "--nproc_per_node", "2", "--standalone"]
+    config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
+    start = [str(bin / "accelerate"), "launch", "--config_file", str(config)]
+    return [*start, "--num_processes", "2", "--main_process_port", str(free_port())]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def watched(seen: str) -> list[str]:
+    """The trainer under tests/support/strategy.py, which shards on a CPU too and writes to `seen`
+    what it saw."""
+    return [str(ROOT / "tests/support/strategy.py"), seen, str(ROOT / "fmtrain/sft.py")]
 
 
 def losses(output: Path) -> dict[int, float]:

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -28,11 +27,15 @@ MASKS = ("v2v", "causal", "v2v+merge")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """A workplace with data/held_out.jsonl, whose references are, but for every third, what the
-    base answers under v2v, with other blanks; known.json says by mask which answers are right."""
+    base answers under v2v, with other blanks; known.json says by mask which answers are right. One
+    row has no image."""
     folder = tmp_path_factory.mktemp("answers")
     training.workplace(folder, rows=12)
+    rows = training.read_rows(folder)
+    rows[8] |= {"images": [], "messages": [training.user(0, "which?"), training.assistant("1")]}
+    training.write_rows(folder, rows)
     answers = {mask: training.own_answers(folder, mask, TOKENS) for mask in MASKS}
-    ours, rows = answers["v2v"], training.read_rows(folder)
+    ours = answers["v2v"]
     said = [k % 3 > 0 and ours[k] != "" for k in range(12)]
     for k, row in enumerate(rows):
         row["messages"][1] = training.assistant(f" {ours[k]}  " if said[k] else "never said")
@@ -254,42 +257,42 @@ def test_evaluation_leaves_training_alone_to_the_bit(folder, mask):
     assert all(torch.equal(evaluated[key], tensor) for key, tensor in alone.items())
 
 
-@pytest.mark.parametrize(
-    ("variables", "word"),
-    [
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3"),
-    ],
-)
-def test_sharded_weights_do_not_answer(folder, variables, word):
+def test_weights_sharded_by_the_first_fsdp_do_not_answer(folder):
     """In a process of its own: what accelerate reads of its environment stays."""
     (folder / "base" / "model.safetensors").unlink()
-    run = training.launch(folder / "recipe.yaml", DS_ACCELERATOR="cpu", **variables)
+    run = training.launch(folder / "recipe.yaml", ACCELERATE_USE_FSDP="true", FSDP_VERSION="1")
     assert run.returncode == 2, run.stderr[-2000:]
-    assert f"eval_answers 200: not under {word}; say `eval_answers: 0`" in run.stderr
+    assert "eval_answers 200: not under FSDP's first version" in run.stderr
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_questions(folder):
-    """Seven rows, so that one process has fewer than the other; the evaluation rows packed."""
-    start = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone"]
-    script = [str(training.ROOT / "fmtrain" / "sft.py"), str(folder / "recipe.yaml")]
-    words = ["--use_cpu", "true", "--eval_answers", "7", "--per_device_eval_batch_size", "2"]
+@pytest.mark.parametrize(
+    "kind, parts",
+    [("ddp", "lora"), ("fsdp2", "lora"), ("fsdp2", "full"), ("zero3", "lora"), ("zero3", "full")],
+)
+def test_two_processes_share_the_questions(folder, kind, parts):
+    """Three rows: two of the first process, one of them without an image, and one of the second,
+    which is answered with no word. The evaluation rows are packed."""
+    taken, held_out = (1, 4, 8), folder / "data" / "held_out.jsonl"
+    lines = held_out.read_text().splitlines()
+    held_out.write_text("\n".join(lines[k] for k in taken))
+    start = [*training.two_processes(kind), *training.watched(str(folder / "seen.pt"))]
+    words = ["--use_cpu", "true", "--per_device_eval_batch_size", "1"]
     words += ["--eval_masks", "causal", "--eval_packing", "true", "--max_length", "100"]
+    words += ["--use_peft", str(parts == "lora").lower()]
     done = subprocess.run(
-        [*start, *script, *words],
-        env=training.environment(),
+        [*start, str(folder / "recipe.yaml"), *words],
+        env=training.environment(DS_ACCELERATOR="cpu"),
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=180,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    taken = [k * 12 // 7 for k in range(7)]
     for mask, infix in (("v2v", ""), ("causal", "causal_")):
         right = sum(known(folder, mask)[k] for k in taken)
-        low, _ = proportion_confint(right, 7, method="wilson")
+        low, _ = proportion_confint(right, 3, method="wilson")
         name = f"eval_{infix}exact_match"
-        assert logged(folder / "out", name) == pytest.approx([right / 7] * 2)
+        assert logged(folder / "out", name) == pytest.approx([right / 3] * 2)
         assert logged(folder / "out", f"{name}_low") == pytest.approx([low, low])
-    assert logged(folder / "out", "eval_questions") == [7, 7]
+    assert logged(folder / "out", "eval_questions") == [3, 3]

@@ -3,7 +3,6 @@ rank: DDP, FSDP2, ZeRO-2, ZeRO-3. They resume, export, and stop as one does."""
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,6 @@ from safetensors.torch import load_file
 from fmtrain import consistency, export, load
 from fmtrain.data import noise
 
-BIN = Path(sys.executable).parent
-CONFIGS = training.ROOT / "recipes" / "accelerate"
 # The order of sums over two ranks differs; six steps of Adam at 1e-2 amplify rounding of 1e-7.
 TOLERANCE = 1e-4
 STRATEGIES = {
@@ -26,29 +23,13 @@ STRATEGIES = {
     "zero2": {"model": "DeepSpeedEngine", "parameters": ["Tensor"], "stage": 2},
     "zero3": {"model": "DeepSpeedEngine", "parameters": ["Tensor"], "stage": 3},
 }
-SCRIPTS = [str(training.ROOT / "tests/support/strategy.py"), str(training.ROOT / "fmtrain/sft.py")]
-
-
-def start_of(kind: str) -> list[str]:
-    """What starts two processes of a strategy."""
-    if kind == "ddp":
-        return [str(BIN / "torchrun"), "--nproc_per_node", "2", "--standalone"]
-    start = [str(BIN / "accelerate"), "launch", "--config_file", str(CONFIGS / f"{kind}.yaml")]
-    return [*start, "--num_processes", "2", "--main_process_port", str(free_port())]
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def launch(
     folder: Path, out: Path, start: list[str], *overrides: str, **environment: str
 ) -> subprocess.CompletedProcess:
     """A run under the launcher of the tests, which writes what it saw beside the output folder."""
-    launcher, trainer = SCRIPTS
-    script = [launcher, f"{out}.pt", trainer, str(folder / "recipe.yaml")]
+    script = [*training.watched(f"{out}.pt"), str(folder / "recipe.yaml")]
     return subprocess.run(
         [*start, *script, "--use_cpu", "true", "--output_dir", str(out), *overrides],
         env=training.environment(DS_ACCELERATOR="cpu", **environment),
@@ -97,7 +78,7 @@ def trained(folder: Path, kind: str) -> Path:
     """The output folder of a whole run of two processes."""
     out = folder / kind
     if not out.exists():
-        whole(launch(folder, out, start_of(kind)))
+        whole(launch(folder, out, training.two_processes(kind)))
     return out
 
 
@@ -132,7 +113,7 @@ def test_a_run_of_two_processes_is_resumed_and_exported(folder, kind, tmp_path):
     shutil.copytree(before / "checkpoint-2", out / "checkpoint-2")
     for name in ("run.json", "recipe.yaml"):
         shutil.copy(before / name, out)
-    whole(launch(folder, out, start_of(kind), "--resume_from_checkpoint", "true"))
+    whole(launch(folder, out, training.two_processes(kind), "--resume_from_checkpoint", "true"))
     assert training.losses(out) == training.losses(before)
     ours, theirs = (load_file(path / "model.safetensors") for path in (out, before))
     assert ours.keys() == theirs.keys()
@@ -154,6 +135,6 @@ def test_a_run_of_two_processes_is_resumed_and_exported(folder, kind, tmp_path):
 @pytest.mark.parametrize("kind", STRATEGIES)
 def test_two_processes_stop_together(folder, kind, sabotage, error, tmp_path):
     parts = ["--train_parts", "language_model", "projector", "vision_tower"]
-    done = launch(folder, tmp_path / kind, start_of(kind), *parts, SABOTAGE=sabotage)
+    done = launch(folder, tmp_path / kind, training.two_processes(kind), *parts, SABOTAGE=sabotage)
     assert done.returncode != 0
     assert error in " ".join(done.stderr.split()), done.stderr[-3000:]
