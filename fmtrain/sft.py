@@ -61,8 +61,7 @@ def main(arguments: list[str]) -> int:
     with recorded(training.output_dir, resolved, trainer.is_world_process_zero()):
         trainer.train(resume_from_checkpoint=checkpoint or resume)
     if trainer.stopping.asked:
-        for number in SIGNALS:  # a launcher ends the others when the first process has ended
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         name, step = trainer.stopping.signal or "a signal", trainer.state.global_step
         say(
             f"stopped by {name} and saved at step {step} (exit code {TRY_AGAIN}); resume with "
@@ -82,6 +81,12 @@ def try_again(number: int, frame) -> None:
     sys.exit(TRY_AGAIN)
 
 
+def ignore_signals() -> None:
+    """How this process ends is settled: a launcher ends the others when the first one has ended."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def run(arguments: list[str]) -> int:
     """`main`, with errors of one line (of bad rows a line each) and exit code 2."""
     for number in SIGNALS:
@@ -89,7 +94,10 @@ def run(arguments: list[str]) -> int:
     quiet()
     datasets.logging.set_verbosity_error()
     try:
-        status = main(arguments)
+        try:
+            status = main(arguments)
+        finally:
+            ignore_signals()
     except (ValueError, OSError) as error:
         message = one_line(error) if isinstance(error, OSError) else str(error).strip()
         if "Traceback (most recent call last)" in message:  # of a data worker; its message is last

@@ -1,6 +1,8 @@
 """What a terminal shows last when a run fails: our line, under each way of starting one."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,9 @@ from pathlib import Path
 import pytest
 import training
 import yaml
+
+from fmtrain import sft
+from fmtrain.training import stopping
 
 BIN = Path(sys.executable).parent
 TRAIN = [sys.executable, "-m", "fmtrain", "train"]
@@ -48,6 +53,17 @@ def test_fmtrain_train_ends_with_the_error(folder):
     code, lines = start(folder, TRAIN, "--mask", "v2w")
     assert code == 2 and len(lines) == 1
     assert lines[0].startswith("error: ") and "'v2w'" in lines[0]
+
+
+def test_a_signal_behind_the_error_does_not_ask_for_another_try(monkeypatch):
+    """A launcher ends the other processes as soon as the first one has failed."""
+    handlers = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    monkeypatch.setattr(sft, "say_error", lambda message: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        assert sft.run(["no_such_recipe"]) == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.slow
