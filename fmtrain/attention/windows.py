@@ -128,7 +128,10 @@ def backward(
     grad_revealed_Hn: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide = grad_pooled_Hn.dtype
-    grad_q, grad_k = torch.empty_like(q_nHD, dtype=wide), torch.zeros_like(k_MGD, dtype=wide)
+    grad_q = torch.empty_like(q_nHD, dtype=wide)
+    grad_k = torch.zeros_like(
+        k_MGD.transpose(0, 1), dtype=wide, memory_format=torch.contiguous_format
+    )
     for block in _blocks(q_nHD, k_MGD, size, anywhere, within_image, own, places, blocks, fields):
         scores = block.scores(q_nHD, k_MGD, scale, wide)
         largest = block.largest(scores)
@@ -137,14 +140,14 @@ def backward(
             grad += scores.softmax(-1) * block.of_queries(grad_revealed_Hn)
         of_q = grad @ block.keys_of(k_MGD, wide)
         grad_q[block.rows, block.heads] = block.of_heads(of_q).transpose(0, 1)
-        of_k = grad.transpose(1, 2) @ block.queries_of(q_nHD, wide)
-        grad_k[block.keys, block.groups] += of_k.transpose(0, 1)
-    return grad_q.mul_(scale), grad_k.mul_(scale)
+        of_k = grad_k[block.groups, block.keys]
+        of_k.baddbmm_(grad.transpose(1, 2), block.queries_of(q_nHD, wide))
+    return grad_q.mul_(scale), grad_k.mul_(scale).transpose(0, 1).contiguous()
 
 
 def _sums(exponents: torch.Tensor) -> torch.Tensor:
-    """`logsumexp` over the last dimension; on a CPU softmax is faster than that."""
-    return exponents.amax(-1) - exponents.softmax(-1).amax(-1).log()
+    """`logsumexp` over the last dimension; on a CPU log_softmax is faster than that."""
+    return exponents.amax(-1) - exponents.log_softmax(-1).amax(-1)
 
 
 def _spread(largest, scores, grad, size: int) -> torch.Tensor:
@@ -154,11 +157,14 @@ def _spread(largest, scores, grad, size: int) -> torch.Tensor:
     # Comparisons to bool are many times dearer than arithmetic on a CPU.
     total = (scores - largest).ge_(0).mul_(left)
     left -= total
-    for shift in range(1, min(size, scores.shape[-1])):
+    last = min(size, scores.shape[-1]) - 1
+    for shift in range(1, last):
         windows = slice(0, scores.shape[-1] - shift)
         here = (scores[..., shift:] - largest[..., windows]).ge_(0).mul_(left[..., windows])
         left[..., windows] -= here
         total[..., shift:] += here
+    if last:  # what no other key of a window took
+        total[..., last:] += left[..., :-last]
     return total
 
 
