@@ -1,6 +1,7 @@
 """How good the memory is that a dry run tells: its estimate against the measured peak of a run.
 
     python -m eval.memory --out eval/results/memory.json
+    python -m eval.memory --learns QLoRA --out eval/results/memory_qlora.json
 
 Each setup trains a random LLaVA on a CPU for a few steps in a process of its own, as `fmtrain
 train` does. Measured is its resident memory: the highest of a step, forward, backward and
@@ -35,8 +36,13 @@ STEPS = 2  # the first one makes the optimizer's states
 ROWS = 24
 WORK, WARM = "work", "warm"  # workplaces: of the setup, of a small model before it
 MODELS = {"25m": 4, "100m": 2}  # rows of a batch
+LEARNS = ("full", "LoRA", "QLoRA")
 KEYS = {"use_cpu": True, "train_sampling_strategy": "sequential"}
 FLOAT32, BFLOAT16 = {"dtype": "float32"}, {"dtype": "bfloat16"}
+QLORA = {  # as recipes/llava13b_v2v_qlora.yaml has it
+    **{"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": True},
+    **{"dtype": "bfloat16", "bf16": True},
+}
 PACKED = {"packing": True, "max_length": 1200, "per_device_train_batch_size": 1}
 HEADER = ("learns", "dtype", "checkpointing", "rows", "measured", "estimate", "error")
 
@@ -105,6 +111,13 @@ def compare(size: str, keys: dict, threads: int = 1) -> dict:
     return {"model": size, **keys, **figures, "kinds": kinds}
 
 
+def learns(keys: dict) -> str:
+    """What learns in a setup, of `LEARNS`."""
+    if not keys["use_peft"]:
+        return "full"
+    return "QLoRA" if keys.get("load_in_4bit") else "LoRA"
+
+
 def setups(size: str) -> list[dict]:
     """Keys of the recipes that are compared; of a larger model than the first a few of them."""
     every = []
@@ -114,7 +127,8 @@ def setups(size: str) -> list[dict]:
             every += [{**how, **FLOAT32}, {**how, **FLOAT32, **PACKED}, {**how, **BFLOAT16}]
             if lora == checkpointing:
                 every.append({**how, **FLOAT32, "bf16": True})
-    return every if size == next(iter(MODELS)) else [every[0], every[-1]]
+    every = every if size == next(iter(MODELS)) else [every[0], every[-1]]
+    return every + [{**QLORA, "gradient_checkpointing": each} for each in (False, True)]
 
 
 def table(size: str, results: Sequence[dict]) -> Table:
@@ -124,7 +138,7 @@ def table(size: str, results: Sequence[dict]) -> Table:
         kind = "packed" if result.get("packing") else "padded"
         rows.append(
             [
-                "LoRA" if result["use_peft"] else "full",
+                learns(result),
                 *(dtype, "yes" if result["gradient_checkpointing"] else "no", kind),
                 *(f"{result['measured']:.0f}", f"{result['estimate']:.0f}"),
                 f"{100 * result['error']:+.1f} %",
@@ -140,7 +154,8 @@ def study(options: argparse.Namespace, command: str) -> None:
     device, _ = timing.choose_device("cpu", "float32", options.threads)
     results, tables = [], []
     for size in options.models:
-        for keys in tqdm(setups(size), unit="setup", leave=False):
+        wanted = [keys for keys in setups(size) if learns(keys) in options.learns]
+        for keys in tqdm(wanted, unit="setup", leave=False):
             results.append(compare(size, keys, torch.get_num_threads()))
         tables.append(table(size, [each for each in results if each["model"] == size]))
         Console(width=140).print(tables[-1].as_rich())
@@ -157,6 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m eval.memory", __doc__)
     add = parser.add_argument
     add("--models", nargs="+", default=list(MODELS), choices=list(subjects.SIZES))
+    how = "in the setups; QLoRA needs bitsandbytes (default: full LoRA)"
+    add("--learns", nargs="+", default=["full", "LoRA"], choices=LEARNS, help=how)
     add("--threads", type=int, default=1, help="of torch (default: %(default)s)")
     add("--out", type=Path, metavar="FILE.json", help="the results; the tables go to FILE.md")
     add("--measure", type=Path, help=argparse.SUPPRESS)

@@ -21,6 +21,7 @@ ELSEWHERE = ("preview/", "tiny/", "layout.py")
 BUILT = [
     "RECIPE: OPTION VALUE: …",
     "model …: …",
+    "no estimate of memory: …",
     "step …: the loss is … in the batch of rows …",
     "step …: the gradient is not finite, of rows …",
     "…: hub_token: it would be written to logs and checkpoints; set HF_TOKEN in the environment",

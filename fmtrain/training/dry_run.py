@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.utils import is_bitsandbytes_available
 
 from fmtrain.data.files import Rows
 from fmtrain.data.row_format import LENGTH
@@ -24,7 +25,8 @@ from fmtrain.layout import Role
 from fmtrain.training import estimate, packing, sharding, trainable
 from fmtrain.training import recipe as recipes
 from fmtrain.training.build import build_trainer
-from fmtrain.training.model import load_processor_of
+from fmtrain.training.model import load_processor_of, one_line
+from fmtrain.training.quantized import quantization_of
 from fmtrain.training.recipe import Recipe
 from fmtrain.training.row_counts import batches_of_epoch, largest, padding, roles, steps_of
 from fmtrain.training.rows import rows_of_run
@@ -35,6 +37,7 @@ from fmtrain.training.trainer import SFTTrainer
 FLAGS = ("--dry_run", "--dry-run")
 GIB = 2**30
 UNITS = {"GB": 1e9, "GiB": 2**30, "MB": 1e6, "MiB": 2**20}
+SHARDED = (ZERO3, FSDP2)  # strategies that share out the weights
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor")
 KEYS_OF_STRATEGY = ("deepspeed", "fsdp", "fsdp_config", "parallelism_config")
 UNVERIFIED = (
@@ -66,13 +69,15 @@ class Start:
         """The trainer of the run, of another recipe for the same rows if one is given, around a
         model without data."""
         recipe = recipe or self.recipe
-        dtype = recipe.model.dtype
-        model, mode = estimate.model_without_data(
-            self.config,
-            dtype=dtype if dtype in (None, "auto") else getattr(torch, dtype),
-            attn_implementation=recipe.model.attn_implementation,
-            trust_remote_code=recipe.training.trust_remote_code,
-        )
+        arguments, dtype = recipe.model, recipe.model.dtype
+        with one_line(arguments.model_name_or_path):
+            model, mode = estimate.model_without_data(
+                self.config,
+                quantization_of(arguments) if arguments.load_in_4bit else None,
+                dtype=dtype if dtype in (None, "auto") else getattr(torch, dtype),
+                attn_implementation=arguments.attn_implementation,
+                trust_remote_code=recipe.training.trust_remote_code,
+            )
         if self.gpu and recipe.masking.attention_backend == "auto":  # which asks what device it is
             backend = (
                 "sdpa" if recipe.mask.looks_ahead or packing.packs(recipe.training) else "auto"
@@ -145,7 +150,9 @@ def say_memory(
     else what would."""
     recipe, bf16 = start.recipe, start.recipe.training.bf16
     memory, sizes = memory_of(start, built=built)
-    names = [ONE] if strategy.gpus == 1 else [DDP, ZERO2, ZERO3, FSDP2]
+    names = [ONE]
+    if strategy.gpus > 1:
+        names = [DDP, ZERO2] if recipe.model.load_in_4bit else [DDP, ZERO2, *SHARDED]
     table = Table(title="memory of a step on each device, of the largest batch")
     table.add_column("")
     columns = []
@@ -190,11 +197,14 @@ def changes(
         rows = batch * training.gradient_accumulation_steps
         keys = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
         steps.append((keys, strategy))
-    if strategy.gpus > 1 and strategy.name not in (ZERO3, FSDP2):
+    packed = recipe.model.load_in_4bit
+    if strategy.gpus > 1 and strategy.name not in SHARDED and not packed:
         strategy = Strategy(ZERO3, strategy.gpus)
         steps.append(({}, strategy))
     if not recipe.model.use_peft:
         steps.append(({"use_peft": "true"}, strategy))
+    if strategy.gpus == 1 and not packed and is_bitsandbytes_available():
+        steps.append(({"load_in_4bit": "true"}, strategy))
     said, taken = [], list(words)
     for keys, other in steps:
         said += [f"{key}: {value}" for key, value in keys.items()] or [other.name]
@@ -222,11 +232,13 @@ def parse_gpus(text: str) -> int:
     return int(text)
 
 
-def estimated(recipe: Recipe) -> str | None:
+def estimated(recipe: Recipe, strategy: Strategy) -> str | None:
     """Why there is no estimate of a recipe's memory, if there is none."""
     optim = str(getattr(recipe.training.optim, "value", recipe.training.optim))
-    if recipe.model.load_in_4bit or recipe.model.load_in_8bit:
-        return "weights of 4 and 8 bits are not known without loading them"
+    if recipe.model.load_in_8bit:
+        return "load_in_8bit: weights of 8 bits are not known without loading them"
+    if recipe.model.load_in_4bit and strategy.name in SHARDED:
+        return f"load_in_4bit: how {strategy.name} shards packed weights is not known"
     return None if optim in OPTIMIZERS else f"optim {optim} is not known"
 
 
@@ -264,7 +276,7 @@ def main(arguments: list[str]) -> int:
         trainer, mode = start.trainer()
         say_rows(start, trainer, strategy.gpus)
         say(trainable.summary(trainer.model))
-        reason = estimated(recipe)
+        reason = estimated(recipe, strategy)
         if reason is None:
             say_memory(start, (trainer, mode), strategy, limit, overrides)
         else:

@@ -6,6 +6,7 @@ made until it is freed. Ids and layouts are real, since numbers in them decide s
 what kernels take for themselves, fragmentation, and CUDA's context.
 """
 
+import copy
 import weakref
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from trl import SFTTrainer
 
 from fmtrain.host import unwrap
+from fmtrain.training import quantized
 
 WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
 ACTIVATIONS, LOGITS = "activations", "logits"
@@ -41,12 +43,16 @@ class Memory:
         return sum(self.peak.values())
 
 
-def model_without_data(config, **kwargs) -> tuple[nn.Module, FakeTensorMode]:
+def model_without_data(
+    config, quantization: BitsAndBytesConfig | None = None, **kwargs
+) -> tuple[nn.Module, FakeTensorMode]:
     """The vision-language model of a config, as `from_config` makes it, whose weights have no
-    data."""
+    data; in 4 bits as `quantization` says."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
-        model = AutoModelForImageTextToText.from_config(config, **kwargs)
+        model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), **kwargs)
+    if quantization is not None:
+        quantized.pack_without_data(model, quantization)
     vars(model)["_apply"] = lambda *args, **kwargs: model  # no device to move to
     return model, fake
 
@@ -63,9 +69,10 @@ def step_memory(trainer: SFTTrainer, fake: FakeTensorMode, batches: list[dict]) 
     model = trainer.accelerator.prepare_model(trainer.model)
     optimizer = trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = len(batches)
-    count = _Count(fake)
-    for parameter in (*trainer.model.parameters(), *trainer.model.buffers()):
-        count.take(parameter, WEIGHTS)
+    count = Count(fake)
+    for weight in (*trainer.model.parameters(), *trainer.model.buffers()):
+        for tensor in quantized.stored(weight):
+            count.take(tensor, WEIGHTS)
     hooks = [unwrap(trainer.model).base_model.register_forward_hook(count.head_begins)]
     learning = [each for each in trainer.model.parameters() if each.requires_grad]
     hooks += [each.register_post_accumulate_grad_hook(count.gradient) for each in learning]
@@ -93,7 +100,7 @@ def _without_data(model: nn.Module, fake: FakeTensorMode) -> None:
                 setattr(module, name, empty)
 
 
-class _Count(TorchDispatchMode):
+class Count(TorchDispatchMode):
     """The bytes of all live storages of tensors without data, by kind."""
 
     def __init__(self, fake: FakeTensorMode):
@@ -106,6 +113,9 @@ class _Count(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return 1.0  # a metric's value
+        if func.name() == quantized.PRODUCT:
+            with self:
+                return quantized.product(*args)
         output = func(*args, **(kwargs or {}))
         if not func._schema.is_mutable and not func.is_view:
             output = tree_map_only(torch.Tensor, self._floats_without_data, output)

@@ -5,16 +5,15 @@ from contextlib import contextmanager
 
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageTextToText
-from trl import SFTConfig, get_quantization_config
+from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
 from fmtrain.checkpoint import check_base_mask, load_processor, recorded_mask
 from fmtrain.command_line import folded
 from fmtrain.data.aspect import with_aspect
 from fmtrain.host import check_implementation
+from fmtrain.training.quantized import quantization_of
 from fmtrain.training.recipe import Recipe
-
-UNQUANTIZED = [".*vision_tower", ".*multi_modal_projector", "lm_head"]
 
 
 def load_model(recipe: Recipe):
@@ -34,7 +33,7 @@ def load_processor_of(recipe: Recipe):
             "`model_name_or_path: llava-hf/llava-1.5-7b-hf`"
         )
     check_implementation(recipe.mask, recipe.model.attn_implementation or "")
-    with _one_line(name):
+    with one_line(name):
         start = recorded_mask(name, recipe.training.trust_remote_code)
         check_base_mask(name, start, recipe.mask, recipe.masking.base_mask)
         config = AutoConfig.from_pretrained(name, **_hub(recipe))
@@ -46,10 +45,8 @@ def load_weights(recipe: Recipe):
     """The starting model, of a start that `load_processor_of` has let pass."""
     arguments, training = recipe.model, recipe.training
     name = arguments.model_name_or_path
-    with _one_line(name):
-        quantization = get_quantization_config(arguments)
-        if quantization is not None:  # the language model's layers, which are the most of it
-            quantization.llm_int8_skip_modules = UNQUANTIZED
+    with one_line(name):
+        quantization = quantization_of(arguments)
         placed = {"": PartialState().device}
         model = AutoModelForImageTextToText.from_pretrained(
             name,
@@ -83,7 +80,8 @@ def _hub(recipe: Recipe) -> dict:
 
 
 @contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def one_line(name: str) -> Iterator[None]:
+    """What cannot be loaded of a model as a `ValueError` of one line, with the model's name."""
     try:
         yield
     except (OSError, ImportError, TypeError) as error:  # TypeError: of model_init_kwargs

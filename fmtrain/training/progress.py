@@ -27,6 +27,7 @@ from fmtrain.data.packing import Packs
 from fmtrain.host import unwrap
 from fmtrain.patch import attached
 from fmtrain.training import trainable
+from fmtrain.training.quantized import size_of
 from fmtrain.training.tracking import say
 
 GIB = 2**30
@@ -38,7 +39,7 @@ def flops_per_token(model, length: float, lora: bool) -> float:
     text, embeddings = inner.config.get_text_config(), inner.get_input_embeddings()
     head = inner.get_output_embeddings()
     parts = [*inner.base_model.language_model.parameters(), head.weight]
-    sizes = {id(part): getattr(part, "ds_numel", part.numel()) for part in parts}
+    sizes = {id(part): size_of(part) for part in parts}
     weights = sum(sizes.values()) - sizes.get(id(embeddings.weight), 0)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     attention = 12 * text.num_hidden_layers * text.num_attention_heads * size * length

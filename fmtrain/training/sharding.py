@@ -11,6 +11,7 @@ from torch import nn
 
 from fmtrain.training import estimate
 from fmtrain.training.estimate import OPTIMIZER, WEIGHTS, Memory
+from fmtrain.training.quantized import stored
 
 ONE, DDP, ZERO2, ZERO3, FSDP2 = "one GPU", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2"
 BUFFERS = "buffers"  # of communication, and weights that are gathered for a while
@@ -68,8 +69,9 @@ def _of_environment() -> dict:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model: numbers of parameters, of those that learn, of the largest layer and of what is
-    in no layer; bytes of a parameter, and of a learning one."""
+    """Of a model, its 4-bit weights left out: numbers of parameters, of those that learn, of the
+    largest layer and of what is in no layer; bytes of a parameter, and of a learning one. packed:
+    bytes of the 4-bit weights."""
 
     parameters: int
     learning: int
@@ -77,10 +79,17 @@ class Sizes:
     outside: int
     width: float
     learning_width: float
+    packed: int = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> "Sizes":
-        every = [*model.parameters()]
+        every, packed = [], []
+        for parameter in model.parameters():
+            tensors = stored(parameter)
+            if len(tensors) > 1:
+                packed += tensors
+            else:
+                every.append(parameter)
         learning = [each for each in every if each.requires_grad]
         layers = []
         for module in model.modules():
@@ -93,6 +102,7 @@ class Sizes:
             _numel(every) - sum(layers),
             _bytes(every) / _numel(every),
             _bytes(learning) / max(1, _numel(learning)),
+            _bytes(packed),
         )
 
 
@@ -122,7 +132,7 @@ def shared(memory: Memory, sizes: Sizes, strategy: Strategy, bf16: bool) -> dict
         masters = 4.0 * sizes.learning / gpus if bf16 else 0.0
         optimizer = masters + states * (4.0 if bf16 else width) * sizes.learning / gpus
         part = (width / sizes.learning_width if sizes.learning else 1.0) / gpus
-        weights = width * sizes.parameters
+        weights = width * sizes.parameters + sizes.packed
         buffers = width * min(REDUCED, sizes.learning)
         if strategy.name == ZERO3:
             weights /= gpus

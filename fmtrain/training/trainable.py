@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_utils import set_zero3_state
 
 from fmtrain.patch import unwrap
+from fmtrain.training.quantized import size_of
 
 
 def default_parts(config: LoraConfig | None) -> list[str]:
@@ -161,7 +162,7 @@ def summary(model: nn.Module) -> Table:
     counts: dict[str, list[int]] = {}
     for name, parameter in model.named_parameters():
         lora = "lora_" in name
-        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 keeps the full size there
+        size = size_of(parameter)
         row = counts.setdefault(part_of(name), [0, 0, 0, 0])
         for column, add in enumerate(
             (True, parameter.requires_grad, lora, not parameter.requires_grad)
@@ -178,8 +179,7 @@ def counts(model: nn.Module) -> dict[str, int]:
     learning: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            size = getattr(parameter, "ds_numel", parameter.numel())
-            learning[part_of(name)] = learning.get(part_of(name), 0) + size
+            learning[part_of(name)] = learning.get(part_of(name), 0) + size_of(parameter)
     return learning
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import families
 import numpy as np
+import torch
 import yaml
 from PIL import Image
 
@@ -166,3 +167,17 @@ def losses(output: Path) -> dict[int, float]:
     """Loss of each step, as the trainer logged it."""
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+def allocated(run) -> int:
+    """The most bytes that the CPU's allocator has given out in `run`, less those given back."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
+    live = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most

@@ -77,6 +77,7 @@ def test_what_would_fit_is_said(folder, capfd):
     keys = "gradient_checkpointing: true, per_device_train_batch_size: 1, "
     assert f"with {keys}gradient_accumulation_steps: 4: " in " ".join(said.split())
     assert "gradient_accumulation_steps: 4, use_peft: true: " in " ".join(said.split())
+    assert "use_peft: true, load_in_4bit: true: " in " ".join(said.split())
 
 
 @pytest.mark.parametrize(
@@ -94,9 +95,29 @@ def test_what_is_refused(words, message, folder, capfd):
     assert message in " ".join(capfd.readouterr().err.split())
 
 
-def test_a_recipe_without_an_estimate_says_why(folder, capfd):
-    said = told(training.write_recipe(folder, optim="adamw_bnb_8bit"), capfd)
-    assert "no estimate of memory: optim adamw_bnb_8bit is not known" in said
+@pytest.mark.parametrize(
+    ("keys", "words", "reason"),
+    [
+        ({"optim": "adamw_bnb_8bit"}, [], "optim adamw_bnb_8bit is not known"),
+        ({"load_in_8bit": True}, [], "load_in_8bit: weights of 8 bits are not known without"),
+        (
+            {"load_in_4bit": True},
+            ["--config_file", str(training.ROOT / "recipes" / "accelerate" / "zero3.yaml")],
+            "load_in_4bit: how ZeRO-3 shards packed weights is not known",
+        ),
+    ],
+)
+def test_a_recipe_without_an_estimate_says_why(keys, words, reason, folder, capfd):
+    said = " ".join(told(training.write_recipe(folder, **keys), capfd, *words).split())
+    assert f"no estimate of memory: {reason}" in said
+
+
+def test_4_bits_are_estimated_where_they_can_run(folder, capfd):
+    recipe = training.write_recipe(folder, load_in_4bit=True)
+    said = told(recipe, capfd, "--gpus", "8", "--memory", "1MiB")
+    assert "no estimate" not in said and re.search(r"DDP +┃ +ZeRO-2 +┃\n", said)
+    assert "does not fit" in said and "with gradient_checkpointing: true, per_device" in said
+    assert "load_in_4bit: true" not in said and "ZeRO-3" not in said
 
 
 def test_other_processes_of_a_launcher_leave(monkeypatch):

@@ -1,5 +1,8 @@
 """The memory that an estimate tells, against what PyTorch's allocator hands out in a real step."""
 
+from dataclasses import replace
+
+import bitsandbytes
 import pytest
 import torch
 import training
@@ -26,6 +29,12 @@ SETUPS = {
     "LoRA, checkpointing, bfloat16": {"gradient_checkpointing": True, "dtype": "bfloat16"},
     "LoRA, packed": {"packing": True, "max_length": 128, "per_device_train_batch_size": 2},
     "LoRA, light form": {"mask": "v2v+merge", "attention_backend": "sdpa"},
+    "QLoRA": {"load_in_4bit": True, "dtype": "bfloat16"},
+    "QLoRA, fp4, float32": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "QLoRA, nested, checkpointing, bf16": {
+        **{"load_in_4bit": True, "use_bnb_nested_quant": True, "gradient_checkpointing": True},
+        **{"dtype": "bfloat16", "bf16": True},
+    },
 }
 # What kernels take for themselves, and integers that no gradient needs: 0.2 to 1.6 % here, where
 # tensors are small.
@@ -41,20 +50,6 @@ def start_of(tmp_path_factory):
         return Start.of(recipes.read(training.write_recipe(folder, **changes), CPU))
 
     return start
-
-
-def allocated(run) -> int:
-    """The most bytes that the CPU's allocator has given out in `run`, less those given back."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        run()
-    events = [
-        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
-    ]
-    live = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most
 
 
 def held(start: Start) -> tuple[int, int, int]:
@@ -75,11 +70,25 @@ def held(start: Start) -> tuple[int, int, int]:
         optimizer.zero_grad()
 
     step()
-    most = allocated(step)
-    weights = [*trainer.model.parameters(), *trainer.model.buffers()]
+    most = training.allocated(step)
+    weights = [*trainer.model.parameters(), *trainer.model.buffers(), *scales(trainer.model)]
     states = [each for state in optimizer.state.values() for each in state.values()]
     sizes = [sum(each.numel() * each.element_size() for each in some) for some in (weights, states)]
     return sizes[0], sizes[1], most
+
+
+def scales(model) -> list[torch.Tensor]:
+    """Of bitsandbytes' 4-bit layers: the scales of blocks, the values that four bits stand for,
+    and of nested ones the same of the scales."""
+    tensors = {}
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            state = module.weight.quant_state
+            for each in (state, state.state2) if state.nested else (state,):
+                tensors |= {id(each.absmax): each.absmax, id(each.code): each.code}
+            if state.nested:
+                tensors[id(state.offset)] = state.offset
+    return [*tensors.values()]
 
 
 @pytest.mark.parametrize("name", SETUPS)
@@ -120,6 +129,12 @@ SIZES = Sizes(parameters=N, learning=N, layer=200, outside=400, width=2.0, learn
 )
 def test_what_each_gpu_holds(strategy, bf16, expected):
     assert tuple(shared(WHOLE, SIZES, strategy, bf16).values()) == expected
+
+
+def test_packed_weights_stay_packed_under_zero2():
+    """What learns and what is in 16 bits anyway is two bytes a weight; the packed ones stay."""
+    sizes = replace(SIZES, packed=300)
+    assert shared(WHOLE, sizes, Strategy("ZeRO-2", 4), True)[WEIGHTS] == 2 * N + 300
 
 
 @pytest.mark.parametrize(
