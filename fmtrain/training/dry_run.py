@@ -7,6 +7,7 @@ data (`fmtrain.training.estimate`). Nothing is trained, and no run folder is wri
 """
 
 import argparse
+import copy
 import os
 import re
 import tempfile
@@ -84,6 +85,10 @@ class Start:
             )
             masking = replace(recipe.masking, attention_backend=backend)
             recipe = replace(recipe, masking=masking)
+        training = copy.copy(recipe.training)  # tensors without data are not compiled
+        training.torch_compile = False
+        training.torch_compile_backend = training.torch_compile_mode = None
+        recipe = replace(recipe, training=training)
         console.quiet = True  # what a run says when it starts; a dry run says it once
         try:
             trainer = build_trainer(recipe, model, self.processor, self.rows, self.eval_rows)
@@ -268,8 +273,8 @@ def main(arguments: list[str]) -> int:
     if options.memory is None and torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory
     with tempfile.TemporaryDirectory() as folder:
-        own = {"use_cpu": "true", "report_to": "none", "torch_compile": "false"}
-        overrides += as_options({**own, "output_dir": folder})
+        own = {"use_cpu": "true", "report_to": "none", "output_dir": folder}
+        overrides += as_options(own)
         recipe = recipes.read(path, overrides)
         _check(recipe)
         start = Start.of(recipe, gpu=limit is not None or gpus is not None)
@@ -277,6 +282,8 @@ def main(arguments: list[str]) -> int:
         say_rows(start, trainer, strategy.gpus)
         say(trainable.summary(trainer.model))
         reason = estimated(recipe, strategy)
+        if recipe.training.torch_compile:
+            say("torch_compile: the memory of a step is estimated as it runs without it")
         if reason is None:
             say_memory(start, (trainer, mode), strategy, limit, overrides)
         else:

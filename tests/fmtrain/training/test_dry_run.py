@@ -120,6 +120,13 @@ def test_4_bits_are_estimated_where_they_can_run(folder, capfd):
     assert "load_in_4bit: true" not in said and "ZeRO-3" not in said
 
 
+@pytest.mark.parametrize("keys", [{"torch_compile": True}, {"torch_compile_backend": "inductor"}])
+def test_a_compiled_step_is_estimated_without_it_and_that_is_said(keys, folder, capfd):
+    line = "torch_compile: the memory of a step is estimated as it runs without it"
+    assert line in told(training.write_recipe(folder, **keys), capfd)
+    assert "torch_compile" not in told(training.write_recipe(folder), capfd)
+
+
 def test_other_processes_of_a_launcher_leave(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     assert dry_run.main(["no such recipe", "--dry_run"]) == 0
