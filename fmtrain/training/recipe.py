@@ -128,6 +128,11 @@ def read(path: str | os.PathLike, overrides: list[str] = ()) -> Recipe:
     check_init(path, training.model_init_kwargs)
     if training.hub_token is not None:
         raise ValueError(f"{path}: hub_token: {trl_options.NO_TOKEN}")
+    if model.load_in_4bit and model.dtype == "auto":
+        raise ValueError(
+            f"{path}: dtype auto with load_in_4bit: name the one that packed layers compute in "
+            "(dtype: bfloat16)"
+        )
     _check_use_of_rows(path, data, evaluation, training, {*values, *changed})
     trl_options.check(path, training, data.dataset_streaming)
     mask = masking.parse()

@@ -62,6 +62,11 @@ def test_merge_options(recipe, prefix, expected):
     )
 
 
+def test_packed_layers_compute_in_a_dtype_that_is_named(recipe):
+    with pytest.raises(ValueError, match="dtype auto with load_in_4bit"):
+        read(recipe(load_in_4bit=True, dtype="auto"))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
