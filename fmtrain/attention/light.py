@@ -32,15 +32,13 @@ class Light:
 
     rows: the queries that look ahead. first: the first tokens of the samples that have such, as
     keys [samples, positions], samples with sinks of like sizes together. last: where the sink of
-    each query ends in these, laid behind one another. count: its positions. windows: None for
-    kernel size 1.
+    each query ends in these, laid behind one another. windows: None for kernel size 1.
     """
 
     merge: Merge
     rows: torch.Tensor
     first: list[torch.Tensor]
     last: torch.Tensor
-    count: torch.Tensor
     windows: Windows | None
 
     @classmethod
@@ -65,13 +63,15 @@ class Light:
         windows = None
         if merge.kernel_size > 1:
             windows = Windows.of(policy, merge, tokens, keys, device)
-        rows, last, count = (on(device, each) for each in (rows, last, count))
-        return cls(merge, rows, first, last, count, windows)
+        return cls(merge, on(device, rows), first, on(device, last), windows)
 
     def sink(self, v_MGD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The mean value of each query's sink [n, G, D]."""
-        sums = [v_MGD[first].to(dtype).cumsum(1).flatten(0, 1) for first in self.first]
-        return torch.cat(sums).index_select(0, self.last) / self.count[:, None, None]
+        means = []
+        for first in self.first:
+            sizes = torch.arange(1, first.shape[1] + 1, device=v_MGD.device)[:, None, None]
+            means.append((v_MGD[first].to(dtype).cumsum(1) / sizes).flatten(0, 1))
+        return torch.cat(means).index_select(0, self.last)
 
 
 def _first(
@@ -167,4 +167,5 @@ def _unit(k_MGD: torch.Tensor) -> torch.Tensor:
 
 
 def _per_head(x_nGD: torch.Tensor, heads: int) -> torch.Tensor:
-    return x_nGD.repeat_interleave(heads // x_nGD.shape[1], dim=1)
+    copies = heads // x_nGD.shape[1]
+    return x_nGD if copies == 1 else x_nGD.repeat_interleave(copies, dim=1)

@@ -72,9 +72,9 @@ def combine(out_NHD, lse_HN, rows, other_nHD, other_Hn, total_Hn) -> None:
     """Add another output at `rows`, in place. other_Hn: its log-sum-exp; total: that of the whole,
     which is the new one."""
     before = lse_HN[:, rows]
-    first = out_NHD[rows] * _of_heads((before - total_Hn).exp())
-    second = other_nHD * _of_heads((other_Hn - total_Hn).exp())
-    out_NHD[rows] = (first + second).to(out_NHD.dtype)
+    whole = out_NHD[rows].to(lse_HN.dtype).mul_(_of_heads((before - total_Hn).exp()))
+    whole.addcmul_(other_nHD.to(whole.dtype), _of_heads((other_Hn - total_Hn).exp()))
+    out_NHD[rows] = whole.to(out_NHD.dtype)
     lse_HN[:, rows] = total_Hn
 
 

@@ -22,6 +22,7 @@ from fmtrain.policies import Policy, sight_on
 # Queries and scores of a block: the cache of a core, and what keeps a GPU busy
 QUERIES = {"cpu": 64, "cuda": 512}
 SCORES = {"cpu": 1 << 19, "cuda": 1 << 26}
+PAIRS = 1 << 21  # that a plan keeps for its layers, a byte each
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Windows:
     size: of a window, in keys. anywhere, within_image: the policy's sight. own: the number of each
     query among the keys [n]; places: the same on the CPU, so that no layer waits for a GPU. blocks:
     of each prefill where its queries begin and end and where its keys end, on the CPU [P, 3].
-    fields: role, image and prefill of each key [3, M]. normalizer: whether the sum over all
-    revealed scores is wanted. In the order of the operators' arguments.
+    fields: role, image and prefill of each key [3, M]. hidden: of every block which pairs are not
+    revealed, one after the other; empty where they are too many to be kept. normalizer: whether
+    the sum over all revealed scores is wanted. In the order of the operators' arguments.
     """
 
     size: int
@@ -42,6 +44,7 @@ class Windows:
     places: torch.Tensor
     blocks: torch.Tensor
     fields: torch.Tensor
+    hidden: torch.Tensor
     normalizer: bool
 
     @classmethod
@@ -63,8 +66,9 @@ class Windows:
         cpu = torch.device("cpu")
         blocks = on(cpu, np.stack([starts, stops, ends[prefill[starts]]], axis=1))
         fields = on(device, np.stack([tokens.role, tokens.image, tokens.prefill]))
-        sight, places = sight_on(device, policy), (on(device, keys), on(cpu, keys))
-        return cls(merge.kernel_size, *sight, *places, blocks, fields, not merge.normalize)
+        what = (*sight_on(device, policy), on(device, keys), on(cpu, keys), blocks, fields)
+        hidden = _all_hidden(*what)
+        return cls(merge.kernel_size, *what, hidden, not merge.normalize)
 
     def forward(self, q_nHD, k_MGD, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-sum-exp over the windows [H, n], and over the revealed keys [H, n] or [0]."""
@@ -90,13 +94,15 @@ def forward(
     places: torch.Tensor,
     blocks: torch.Tensor,
     fields: torch.Tensor,
+    hidden: torch.Tensor,
     normalizer: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(q_nHD.dtype, torch.float32)
     pooled_Hn = q_nHD.new_empty(q_nHD.shape[1], q_nHD.shape[0], dtype=wide)
     revealed_Hn = torch.empty_like(pooled_Hn) if normalizer else pooled_Hn.new_empty(0)
-    for block in _blocks(q_nHD, k_MGD, size, anywhere, within_image, own, places, blocks, fields):
+    what = anywhere, within_image, own, places, blocks, fields
+    for block in _blocks(q_nHD, k_MGD, size, what, hidden):
         scores = block.scores(q_nHD, k_MGD, scale, wide)
         pooled_Hn[block.heads, block.rows] = block.of_heads(_sums(block.largest(scores)))
         if normalizer:
@@ -105,7 +111,8 @@ def forward(
 
 
 @forward.register_fake
-def _(q_nHD, k_MGD, size, anywhere, within_image, own, places, blocks, fields, normalizer, scale):
+def _(q_nHD, k_MGD, *rest):
+    normalizer = rest[-2]
     wide = torch.promote_types(q_nHD.dtype, torch.float32)
     sums = q_nHD.new_empty(q_nHD.shape[1], q_nHD.shape[0], dtype=wide)
     return sums, torch.empty_like(sums) if normalizer else sums.new_empty(0)
@@ -122,6 +129,7 @@ def backward(
     places: torch.Tensor,
     blocks: torch.Tensor,
     fields: torch.Tensor,
+    hidden: torch.Tensor,
     normalizer: bool,
     scale: float,
     grad_pooled_Hn: torch.Tensor,
@@ -132,7 +140,8 @@ def backward(
     grad_k = torch.zeros_like(
         k_MGD.transpose(0, 1), dtype=wide, memory_format=torch.contiguous_format
     )
-    for block in _blocks(q_nHD, k_MGD, size, anywhere, within_image, own, places, blocks, fields):
+    what = anywhere, within_image, own, places, blocks, fields
+    for block in _blocks(q_nHD, k_MGD, size, what, hidden):
         scores = block.scores(q_nHD, k_MGD, scale, wide)
         largest = block.largest(scores)
         grad = _spread(largest, scores, block.of_queries(grad_pooled_Hn), size)
@@ -228,31 +237,53 @@ class _Block:
         return largest
 
 
-def _blocks(
-    q_nHD, k_MGD, size: int, anywhere, within_image, own, places, blocks, fields
-) -> Iterator[_Block]:
-    device, groups = q_nHD.device, k_MGD.shape[1]
-    wide = torch.promote_types(q_nHD.dtype, torch.float32)
-    per_group = q_nHD.shape[1] // groups
-    step, budget = QUERIES[device.type], SCORES[device.type]
-    one_sample = torch.zeros((), dtype=torch.int64, device=device)
+def _spans(places: torch.Tensor, blocks: torch.Tensor, step: int) -> Iterator[tuple[slice, slice]]:
+    """The queries and the keys of each block."""
     for first, stop, end in blocks.tolist():
         for begin in range(first, stop, step):
-            rows = slice(begin, min(begin + step, stop))
-            query = own[rows, None]
-            keys = slice(int(places[begin]) + 1, end)
-            index = torch.arange(keys.start, end, device=device)
-            role, image, prefill = fields
-            q = policies.Tokens(role[query], image[query], prefill[query], one_sample, query)
-            k = policies.Tokens(role[keys], image[keys], prefill[keys], one_sample, index)
-            closed = torch.zeros(len(query), len(index), dtype=wide, device=device)
-            closed.masked_fill_(~policies.ahead(anywhere, within_image, q, k), -torch.inf)
-            first_ones = index[: int(places[rows][-1] - places[begin])]
-            last_ones = index[-(size - 1) :]  # windows that end behind the prefill
-            before = first_ones <= query
-            beyond = last_ones != query + 1  # but a window that is all that is ahead counts
-            together = max(1, budget // (len(query) * per_group * len(index)))
-            for group in range(0, groups, together):
-                span = slice(group, min(group + together, groups))
-                heads = slice(span.start * per_group, span.stop * per_group)
-                yield _Block(rows, keys, span, heads, size, closed, before, beyond)
+            yield slice(begin, min(begin + step, stop)), slice(int(places[begin]) + 1, end)
+
+
+def _hidden(rows: slice, keys: slice, anywhere, within_image, own, fields) -> torch.Tensor:
+    """Which pairs of a block are not revealed [queries, K]."""
+    query, index = own[rows, None], torch.arange(keys.start, keys.stop, device=own.device)
+    one_sample = torch.zeros((), dtype=torch.int64, device=own.device)
+    role, image, prefill = fields
+    q = policies.Tokens(role[query], image[query], prefill[query], one_sample, query)
+    k = policies.Tokens(role[keys], image[keys], prefill[keys], one_sample, index)
+    return ~policies.ahead(anywhere, within_image, q, k)
+
+
+def _all_hidden(anywhere, within_image, own, places, blocks, fields) -> torch.Tensor:
+    """`Windows.hidden`."""
+    spans = list(_spans(places, blocks, QUERIES[own.device.type]))
+    pairs = sum((rows.stop - rows.start) * (keys.stop - keys.start) for rows, keys in spans)
+    if pairs > PAIRS:
+        return torch.empty(0, dtype=torch.bool, device=own.device)
+    each = [_hidden(*span, anywhere, within_image, own, fields).flatten() for span in spans]
+    return torch.cat(each)
+
+
+def _blocks(q_nHD, k_MGD, size: int, scope, hidden: torch.Tensor) -> Iterator[_Block]:
+    anywhere, within_image, own, places, blocks, fields = scope
+    device, groups, at = q_nHD.device, k_MGD.shape[1], 0
+    wide = torch.promote_types(q_nHD.dtype, torch.float32)
+    per_group, budget = q_nHD.shape[1] // groups, SCORES[device.type]
+    for rows, keys in _spans(places, blocks, QUERIES[device.type]):
+        query, index = own[rows, None], torch.arange(keys.start, keys.stop, device=device)
+        shape = len(query), len(index)
+        if len(hidden):
+            here = hidden[at : at + shape[0] * shape[1]].view(shape)
+            at += here.numel()
+        else:
+            here = _hidden(rows, keys, anywhere, within_image, own, fields)
+        closed = torch.zeros(shape, dtype=wide, device=device).masked_fill_(here, -torch.inf)
+        first_ones = index[: int(places[rows][-1] - places[rows][0])]
+        last_ones = index[-(size - 1) :]  # windows that end behind the prefill
+        before = first_ones <= query
+        beyond = last_ones != query + 1  # but a window that is all that is ahead counts
+        together = max(1, budget // (len(query) * per_group * len(index)))
+        for group in range(0, groups, together):
+            span = slice(group, min(group + together, groups))
+            heads = slice(span.start * per_group, span.stop * per_group)
+            yield _Block(rows, keys, span, heads, size, closed, before, beyond)
