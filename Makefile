@@ -56,6 +56,9 @@ gpu: setup
 	$(GPU_RUN) --images 1 6 --tables runs --packing 16384 --out eval/results/throughput_gpu_16k.json
 	$(BIN)/python -m eval.latency --model random --size 7b --backend flash \
 		--out eval/results/latency_gpu.json
+	$(BIN)/python -m eval.throughput --size 7b --train full --tables backends --batch 1 \
+		--masks causal v2v v2v+merge --images 10 --gradient_checkpointing \
+		--out eval/results/throughput_gpu_full.json
 
 clean:
 	rm -rf $(VENV) runs data build *.egg-info
