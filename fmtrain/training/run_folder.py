@@ -66,7 +66,10 @@ def checkpoint_of(training: SFTConfig, mask: Mask, wanted: str | bool | None) ->
         raise ValueError(f"{checkpoint}: not a checkpoint of a run")
     recorded = recorded_mask(checkpoint)
     if recorded != mask:
-        raise ValueError(f"{checkpoint} records the mask {recorded}, the recipe says {mask}")
+        before, now = str(recorded), str(mask)
+        if before == now:  # other options of a light form, or another table under the name
+            before, now = f"{before} ({recorded.record()})", f"{now} ({mask.record()})"
+        raise ValueError(f"{checkpoint} records the mask {before}, the recipe says {now}")
     _check_unfinished(training, Path(checkpoint))
     return str(checkpoint)
 

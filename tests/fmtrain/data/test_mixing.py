@@ -395,6 +395,23 @@ def test_a_number_of_rows_does_not_depend_on_the_steps(place, tmp_path, count):
     assert found[0] == found[1] and len(found[0][0]) == count and not found[0][1]
 
 
+def test_a_number_of_rows_is_the_first_ones_of_a_mix_of_epochs(place, tmp_path):
+    mixture = [entry(place, "a"), entry(place, "b", epochs=2)]
+    whole = ids(rows_of(recipe_of(place, tmp_path, datasets=mixture)).rows)
+    assert len(whole) == 12 + 2 * 8
+    for count in (1, 5, 28, 99):
+        recipe = recipe_of(place, tmp_path, datasets=mixture, dataset_rows=count)
+        assert ids(rows_of(recipe).rows) == whole[:count]
+
+
+def test_the_rows_of_a_run_are_those_of_all_its_processes(place, tmp_path, monkeypatch):
+    mixture = [entry(place, "a", weight=0.7), entry(place, "b", weight=0.3)]
+    keys = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 4}
+    recipe = recipe_of(place, tmp_path, datasets=mixture, **keys)
+    monkeypatch.setattr(type(recipe.training), "world_size", 5)
+    assert rows_of(recipe).size == 3 * 2 * 4 * 5
+
+
 def test_a_set_that_gives_no_row_to_a_run_is_named(place, tmp_path, capsys):
     mixture = [entry(place, "a", weight=1000), entry(place, "b", weight=1)]
     recipe = recipe_of(place, tmp_path, datasets=mixture, max_steps=1)

@@ -4,8 +4,9 @@ import pytest
 import torch
 import training
 
-from fmtrain import Mask, attached, sft
+from fmtrain import Mask, attached, policies, sft
 from fmtrain.attention import sdpa
+from fmtrain.layout import Role
 from fmtrain.masks import Allowed
 from fmtrain.training import trainer
 
@@ -59,6 +60,23 @@ def test_a_mask_that_is_lost_everywhere_is_noticed_by_its_missing_effect(
     monkeypatch.setattr(sdpa, "prepare", causal)
     with pytest.raises(ValueError, match=r"audit before step 0 fails: effect: .* 0 logits differ"):
         start(folder, tmp_path / "out", "v2v")
+
+
+def test_a_leak_that_every_layer_agrees_to_is_noticed(folder, tmp_path, monkeypatch):
+    """Without the prefill law an answer is a text to look ahead at, for the reference too."""
+    original = policies.revealed
+
+    def lawless(policy, *tokens):
+        read = []
+        for each in tokens:
+            role = torch.where(each.role == Role.ANSWER, int(Role.TEXT), each.role)
+            read.append(each._replace(role=role, prefill=each.sample))
+        return original(policy, *read)
+
+    monkeypatch.setattr(policies, "revealed", lawless)
+    with pytest.raises(ValueError, match=r"audit before step 0 fails: leaks: .* [1-9]\d* logits"):
+        start(folder, tmp_path / "out", "future")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_layer_that_computes_something_else_is_noticed(folder, tmp_path, monkeypatch):

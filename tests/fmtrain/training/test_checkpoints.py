@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import training
 
-from fmtrain import sft
+from fmtrain import Merge, sft
 from fmtrain.training import checkpoints
 
 RESUME = ["--resume_from_checkpoint", "true"]
@@ -124,6 +124,25 @@ def test_a_full_disk_loses_nothing_that_was_saved(folder, name):
     assert [path.name for path in checkpoints.whole_checkpoints(out)] == ["checkpoint-4"]
 
 
+def test_the_newest_is_the_one_of_most_steps(folder):
+    """Not the last one by name: 10 is more than 8."""
+    for step in (8, 10):
+        shutil.copytree(folder / "out" / "checkpoint-4", folder / "out" / f"checkpoint-{step}")
+    assert checkpoints.newest(folder / "out").name == "checkpoint-10"
+    whole = [path.name for path in checkpoints.whole_checkpoints(folder / "out")]
+    assert whole == [f"checkpoint-{step}" for step in (10, 8, 4, 2)]
+
+
+def test_a_light_form_is_resumed_with_its_own_options(folder):
+    words = ["--mask", "v2v+merge", "--output_dir", str(folder / "light")]
+    assert sft.main([str(folder / "recipe.yaml"), *words, "--max_steps", "1"]) == 0
+    for key, other in {"prefix": 2, "kernel_size": 5, "normalize": False}.items():
+        message = refused(folder, *words, *RESUME, f"--merge_{key}={str(other).lower()}")
+        before, now = message.split("checkpoint-1 records the mask ")[1].split(", the recipe says ")
+        assert before.startswith("v2v+merge (") and now.startswith("v2v+merge (")
+        assert f"'{key}': {getattr(Merge(), key)}" in before and f"'{key}': {other}" in now
+
+
 def test_what_a_killed_run_has_half_written_goes(folder):
     (folder / "out" / "_saving" / "checkpoint-4").mkdir(parents=True)
     shutil.rmtree(folder / "out" / "checkpoint-4")
@@ -160,3 +179,9 @@ def test_the_best_checkpoint_is_named_where_it_is(base, folder):
         text = (out / f"checkpoint-{step}" / "trainer_state.json").read_text()
         best = Path(json.loads(text)["best_model_checkpoint"])
         assert best.parent == out and best.is_dir()
+
+
+def test_an_error_that_no_disk_makes_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match=r"^a size mismatch$"):
+        with checkpoints.saving(tmp_path / "out", tmp_path):
+            raise RuntimeError("a size mismatch")
