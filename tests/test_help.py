@@ -59,6 +59,27 @@ def test_options_show_their_defaults(module, option, default, capsys, monkeypatc
     assert f"default: {default})" in shown or shown.endswith(f"{default} by default"), shown
 
 
+REQUIRED = {
+    "data_prep.digits": "--out",
+    "data_prep.vqav2": "--source, --out",
+    "eval.compare": "--before, --after",
+    "eval.milebench.combine": "--data, --tasks, --images",
+    "eval.milebench.generate": "--data, --model, --out",
+    "eval.milebench.score": "--data, --predictions, --out",
+    "fmtrain.export": "run, --out",
+    "fmtrain.tiny": "--out",
+}
+
+
+@pytest.mark.parametrize("module", REQUIRED)
+def test_what_a_command_needs_is_asked_for(module, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module(module, run_name="__main__")
+    said = capsys.readouterr().err.split("the following arguments are required: ")[1]
+    assert exit.value.code == 2 and said.strip() == REQUIRED[module]
+
+
 def test_the_help_of_training_names_every_key(capsys):
     assert main(["train", "tiny_v2v_lora", "--help"]) == 0
     shown = capsys.readouterr().out

@@ -46,9 +46,8 @@ def findings_of(*arguments: object, json_file: Path) -> tuple[int, dict]:
 
 
 def test_good_rows_pass(prepared, tmp_path, capsys):
-    code, findings = findings_of(
-        prepared, "--image_root", tmp_path / "images", json_file=tmp_path / "f.json"
-    )
+    words = prepared, "--image_root", tmp_path / "images", "--workers", 1
+    code, findings = findings_of(*words, json_file=tmp_path / "f.json")
     assert code == 0 and findings["bad"] == 0 and findings["rows"] == findings["images"] == 10
     assert "10 rows, 10 images opened, 0 bad rows" in capsys.readouterr().out
 
@@ -204,6 +203,7 @@ def test_reject_of_parquet(options, fixtures, convert, tmp_path):
         (["SET", "--skip_images", "--max_length", "3"], "needs --processor"),
         (["SET", "--skip_images", "--against", "."], "cannot be combined with --skip_images"),
         (["SET", "--image_root", "nowhere"], "--image_root nowhere is not a folder"),
+        (["SET", "--skip_images", "--workers", "0"], "--workers must be at least 1, not 0"),
         (["nowhere"], "nowhere: no such rows"),
         (["SET", "--image_root", ".", "--against", "SET"], "holds no images to check against"),
         (["SET", "--image_root", ".", "--reject", "x.parquet"], "x.parquet must end in .jsonl"),

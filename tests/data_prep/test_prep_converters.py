@@ -242,10 +242,68 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_broken_record_is_named_and_nothing_is_written(name, fixtures, convert, tmp_path, capsys):
-    file, old, new, reason = BROKEN[name]
-    source = tmp_path / "source"
+BROKEN_ELSEWHERE = [
+    (
+        "milebench",
+        "ALFRED/ALFRED.json",
+        '"task_instruction_id": 1',
+        '"task_instruction_id": 7',
+        "row 1: task_instruction_id 7 is not among the 2 instructions",
+    ),
+    (
+        "refcoco",
+        "refcoco/instances.json",
+        "103.93,",
+        "",
+        "row 1: annotation 1719310: bbox has 3 numbers, not 4",
+    ),
+    (
+        "refcoco",
+        "refcoco/instances.json",
+        "103.93",
+        "427",
+        "has no area inside the image of 427 x 640 pixels",
+    ),
+    (
+        "refcoco",
+        "refcoco/instances.json",
+        '"bbox"',
+        '"box"',
+        "annotations row 1: field 'bbox' is missing",
+    ),
+    (
+        "scienceqa",
+        "pid_splits.json",
+        '"2"',
+        '"2", "7", "5"',
+        "problems.json: 2 problems of train are missing, such as 5",
+    ),
+    (
+        "visual_genome",
+        "region_descriptions.json",
+        '"id": 1',
+        '"id": 7',
+        "row 1: image 7 is not in image_data.json",
+    ),
+    (
+        "visual_genome",
+        "image_data.json",
+        '"width": 800',
+        '"width": "wide"',
+        "image_data.json: row 1: expected a number as width",
+    ),
+    (
+        "vqav2",
+        "v2_mscoco_train2014_annotations.json",
+        '"question_id"',
+        '"question"',
+        "annotations.json: row 1: field 'question_id' is missing",
+    ),
+]
+
+
+def changed(fixtures: Path, name: str, source: Path, file: str, old: str, new: str) -> Path:
+    """A folder with a converter's fixtures, one text of a file replaced."""
     for original in (fixtures / name).rglob("*"):
         if original.is_file() and original.suffix in (".json", ".jsonl"):
             copy = source / original.relative_to(fixtures / name)
@@ -255,6 +313,13 @@ def test_a_broken_record_is_named_and_nothing_is_written(name, fixtures, convert
                 assert old in text
                 text = text.replace(old, new, 1)
             copy.write_text(text, encoding="utf-8")
+    return source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_broken_record_is_named_and_nothing_is_written(name, fixtures, convert, tmp_path, capsys):
+    *change, reason = BROKEN[name]
+    source, file = changed(fixtures, name, tmp_path / "source", *change), change[0]
     assert convert(name, source, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {source / file}: {reason}") and error.count("\n") == 1
@@ -268,6 +333,16 @@ def test_a_broken_record_is_named_and_nothing_is_written(name, fixtures, convert
     assert (
         len(reject.read_text(encoding="utf-8")) < 3000
     )  # the record, not the tables that it was joined with
+
+
+@pytest.mark.parametrize(("name", "file", "old", "new", "reason"), BROKEN_ELSEWHERE)
+def test_what_records_refer_to_is_looked_up(
+    name, file, old, new, reason, fixtures, convert, tmp_path, capsys
+):
+    source = changed(fixtures, name, tmp_path / "source", file, old, new)
+    assert convert(name, source, tmp_path / "out") == 2 and not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {source}/") and reason in error and error.count("\n") == 1
 
 
 class Touch:

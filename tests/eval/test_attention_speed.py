@@ -63,3 +63,6 @@ def test_a_run_writes_a_table_for_each_length(tmp_path, capsys):
     first = single["cases"][0]
     assert first["ratio"]["median"] == first["bound"] == 1.0
     assert f"### {single['tokens']} tokens, one sample" in out.with_suffix(".md").read_text()
+    for samples, said in ((1, "one sample"), (2, "2 samples"), (9, "9 samples")):
+        title = attention_speed.table(single | {"samples": samples}).title
+        assert title == f"{single['tokens']} tokens, {said}"

@@ -1,11 +1,13 @@
 """Held-out rows, their questions, and what two checkpoints answer to them."""
 
+import json
+
 import pytest
 
 from eval import compare, held_out
 from eval.held_out import HeldOut
 from fmtrain.decoding import right
-from fmtrain.masks import parse_masks
+from fmtrain.masks import Mask, parse_masks
 from fmtrain.tiny import CHECKPOINT, digits
 
 
@@ -55,16 +57,43 @@ def test_digits_by_task_and_mixed():
     assert len(mixed.rows) == 10
 
 
-def test_compare_counts_right_answers(monkeypatch, capsys):
-    """Of the base as it was trained and with the other's mask, and of the other one."""
+@pytest.fixture
+def answered(monkeypatch) -> list[tuple[str, list[str]]]:
+    """Which checkpoints are asked under which masks; all answers are right."""
     answered = []
 
     def answers(checkpoint, masks, data):
         answered.append((checkpoint, [str(mask) for mask in masks]))
         return [[question.reference for question in data.questions] for _ in masks]
 
-    folder = str(CHECKPOINT)
     monkeypatch.setattr(compare, "answers", answers)
+    return answered
+
+
+def test_compare_asks_each_checkpoint_under_its_own_mask(answered, tmp_path):
+    """And the base under the other's; one that records none is causal."""
+    folders = {"v2v": "v2v", "light": "future+merge", "plain": None}
+    for name, mask in folders.items():
+        config = json.loads((CHECKPOINT / "config.json").read_text())
+        config["fmtrain"] = mask and Mask.parse(mask).record()
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    v2v, light, plain = (str(tmp_path / name) for name in folders)
+    for before, after in ((v2v, light), (plain, v2v), (v2v, plain)):
+        assert compare.main(["--before", before, "--after", after, "--count", "2"]) == 0
+    assert answered == [
+        (v2v, ["v2v", "future+merge"]),
+        (light, ["future+merge"]),
+        (plain, ["causal", "v2v"]),
+        (v2v, ["v2v"]),
+        (v2v, ["v2v", "causal"]),
+        (plain, ["causal"]),
+    ]
+
+
+def test_compare_counts_right_answers(answered, capsys):
+    """Of the base as it was trained and with the other's mask, and of the other one."""
+    folder = str(CHECKPOINT)
     options = ["--tasks", "count", "read", "--count", "4", "--show", "2"]
     assert compare.main(["--before", folder, "--after", folder, *options]) == 0
     assert answered == [(folder, ["causal", "causal"]), (folder, ["causal"])]

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import fmtrain
-from fmtrain import POLICIES, Layout, Merge, Role, allowed, attend
-from fmtrain.attention import BACKENDS
+from fmtrain import POLICIES, Layout, Mask, Merge, Role, allowed, attend
+from fmtrain.attention import BACKENDS, sdpa
 
 OTHERS = [name for name in BACKENDS if name != "reference"]
 SCALE = 0.7  # not the default, so that a backend that ignores it is seen
@@ -289,6 +289,16 @@ def test_no_score_of_a_padded_token_reaches_anyone_even_as_infinity():
             assert torch.equal(
                 attend(q, k, v, layout, "v2t", backend, merge)[:, :, ~padded], before
             )
+
+
+@pytest.mark.parametrize("mask", ["causal", "v2v", "v2v+merge"])
+def test_sdpa_makes_a_mask_of_all_pairs_only_where_one_is_needed(mask):
+    layout, mask = Layout.parse("TIIT AA"), Mask.of(mask)
+    if not mask.looks_ahead:
+        assert sdpa.prepare(layout, mask, 0) == sdpa.Prepared(None, True)
+        assert sdpa.prepare(Layout.parse("TT A."), mask, 0).mask_B1QK is not None
+        assert sdpa.prepare(Layout.parse("TT A | T A"), mask, 0).mask_B1QK is not None
+    assert sdpa.prepare(layout, mask, 5) == sdpa.STEP  # a decoded token
 
 
 def test_auto_is_a_backend_too():

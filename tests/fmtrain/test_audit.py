@@ -213,6 +213,23 @@ def test_decoding_off_by_a_few_roundings_is_told_from_decoding_off_by_many(round
     assert found.passed == (roundings == 4), found
 
 
+def test_roundings_are_tried_out_up_and_down_at_random():
+    model, given, rounded = families.model("llava"), [], []
+    encoded = encode_row(families.processor("llava"), noise.rows()[1])
+    first, second, *_ = model.model.language_model.layers
+    with fmtrain.attach(model, "v2v"), torch.no_grad():
+        expected = model(**encoded.kwargs()).logits[0]
+        first.register_forward_hook(lambda module, args, output: given.append(output))
+        second.register_forward_pre_hook(lambda module, args: rounded.append(args[0]))
+        limit = consistency.rounding_of_logits(model, encoded, expected)
+    ups = [(after - before) * before.sign() > 0 for before, after in zip(given, rounded)]
+    assert len(ups) == consistency.SIGNS and limit > 0
+    for k, up in enumerate(ups):
+        assert 0.4 < up.float().mean() < 0.6 and not torch.equal(up, ups[k - 1])
+        step = (rounded[k] - given[k]).abs() / given[k].abs()
+        assert step.median() == pytest.approx(torch.finfo(step.dtype).eps, rel=0.5)
+
+
 def test_a_layer_that_calls_no_attention_is_found():
     """One that goes on from its input, as a layer does that some library replaced."""
     model = families.model("llava")

@@ -1,6 +1,7 @@
 """Broken JSON: one line with the file and the row, and nothing raw on the terminal."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -56,6 +57,17 @@ def test_a_broken_line_of_a_stream(tmp_path, name):
     sequence = stream.Stream((), 0, 1, 1, stream.unchecked)
     with pytest.raises(ValueError, match=rf"b.jsonl, b.jsonl row 2: {reason}"):
         stream.load([mixing.Entry(str(tmp_path / "b.jsonl"))], sequence, 0)
+
+
+@pytest.mark.parametrize("line", ["3", '"a text"', "[1, 2]"])
+def test_a_line_that_is_no_object(tmp_path, line):
+    path, said = tmp_path / "b.jsonl", f"b.jsonl row 2: a row is an object, not {json.loads(line)}"
+    path.write_bytes(GOOD + b"\n" + line.encode() + b"\n")
+    with pytest.raises(ValueError, match=f"b.jsonl: not readable as rows: {re.escape(said)}$"):
+        files.load(str(path))
+    sequence = stream.Stream((), 0, 1, 1, stream.unchecked)
+    with pytest.raises(ValueError, match=f"b.jsonl, {re.escape(said)}$"):
+        stream.load([mixing.Entry(str(path))], sequence, 0)
 
 
 def test_a_broken_array(tmp_path):

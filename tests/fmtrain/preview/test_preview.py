@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import families
+import numpy as np
 import pytest
 import torch
 import training
@@ -164,6 +165,7 @@ def test_what_is_printed(place):
         "training refuses a row without an answer" in short
         and "characters …" in short
         and "causal attention alone" in short
+        and "no max_length is set" in short
     )
     assert "characters …" not in shown(rows, "--processor", base, "--row", 4, "--full")
 
@@ -191,6 +193,10 @@ def test_colours_and_labels(place):
     assert (
         underlined == " from 3 to 7</s> 9</s>"
     )  # the labels, end tokens included, and nothing else
+    legend = terminal.legend()
+    assert legend.plain.startswith("text  [image]  answer  label: what the model learns to say")
+    looks = [legend.get_style_at_offset(console, at) for at in (0, len("text  [image]  "))]
+    assert [look.color.name for look in looks] == ["cyan", "magenta"]
     printed = screen()
     printed.print(terminal.report(row, source.mask, source.processor.tokenizer))
     assert "\x1b[1;4;35m from 3 to 7</s>" in printed.export_text(
@@ -372,6 +378,26 @@ def test_picture_of_a_long_row(tmp_path):
                 q,
                 k,
             )
+
+
+@pytest.mark.parametrize("picture", ["TT A", "TIT A", "TIIJT AA / TKT A", "TIJKT A.."])
+def test_the_legend_has_the_colours_of_the_strips(picture):
+    row = spans.spans(Layout.parse(picture))
+    legend = [colour for colour, _ in drawing._roles_legend(row) if colour not in "-:"]
+    assert {*legend} == {drawing.colour_of(span) for span in row} and len({*legend}) == len(legend)
+
+
+def test_a_square_of_the_legend_is_of_one_colour_with_a_thin_edge(tmp_path):
+    canvas = drawing.Canvas(60, 40)
+    drawing._legend(canvas, 20, 20, 16, [(drawing.TEXT, "")])
+    canvas.save(tmp_path / "legend.png")
+    pixels = np.array(Image.open(tmp_path / "legend.png").convert("RGB"))
+    square = np.zeros((40, 60), bool)
+    square[12:28, 20:36] = True
+    own = (pixels == (0x56, 0xB4, 0xE9)).all(2)
+    assert own[14:26, 22:34].all() and not own[~square].any()
+    assert (pixels[:10] == 255).all() and (pixels[30:] == 255).all()
+    assert (pixels[:, :18] == 255).all() and (pixels[:, 38:] == 255).all()
 
 
 def test_picture_of_all_policies(tmp_path):

@@ -95,6 +95,12 @@ def test_what_is_refused(words, message, folder, capfd):
     assert message in " ".join(capfd.readouterr().err.split())
 
 
+@pytest.mark.parametrize("words", [[], ["--mask", "v2v"]])
+def test_without_a_recipe_it_says_how_it_is_used(words):
+    with pytest.raises(ValueError, match=r"^usage: fmtrain train RECIPE --dry_run "):
+        dry_run.main([*words, "--dry_run"])
+
+
 @pytest.mark.parametrize(
     ("keys", "words", "reason"),
     [

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import training
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from wandb_files import wandb_records
 
@@ -130,6 +131,38 @@ def test_by_default_full_fine_tuning_leaves_the_tower_alone(folder):
         and not any("vision_tower" in name for name in moved)
         and any("projector" in name for name in moved)
     )
+
+
+def test_the_table_of_what_learns_counts_every_parameter_once():
+    model = training.families.model("llava").requires_grad_(False)
+    model.model.multi_modal_projector.linear_2.requires_grad_(True)
+    lora = LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|up_proj)")
+    sizes = {
+        part: sum(parameter.numel() for module in modules for parameter in module.parameters())
+        for part, modules in {
+            "language_model": (model.model.language_model, model.lm_head),
+            "projector": (model.model.multi_modal_projector,),
+            "linear_2": (model.model.multi_modal_projector.linear_2,),
+            "vision_tower": (model.model.vision_tower,),
+        }.items()
+    }
+    text = model.config.text_config
+    ends = 2 * text.hidden_size + text.hidden_size + text.intermediate_size  # of q_proj, of up_proj
+    adapters = text.num_hidden_layers * 4 * ends
+    adapted = get_peft_model(model, lora)
+    adapted.base_model.model.model.multi_modal_projector.linear_2.requires_grad_(True)
+    tower, projector, learnt = (sizes[name] for name in ("vision_tower", "projector", "linear_2"))
+    of_text = sizes["language_model"]
+    expected = {
+        "language_model": (of_text + adapters, adapters, adapters, of_text),
+        "projector": (projector, learnt, 0, projector - learnt),
+        "vision_tower": (tower, 0, 0, tower),
+    }
+    expected["all"] = tuple(map(sum, zip(*expected.values())))
+    table = zip(*(column.cells for column in trainable.summary(adapted).columns))
+    found = {part: tuple(int(cell.replace(",", "")) for cell in cells) for part, *cells in table}
+    assert found == expected
+    assert trainable.counts(adapted) == {"language_model": adapters, "projector": learnt}
 
 
 def test_a_frozen_tower_runs_without_a_graph(folder):
