@@ -122,5 +122,7 @@ def test_chance_of_a_question_is_that_of_one_who_does_not_look():
             if question.task == task:
                 turns.setdefault(question.text.rstrip("0123456789?"), []).append(question.reference)
         shares = [len(set(references)) for references in turns.values()]
-        assert chance == pytest.approx(sum(1 / count for count in shares) / len(shares), rel=0.6)
+        few = max(shares) <= 10  # so few that all of them come
+        mean = sum(1 / count for count in shares) / len(shares)
+        assert chance == pytest.approx(mean, rel=1e-9 if few else 0.6)
     assert held_out.chance("rows.jsonl", ["read"]) == {} == held_out.chance(None, ["read"])

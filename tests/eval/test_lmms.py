@@ -199,9 +199,10 @@ def test_another_mask(place, manager, rows):
     ) == expected(rows, "text_future")
 
 
-def test_likelihoods(place, manager, rows):
+def test_likelihoods(place, manager, rows, capsys):
     """The loss of each option against a forward of its own; the harness takes the least."""
     results = harness(place, manager, "tiny_choose", force_simple=True, batch_size=4)
+    assert "| 4/4 [" in capsys.readouterr().err  # batches: the first process shows how far it is
     model, processor = families.model("llava"), families.processor("llava")
     right = 0
     with attach(model, "prefix_lm", "reference"), torch.no_grad():

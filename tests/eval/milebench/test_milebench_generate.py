@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import product
 from pathlib import Path
@@ -472,6 +473,42 @@ def test_two_processes_make_the_same_predictions(place, plain, tmp_path):
     assert running.returncode == 0, error
     assert took_part, "the second process made nothing"
     assert out.count("pred.json: ") == 2
+    assert files(tmp_path / "two") == files(plain)
+    for name in files(plain):
+        assert (tmp_path / "two" / name).read_text() == (plain / name).read_text()
+
+
+class Process:
+    """What a `PartialState` says to one of two processes, which are threads here. The second one
+    goes on when the first waits for it again."""
+
+    num_processes, device = 2, torch.device("cpu")
+
+    def __init__(self, rank: int, barrier: threading.Barrier, ahead: threading.Semaphore):
+        self.process_index, self.is_main_process = rank, rank == 0
+        self._barrier, self._ahead = barrier, ahead
+
+    def wait_for_everyone(self) -> None:
+        if self.is_main_process:
+            self._ahead.release()
+        self._barrier.wait(60)
+        if not self.is_main_process:
+            self._ahead.acquire(timeout=5)
+
+
+def test_predictions_are_put_together_when_the_slower_process_is_done(place, plain, tmp_path):
+    words = arguments(place, tmp_path / "two", *SHORT)
+    options = generate.arguments_parser().parse_args(words)
+    planned = options, *generate.plan(options)
+    barrier, ahead = threading.Barrier(2), threading.Semaphore(0)
+    first, second = (Process(rank, barrier, ahead) for rank in (0, 1))
+    slower = threading.Thread(target=lambda: ahead.acquire() and generate.run(*planned, second))
+    slower.start()
+    try:
+        generate.run(*planned, first)
+    finally:
+        ahead.release()
+        slower.join(60)
     assert files(tmp_path / "two") == files(plain)
     for name in files(plain):
         assert (tmp_path / "two" / name).read_text() == (plain / name).read_text()

@@ -204,6 +204,21 @@ def test_colours_and_labels(place):
     )  # bold, underlined, magenta
 
 
+def test_of_a_long_text_both_ends_are_shown():
+    processor = families.processor("llava")
+    words = " ".join(str(number) for number in range(1000))
+    ids = processor.tokenizer(words, add_special_tokens=False)["input_ids"]
+    row = spans.spans(Layout.parse("T" * len(ids)))
+    shown = terminal.content(processor.tokenizer, ids, row, [False] * len(ids))
+    head, tail = shown.plain.split(f" … {len(words) - 480:,} characters … ")
+    assert (len(head), len(tail)) == (320, 160)
+    assert words.startswith(head) and words.endswith(tail)
+    places = (0, 100, len(shown.plain) - 1)
+    assert {shown.get_style_at_offset(screen(), at).color.name for at in places} == {"cyan"}
+    whole = terminal.content(processor.tokenizer, ids, row, [False] * len(ids), full=True)
+    assert whole.plain == words
+
+
 def test_an_answer_of_a_prompt_has_no_labels(place, tmp_path):
     prompt, last = training.read_rows(place)[TWO_TURNS]["messages"][:3], training.assistant("9")
     row = {"id": "p", "images": ["img/0_0.png", "img/1_0.png"]}

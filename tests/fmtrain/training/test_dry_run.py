@@ -2,9 +2,11 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import training
 
 from fmtrain import sft
@@ -69,6 +71,14 @@ def test_machines_that_are_not_at_hand(folder, capfd):
     assert re.search(r"DDP.*ZeRO-2.*ZeRO-3.*FSDP2", said)
     assert "of 74.51 GiB: fits" in said and "no GPU has confirmed it" in said
     assert "of 32 rows each on 8 processes" in said
+
+
+def test_without_a_word_the_memory_is_that_of_the_gpu_at_hand(folder, capfd, monkeypatch):
+    gpu = SimpleNamespace(total_memory=40 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    recipe = training.write_recipe(folder, max_length=48, dataloader_pin_memory=False)
+    assert "of 40.00 GiB: fits" in told(recipe, capfd)
 
 
 def test_what_would_fit_is_said(folder, capfd):
