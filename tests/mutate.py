@@ -1,19 +1,25 @@
 """Draws one-line bugs and says which of them the tests notice.
 
-    python tests/mutate.py --count 20 --seed 1 --only eval data_prep fmtrain/data
+    python tests/mutate.py --count 20 --seed 1 --only eval data_prep fmtrain/data --out bugs.jsonl
+    python tests/mutate.py --count 20 --seed 1 --only eval data_prep fmtrain/data --out bugs.jsonl \
+        --numbers 3 --tests tests/eval/test_paired.py
 
 Each is set in a copy of the repository, and the tests that mirror or import its module run there
 until one fails. Comparisons flip, `and` is `or`, a `not` is dropped, a constant is one more, two
-arguments change places, a statement is gone. Not part of CI: a bug takes as long as its tests.
+arguments change places, a statement is gone. `--out` keeps the verdicts: what is decided is not run
+again, and a survivor only on the test files that it has not met, where `--files` allows more. Not
+part of CI: a bug takes as long as its tests.
 """
 
 import argparse
 import ast
 import difflib
+import json
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +46,18 @@ FLIPPED = {
     ast.Mult: ast.FloorDiv,
     ast.FloorDiv: ast.Mult,
 }
-TIME = "not decided in time"
+TIME, DIED = "not decided in time", "the tests died"
+IMPORTED = [  # before the tests of all bugs, as it takes longer than most of them
+    "pytest",
+    "hypothesis",
+    "datasets",
+    "peft",
+    "trl.trainer.sft_trainer",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.llava.processing_llava",
+    "scipy.stats",
+]
 KEPT = (ast.JoinedStr, ast.Assert, ast.arg, ast.Import, ast.ImportFrom)  # nothing inside changes
 
 
@@ -129,15 +146,16 @@ def imports(path: Path) -> set[str]:
 
 def tests_of(path: Path) -> list[Path]:
     """Test files: those called as the module, those that import it or have its name as a text,
-    those that import a module which does; of each kind, those that name it most often first."""
-    module, users = name_of(path), set()
+    those that import a module which does; of each kind first those in the mirrored folder, then by
+    how often they name it."""
+    module, folder, users = name_of(path), path.relative_to(ROOT).parent, set()
     for package in PACKAGES:
         for other in (ROOT / package).rglob("*.py"):
             if module in imports(other):
                 users.add(name_of(other))
+    home, mirrored = ROOT / "tests" / path.relative_to(ROOT).parts[0], ROOT / "tests" / folder
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    files.sort(key=lambda file: -file.read_text().count(path.stem))
-    home = ROOT / "tests" / path.relative_to(ROOT).parts[0]
+    files.sort(key=lambda file: (file.parent != mirrored, -file.read_text().count(path.stem)))
     mirrors = list(home.rglob(f"test_*{path.stem}.py"))
     imported = {file: imports(file) for file in files}
     direct = [file for file in files if module in imported[file]]
@@ -152,34 +170,72 @@ def name_of(path: Path) -> str:
     return name.removesuffix(".__init__").removesuffix(".__main__")
 
 
-def failure(copy: Path, tests: list[str], limit: float) -> str | None:
-    """The first test that fails in a copy of the repository; `TIME` where they take too long."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "--no-header"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    options = {"cwd": copy, "env": environment, "capture_output": True, "text": True}
+class Failures:
+    """A plugin of pytest that keeps the names of tests and files that fail."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def pytest_runtest_logreport(self, report) -> None:
+        if report.failed:
+            self.names.append(report.nodeid)
+
+    pytest_collectreport = pytest_runtest_logreport
+
+
+def run_tests(copy: Path, arguments: list[str], answers) -> None:
+    """A process of its own: pytest in a copy of the repository, without a word."""
+    import pytest
+
+    os.setsid()
+    os.chdir(copy)
+    silence = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(silence, stream)
+    sys.argv, failures = ["pytest"], Failures()
+    sys.path.remove(str(ROOT / "tests"))
+    code = pytest.main(["-q", "-p", "no:cacheprovider", *arguments], plugins=[failures])
+    answers.send((int(code), failures.names))
+
+
+def failures(copy: Path, arguments: list[str], limit: float) -> list[str]:
+    """Tests that fail; `TIME` alone where they take too long, in seconds."""
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(IMPORTED)
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=run_tests, args=(copy, arguments, sender))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run([*command, *tests], timeout=limit, **options)
-    except subprocess.TimeoutExpired:
-        return TIME
-    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-    if lines:
-        return lines[0].split()[1]
-    return None if done.returncode in (0, 5) else "no test could run"
+        code, names = receiver.recv() if receiver.poll(limit) else (0, [TIME])
+    except EOFError:
+        code, names = 0, [DIED]
+    if process.is_alive():
+        os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    return names or ([] if code in (0, 5) else [f"pytest ended with {code}"])
 
 
-def noticed(copy: Path, bug: Bug, files: int, limit: float) -> str | None:
-    """What notices a bug. A test that fails without it as well is left out."""
+def noticed(copy: Path, bug: Bug, arguments: list[str], limit: float) -> str | None:
+    """The first test that fails with a bug in place."""
     place = copy / bug.path.relative_to(ROOT)
-    tests = [str(file.relative_to(ROOT)) for file in tests_of(bug.path)[:files]]
-    left_out: list[str] = []
-    while tests:
-        place.write_text(bug.after)
-        found = failure(copy, [*tests, *left_out], limit)
-        place.write_text(bug.before)
-        if found is None or "::" not in found or failure(copy, [found], limit) is None:
-            return found
-        left_out.append(f"--deselect={found}")
-    return None
+    place.write_text(bug.after)
+    names = failures(copy, ["-x", *arguments], limit)
+    place.write_text(bug.before)
+    return names[0] if names else None
+
+
+def drawn(count: int, seed: int, only: list[str], leave: list[str]) -> list[Bug]:
+    """Of all bugs that can be set in some folders or files, so many."""
+    paths: set[Path] = set()
+    for name in only:
+        paths |= {ROOT / name} if name.endswith(".py") else set((ROOT / name).rglob("*.py"))
+    every = []
+    for path in sorted(paths):
+        if not any(path.is_relative_to(ROOT / name) for name in leave):
+            every += bugs(path)
+    print(f"{len(every)} bugs can be set")
+    return random.Random(seed).sample(every, min(count, len(every)))
 
 
 def main() -> None:
@@ -191,30 +247,44 @@ def main() -> None:
     add("--leave", nargs="*", default=[], help="folders or files")
     add("--files", type=int, default=4, help="test files of a bug at most")
     add("--limit", type=float, default=300, help="seconds for its tests")
+    add("--slow", action="store_true", help="also tests that are marked so")
+    add("--out", type=Path, help="file of verdicts, a line each")
+    add("--numbers", type=int, nargs="+", help="of the bugs drawn these alone, decided or not")
+    add("--tests", nargs="+", help="tests to run in place of a bug's own")
     options = parser.parse_args()
-    paths: set[Path] = set()
-    for name in options.only:
-        paths |= {ROOT / name} if name.endswith(".py") else set((ROOT / name).rglob("*.py"))
-    paths = {
-        path for path in paths if not any(path.is_relative_to(ROOT / n) for n in options.leave)
-    }
-    every = []
-    for path in sorted(paths):
-        every += bugs(path)
-    drawn = random.Random(options.seed).sample(every, min(options.count, len(every)))
-    verdicts = []
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    sample = drawn(options.count, options.seed, options.only, options.leave)
+    verdicts: dict[str, dict] = {}
+    if options.out and options.out.exists():
+        verdicts = {each["bug"]: each for each in map(json.loads, options.out.open())}
+    marks = ["-m", "not cuda" if options.slow else "not slow and not cuda"]
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
-        shutil.copytree(
-            ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", ".pytest_cache")
-        )
-        for number, bug in enumerate(drawn, start=1):
-            found = noticed(copy, bug, options.files, options.limit)
-            verdicts.append({None: "survived", TIME: TIME}.get(found, "noticed"))
-            by = f" by {found}" if verdicts[-1] == "noticed" else ""
-            print(f"--- {number}: {verdicts[-1]}{by}\n{bug}\n", flush=True)
-    print(*(f"{verdicts.count(name)} {name}," for name in ("noticed", "survived", TIME)), end=" ")
-    print(f"of {len(every)} that can be set")
+        left_out = shutil.ignore_patterns("__pycache__", ".pytest_cache")
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=left_out)
+        for number, bug in enumerate(sample, start=1):
+            before = verdicts.get(str(bug), {"by": TIME})
+            decided = before["by"] not in (None, TIME)
+            if decided if options.numbers is None else number not in options.numbers:
+                continue
+            files = [str(file.relative_to(ROOT)) for file in tests_of(bug.path)][: options.files]
+            met = before["tests"] if before["by"] is None else []
+            tests = options.tests or [file for file in files if file not in met]
+            if not tests:
+                continue
+            by = noticed(copy, bug, [*marks, *tests], options.limit)
+            verdict = {"number": number, "bug": str(bug), "by": by, "tests": [*met, *tests]}
+            verdicts[str(bug)] = verdict
+            print(f"--- {number}: {by or 'survived'}\n{bug}\n", flush=True)
+            if options.out:
+                with options.out.open("a") as file:
+                    file.write(json.dumps(verdict) + "\n")
+        found = [each["by"] for each in verdicts.values()]
+        tests = sorted({name for name in found if name and "::" in name})
+        for name in failures(copy, [*marks, *tests], 10 * options.limit) if tests else []:
+            print(f"fails without a bug as well: {name}")
+    undecided, survived = found.count(TIME), found.count(None)
+    print(f"{len(found) - survived - undecided} noticed, {survived} survived, {undecided} {TIME}")
 
 
 if __name__ == "__main__":
