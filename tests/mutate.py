@@ -187,6 +187,7 @@ def run_tests(copy: Path, arguments: list[str], answers) -> None:
     """A process of its own: pytest in a copy of the repository, without a word."""
     import pytest
 
+    multiprocessing.set_start_method(None, force=True)  # of processes that tests start: as ever
     os.setsid()
     os.chdir(copy)
     silence = os.open(os.devnull, os.O_RDWR)
