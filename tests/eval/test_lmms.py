@@ -6,12 +6,12 @@ It gets the model's own answers.
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import families
 import pytest
 import torch
+import warm
 from lmms_eval import evaluator
 from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.tasks import TaskManager
@@ -317,7 +317,7 @@ def test_from_the_shell_in_two_processes(place, rows, tmp_path):
         "0",
     ]
     call = [
-        sys.executable,
+        warm.python(),
         "-m",
         *launcher,
         "-m",

@@ -4,7 +4,6 @@ import copy
 import importlib
 import json
 import subprocess
-import sys
 from dataclasses import replace
 
 import families
@@ -12,6 +11,7 @@ import pytest
 import random_audits
 import torch
 import training
+import warm
 
 import fmtrain
 from fmtrain import consistency, patch, policies
@@ -282,7 +282,7 @@ def test_a_plan_of_flash_calls_that_is_off_is_found(mask, monkeypatch):
 def test_the_command_line_on_checkpoint_and_recipe(tmp_path):
     recipe = training.workplace(tmp_path, rows=6)
     options = dict(env=training.environment(), cwd=tmp_path, capture_output=True, text=True)
-    path = [sys.executable, "-m", "fmtrain.audit"]
+    path = [warm.python(), "-m", "fmtrain.audit"]
     run = subprocess.run([*path, str(recipe), "--json", "found.json"], **options)
     assert run.returncode == 0, run.stderr[-1000:]
     found = json.loads((tmp_path / "found.json").read_text())

@@ -4,11 +4,11 @@ is written if not."""
 import json
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
 import training
+import warm
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -282,7 +282,7 @@ def test_adapters_that_add_positions_are_refused(trained, tmp_path, kind):
 
 
 def test_the_command_line(trained, tmp_path):
-    command = [sys.executable, "-m", "fmtrain.export", str(trained / "out"), "--out"]
+    command = [warm.python(), "-m", "fmtrain.export", str(trained / "out"), "--out"]
     options = dict(env=training.environment(), cwd=training.ROOT, capture_output=True, text=True)
     done = subprocess.run([*command, str(tmp_path / "exported")], **options)
     assert done.returncode == 0 and "28 tensors differ" in done.stdout

@@ -5,12 +5,12 @@ import json
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import families
 import numpy as np
 import torch
+import warm
 import yaml
 from PIL import Image
 
@@ -115,7 +115,7 @@ def own_answers(folder: Path, mask: str, tokens: int) -> list[str]:
 
 
 def command(recipe: Path, *overrides: str) -> list[str]:
-    return [sys.executable, str(ROOT / "fmtrain" / "sft.py"), str(recipe), *overrides]
+    return [warm.python(), str(ROOT / "fmtrain" / "sft.py"), str(recipe), *overrides]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -143,11 +143,11 @@ def launch(recipe: Path, *overrides: str, **env: str) -> subprocess.CompletedPro
 
 def two_processes(kind: str) -> list[str]:
     """What starts two processes of a strategy, before their script."""
-    bin = Path(sys.executable).parent
+    launcher = [warm.python(), "-m"]
     if kind == "ddp":
-        return [str(bin / "torchrun"), "--nproc_per_node", "2", "--standalone"]
+        return [*launcher, "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
-    start = [str(bin / "accelerate"), "launch", "--config_file", str(config)]
+    start = [*launcher, "accelerate.commands.launch", "--config_file", str(config)]
     return [*start, "--num_processes", "2", "--main_process_port", str(free_port())]
 
 

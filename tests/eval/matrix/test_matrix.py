@@ -10,13 +10,13 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import families
 import pytest
 import training
+import warm
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -151,7 +151,7 @@ def test_killed_and_resumed_is_the_same_and_no_cell_is_made_twice(folder, monkey
         "2",
     ]
     options += ["--max_new_tokens", "24", "--threads", "1", "--out", str(folder / "results")]
-    command = [sys.executable, "-m", "eval.matrix", *paths, *options]
+    command = [warm.python(), "-m", "eval.matrix", *paths, *options]
     process = subprocess.Popen(
         command,
         cwd=training.ROOT,

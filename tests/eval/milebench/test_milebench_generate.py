@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
 from itertools import product
@@ -18,6 +17,7 @@ from types import SimpleNamespace
 import families
 import pytest
 import torch
+import warm
 from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import GenerationConfig
@@ -149,7 +149,7 @@ def files(out: Path) -> list[str]:
 
 def command(place: Path, out: Path, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
     call = [
-        sys.executable,
+        warm.python(),
         *launcher,
         "-m",
         "eval.milebench.generate",

@@ -4,7 +4,6 @@ run leaves unopened."""
 import copy
 import json
 import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -594,7 +593,7 @@ def test_two_streaming_processes_with_workers_give_the_losses_of_one(place, tmp_
         )
         == 0
     )
-    start = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone"]
+    start = training.two_processes("ddp")
     words = [
         *start,
         str(training.ROOT / "fmtrain" / "sft.py"),

@@ -4,13 +4,13 @@ its command line."""
 import io
 import json
 import subprocess
-import sys
 
 import families
 import numpy as np
 import pytest
 import torch
 import training
+import warm
 from PIL import Image
 from rich.console import Console
 
@@ -502,7 +502,7 @@ def test_errors(place, capsys, tmp_path):
 def test_command(place, tmp_path):
     """In a process of its own, not a terminal: plain text, and nothing but it."""
     command = [
-        sys.executable,
+        warm.python(),
         "-m",
         "fmtrain.preview",
         str(training.write_recipe(place)),

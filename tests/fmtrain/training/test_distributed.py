@@ -4,12 +4,12 @@ rank: DDP, FSDP2, ZeRO-2, ZeRO-3. They resume, export, and stop as one does."""
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import training
+import warm
 from safetensors.torch import load_file
 
 from fmtrain import consistency, export, load
@@ -69,7 +69,7 @@ def folder(tmp_path_factory):
         train_sampling_strategy="sequential",
         per_device_train_batch_size=2,
     )
-    done = launch(folder, folder / "alone", [sys.executable], "--per_device_train_batch_size", "4")
+    done = launch(folder, folder / "alone", [warm.python()], "--per_device_train_batch_size", "4")
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 

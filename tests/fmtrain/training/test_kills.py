@@ -5,20 +5,18 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import training
+import warm
 
 from fmtrain.training import checkpoints
 
 KILLS = int(os.environ.get("KILLS", "1"))
 STEPS = 10 * KILLS + 10
-TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone"]
-STARTS = {"one": [sys.executable], "two": TORCHRUN}
 LEARNS = {"lora": ["--lora_dropout", "0.2"], "full": ["--use_peft", "false"]}
 
 
@@ -33,9 +31,10 @@ def folder(tmp_path_factory):
 
 
 def begun(folder: Path, processes: str, out: Path, *words: str) -> subprocess.Popen:
-    _, script, recipe = training.command(folder / "recipe.yaml")
+    python, *script = training.command(folder / "recipe.yaml")
+    start = training.two_processes("ddp") if processes == "two" else [python]
     return subprocess.Popen(
-        [*STARTS[processes], script, recipe, "--output_dir", str(out), *words],
+        [*start, *script, "--output_dir", str(out), *words],
         env=training.environment(),
         cwd=folder,
         stderr=subprocess.PIPE,
@@ -45,7 +44,9 @@ def begun(folder: Path, processes: str, out: Path, *words: str) -> subprocess.Po
 
 def kill(run: subprocess.Popen) -> None:
     """All its processes, the launcher first."""
-    processes = [psutil.Process(run.pid), *psutil.Process(run.pid).children(recursive=True)]
+    launcher = psutil.Process(warm.process_of(run.pid))
+    workers = [psutil.Process(warm.process_of(each.pid)) for each in launcher.children()]
+    processes = [launcher, *workers]
     for process in processes:
         process.kill()
     psutil.wait_procs(processes)
@@ -55,7 +56,7 @@ def kill(run: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("learns", LEARNS)
-@pytest.mark.parametrize("processes", STARTS)
+@pytest.mark.parametrize("processes", ["one", "two"])
 def test_kills_at_random_moments_change_nothing(folder, tmp_path, processes, learns, capsys):
     """Losses, weights and the state of the optimizer, bit for bit."""
     whole = begun(folder, processes, tmp_path / "whole", *LEARNS[learns])

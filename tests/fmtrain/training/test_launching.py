@@ -4,19 +4,18 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import training
+import warm
 import yaml
 
 from fmtrain import sft
 from fmtrain.training import stopping
 
-BIN = Path(sys.executable).parent
-TRAIN = [sys.executable, "-m", "fmtrain", "train"]
-LAUNCH = [str(BIN / "accelerate"), "launch"]
+TRAIN = ["-m", "fmtrain", "train"]
+LAUNCH = ["-m", "accelerate.commands.launch"]
 SFT = str(training.ROOT / "fmtrain" / "sft.py")
 
 
@@ -39,7 +38,7 @@ def two(folder):
 def start(folder: Path, command: list[str], *words: str) -> tuple[int, list[str]]:
     """Exit code and lines of stderr."""
     done = subprocess.run(
-        [*command, str(folder / "recipe.yaml"), *words],
+        [warm.python(), *command, str(folder / "recipe.yaml"), *words],
         env=training.environment(PYTHONPATH=str(training.ROOT)),
         cwd=folder,
         capture_output=True,

@@ -5,7 +5,6 @@ import copy
 import json
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -183,7 +182,7 @@ def test_two_processes_of_a_packed_run_give_the_losses_of_one(folder, free):
     held = {"eval_dataset_name": str(folder / "data" / "held.jsonl"), "eval_strategy": "steps"}
     recipe = packing(folder, eval_steps=4, eval_answers=0, max_length=60, **held)
     options = ["--use_cpu", "true", "--padding_free", free]
-    start = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone"]
+    start = training.two_processes("ddp")
     script = [str(training.ROOT / "fmtrain" / "sft.py"), str(recipe), *options]
     script += ["--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "3"]
     done = subprocess.run(

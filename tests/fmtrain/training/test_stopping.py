@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import psutil
 import pytest
 import torch
 import training
+import warm
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -178,7 +178,7 @@ def two(folder):
 def workers(process: subprocess.Popen) -> list[int]:
     """The processes of a launcher, by their rank."""
     found = {}
-    for child in psutil.Process(process.pid).children():
+    for child in psutil.Process(warm.process_of(process.pid)).children():
         rank = child.environ().get("RANK")
         if rank is not None:
             found[int(rank)] = child.pid
@@ -191,7 +191,7 @@ def test_two_processes_stop_at_the_same_step(folder, two, tmp_path, target):
     """The launcher hands the signal on; or one process alone gets it. Both exit with 75. The
     checkpoint is of none of `save_steps`."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fmtrain", "train", str(folder / "recipe.yaml")]
+    command = [warm.python(), "-m", "fmtrain", "train", str(folder / "recipe.yaml")]
     words = ["--config_file", str(two), "--use_cpu", "true", "--output_dir", str(out)]
     words += ["--max_steps", "5000", "--save_steps", "5001"]
     process = begun([*command, *words], folder)
@@ -321,7 +321,7 @@ def test_weights_that_are_no_numbers_are_not_saved(folder, tmp_path):
 @pytest.mark.slow
 def test_two_processes_name_the_rows_of_one(poisoned, two, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "fmtrain", "train", str(poisoned / "recipe.yaml")]
+    command = [warm.python(), "-m", "fmtrain", "train", str(poisoned / "recipe.yaml")]
     words = ["--config_file", str(two), "--use_cpu", "true", "--output_dir", str(out)]
     words += ["--per_device_train_batch_size", "2"]
     process = begun([*command, *words], poisoned)
@@ -343,7 +343,7 @@ def slurm(tmp_path) -> dict[str, str]:
     (tmp_path / "bin").mkdir()
     commands = {
         "scontrol": f'echo "$@" >> {tmp_path / "scontrol"}',
-        "fmtrain": f'exec {sys.executable} -m fmtrain "$@"',
+        "fmtrain": f'exec {warm.python()} -m fmtrain "$@"',
     }
     for name, text in commands.items():
         path = tmp_path / "bin" / name
