@@ -2,6 +2,7 @@
 own code is an error."""
 
 import functools
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +17,12 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "error:::fmtrain")
+
+
+def pytest_collection_finish():
+    """Every trainer has the garbage collected, a third of a second with all that is imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
