@@ -1,4 +1,5 @@
-"""torch.compile: the mask of the recipe in every layer, forward, backward and through a run.
+"""torch.compile: the mask of the recipe in every layer, forward, backward and through a run. That
+every backend computes the same compiled, in rows of many lengths, is in test_recompiles.
 
 dynamo folds `tensor == IntEnum` to False for a tensor that is no input of the graph, which once
 made every policy causal without a word. The backend "eager" traces as every other does.
@@ -28,15 +29,10 @@ def fresh():
 
 @pytest.mark.parametrize(
     "name, mask, backend",
-    [
-        *(("llava", mask, "sdpa") for mask in ("v2v", "prefix_lm", "v2v+merge")),
-        ("llava", "v2v", "reference"),
-        *(("llava", mask, "flash") for mask in ("causal", "v2v", "v2v+merge")),
-        ("internvl", "prefix_lm", "sdpa"),
-    ],
+    [("llava", "causal", "flash"), ("llava", "v2v", "sdpa"), ("internvl", "prefix_lm", "sdpa")],
 )
-def test_a_compiled_forward_is_the_eager_one(name, mask, backend, model_of):
-    model, processor = model_of(name), families.processor(name)
+def test_a_compiled_forward_is_the_eager_one(name, mask, backend):
+    model, processor = families.model(name, layers=2), families.processor(name)
     encoded = batch(processor, [encode_row(processor, row) for row in noise.rows()])
     real = encoded.layout.real
     with torch.no_grad():
@@ -51,30 +47,26 @@ def test_a_compiled_forward_is_the_eager_one(name, mask, backend, model_of):
 
 @pytest.mark.parametrize(
     "mask, backend",
-    [("v2v", "sdpa"), ("v2v", "flash"), ("v2v+merge", "flash")],
+    [("v2v", "flash"), ("v2v+merge", "flash")],
 )
-def test_compiled_training_has_the_gradients_of_eager(mask, backend, model_of):
-    model = model_of("llava")
+def test_compiled_training_has_the_gradients_of_eager(mask, backend):
+    model = families.model("llava", layers=1)
     loaded = Encoded.from_batch(Collator(families.processor("llava"))(noise.rows()))
     gradients = []
     with attach(model, mask, backend):
         model.train()
-        try:
-            for run in (model, torch.compile(model, backend="aot_eager")):
-                model.zero_grad()
-                run(**loaded.kwargs()).loss.backward()
-                weights = model.model.language_model.layers[0].self_attn.q_proj.weight
-                gradients.append(weights.grad.clone())
-        finally:
+        for run in (model, torch.compile(model, backend="aot_eager")):
             model.zero_grad()
-            model.eval()
+            run(**loaded.kwargs()).loss.backward()
+            weights = model.model.language_model.layers[0].self_attn.q_proj.weight
+            gradients.append(weights.grad.clone())
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
 
 
-def test_the_layers_of_a_compiled_model_are_compared_with_the_reference(model_of):
+def test_the_layers_of_a_compiled_model_are_compared_with_the_reference():
     """The audit looks at what a compiled model computes, not at what it would compute in eager."""
-    model, processor = model_of("llava"), families.processor("llava")
+    model, processor = families.model("llava", layers=2), families.processor("llava")
     rows = noise.rows()
     whole = batch(processor, [encode_row(processor, row) for row in rows])
     prompts = [encode_prompt(processor, row, turns(row)[0]) for row in rows]
@@ -87,12 +79,13 @@ def test_the_layers_of_a_compiled_model_are_compared_with_the_reference(model_of
 @pytest.mark.slow
 def test_a_compiled_run_learns_under_its_mask(tmp_path):
     recipe = training.workplace(tmp_path, rows=12)
+    families.model("llava", layers=1).save_pretrained(tmp_path / "base")
     losses = {}
-    compiled = ["--torch_compile", "true", "--torch_compile_backend", "aot_eager"]
+    compiled = ["--torch_compile", "true", "--torch_compile_backend", "eager"]
     runs = {"eager": ("v2v", []), "compiled": ("v2v", compiled), "causal": ("causal", [])}
     for name, (mask, options) in runs.items():
         out = tmp_path / name
-        words = ["--mask", mask, "--output_dir", str(out), "--max_steps", "3", *options]
+        words = ["--mask", mask, "--output_dir", str(out), "--max_steps", "2", *options]
         assert sft.main([str(recipe), *words]) == 0
         losses[name] = list(training.losses(out).values())
     assert losses["compiled"] == pytest.approx(losses["eager"], rel=1e-4)

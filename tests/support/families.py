@@ -239,7 +239,7 @@ def _processor(family: str):
     )
 
 
-def config(family: str):
+def config(family: str, layers: int = TEXT["num_hidden_layers"]):
     tokenizer = processor(family).tokenizer
     ids = dict(
         vocab_size=len(tokenizer),
@@ -248,16 +248,17 @@ def config(family: str):
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
+    text = {**TEXT, "num_hidden_layers": layers, **ids}
     if family == "llava":
         return LlavaConfig(
-            text_config=LlamaConfig(**TEXT, **ids),
+            text_config=LlamaConfig(**text),
             vision_config=CLIPVisionConfig(**CLIP),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             image_seq_length=4,
         )
     if family == "llava_next":
         return LlavaNextConfig(
-            text_config=MistralConfig(**TEXT, **ids, sliding_window=None),
+            text_config=MistralConfig(**text, sliding_window=None),
             vision_config=CLIPVisionConfig(**CLIP),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
@@ -265,14 +266,14 @@ def config(family: str):
         )
     if family == "llava_onevision":
         return LlavaOnevisionConfig(
-            text_config=Qwen2Config(**TEXT, **ids),
+            text_config=Qwen2Config(**text),
             vision_config=SiglipVisionConfig(**CLIP, vision_use_head=False),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
             image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
         )
     return InternVLConfig(
-        text_config=Qwen2Config(**TEXT, **ids),
+        text_config=Qwen2Config(**text),
         vision_config=InternVLVisionConfig(
             hidden_size=16,
             intermediate_size=24,
@@ -286,11 +287,11 @@ def config(family: str):
     )
 
 
-def model(family: str, seed: int = 0):
+def model(family: str, seed: int = 0, **changes):
     """A fresh random model in evaluation mode, float32, weights large enough that attention is far
-    from uniform."""
+    from uniform. changes: `layers` of its language model."""
     torch.manual_seed(seed)
-    fresh = AutoModelForImageTextToText.from_config(config(family)).eval()
+    fresh = AutoModelForImageTextToText.from_config(config(family, **changes)).eval()
     with torch.no_grad():
         for name, parameter in fresh.named_parameters():
             if parameter.ndim >= 2:
