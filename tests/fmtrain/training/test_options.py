@@ -1,4 +1,5 @@
-"""Whatever options a run is given, its first step learns under the recipe's mask.
+"""Whatever options a run is given, its first step learns under the recipe's mask. Seven runs have
+each option, and most pairs of them; `OPTION_EXAMPLES=50` in the environment draws as many more.
 
 The oracle of the loss is transformers alone: its eager attention, fed the mask that the table of
 the design spells out, pair by pair. That of the gradients, for what is recomputed in the backward
@@ -16,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import training
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
@@ -38,24 +39,39 @@ CHECKPOINTING = {
     "non-reentrant": ["--gradient_checkpointing_kwargs", '{"use_reentrant": false}'],
 }
 COMPILED = ["--torch_compile", "true", "--torch_compile_backend", "eager"]
-OTHERS = [
-    ["--dataloader_num_workers", "1"],
-    ["--max_grad_norm", "0.1"],
-    ["--optim", "adafactor"],
-    ["--auto_find_batch_size", "true"],
-    ["--include_num_input_tokens_seen", "true"],
-    ["--torch_empty_cache_steps", "1"],
-    ["--padding_free", "true"],
-    ["--packing", "true", "--max_length", "100"],
-]
+OTHERS = {
+    "workers": ["--dataloader_num_workers", "1"],
+    "clipped": ["--max_grad_norm", "0.1"],
+    "adafactor": ["--optim", "adafactor"],
+    "sized": ["--auto_find_batch_size", "true"],
+    "counted": ["--include_num_input_tokens_seen", "true"],
+    "emptied": ["--torch_empty_cache_steps", "1"],
+    "in one row": ["--padding_free", "true"],
+    "packed": ["--packing", "true", "--max_length", "100"],
+}
 ROWS = 4
-EXAMPLES = int(os.environ.get("OPTION_EXAMPLES", "6"))
+HOSTS = ["llava", "llava_next"]
+DRAWN = int(os.environ.get("OPTION_EXAMPLES", "0"))
+# family, mask, backend, rows of a batch, LoRA, precision, checkpointing, compiled, others
+RUNS = [
+    ("llava", "v2v", "auto", 1, False, "float32", "none", True, ["packed"]),
+    ("llava", "v2v+merge", "flash", 4, False, "float32", "non-reentrant", False, ["adafactor"]),
+    ("llava", "mma_interleaved", "flash", 2, True, "autocast", "reentrant", False, ["counted"]),
+    ("llava", "image", "sdpa", 4, True, "float32", "none", False, ["in one row", "emptied"]),
+    ("llava_next", "future", "sdpa", 2, False, "autocast", "none", False, ["workers", "clipped"]),
+    ("llava_next", "prefix_lm", "reference", 1, True, "float32", "reentrant", False, ["sized"]),
+    ("llava_next", "prefix_lm+merge", "auto", 2, True, "float32", "reentrant", False, ["packed"]),
+]
 
 
-@pytest.fixture(scope="module", params=["llava", "llava_next"])
-def folder(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp(request.param)
-    training.workplace(folder, request.param, rows=ROWS)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {name: workplace(tmp_path_factory.mktemp(name), name) for name in HOSTS}
+
+
+def workplace(folder, family: str):
+    """Whose model is loud."""
+    training.workplace(folder, family, rows=ROWS)
     training.write_recipe(folder, lora_dropout=0.0)
     model = AutoModelForImageTextToText.from_pretrained(folder / "base", dtype=torch.float32)
     with torch.no_grad():
@@ -111,27 +127,41 @@ def sizes(batch: int) -> list[str]:
     ]
 
 
+def every_run(test):
+    """The runs above, and those that are drawn."""
+    for run in RUNS:
+        test = example(**dict(zip(OPTIONS, run)))(test)
+    return test
+
+
+OPTIONS = ["family", "mask", "backend", "batch", "peft", "precision", "checkpointing"]
+OPTIONS += ["compiled", "others"]
+
+
 @pytest.mark.slow
 @settings(
-    max_examples=EXAMPLES,
+    max_examples=max(DRAWN, 1),
     deadline=None,
     derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    phases=[Phase.explicit, Phase.generate][: 2 if DRAWN else 1],
+    suppress_health_check=[HealthCheck.too_slow],
 )
+@every_run
 @given(
+    family=st.sampled_from(HOSTS),
     mask=st.sampled_from(MASKS),
     backend=st.sampled_from(["auto", *BACKENDS]),
     batch=st.sampled_from([1, 2, 4]),
     peft=st.booleans(),
     precision=st.sampled_from(list(PRECISIONS)),
     checkpointing=st.sampled_from(list(CHECKPOINTING)),
-    compiled=st.sampled_from([COMPILED] + 7 * [[]]),  # each takes ten seconds
-    others=st.lists(st.sampled_from(OTHERS), max_size=2, unique_by=tuple),
+    compiled=st.sampled_from([True] + 7 * [False]),  # each takes ten seconds
+    others=st.lists(st.sampled_from(list(OTHERS)), max_size=2, unique=True),
 )
 def test_options_do_not_change_the_mask(
-    folder, mask, backend, batch, peft, precision, checkpointing, compiled, others
+    folders, family, mask, backend, batch, peft, precision, checkpointing, compiled, others
 ):
+    folder, others = folders[family], [*chain.from_iterable(OTHERS[name] for name in others)]
     precise, tolerance = PRECISIONS[precision]
     fixed = [
         "--use_peft",
@@ -142,13 +172,12 @@ def test_options_do_not_change_the_mask(
         backend,
         *precise,
     ]
-    options = [*CHECKPOINTING[checkpointing], *compiled, *chain.from_iterable(others)]
+    options = [*CHECKPOINTING[checkpointing], *(COMPILED if compiled else []), *others]
     options += ["--gradient_checkpointing", str(checkpointing != "none")]
     step = first_step(folder, mask, *sizes(batch), *fixed, *options)
     assert float(step["loss"]) == pytest.approx(expected(folder, mask), rel=tolerance)
     # In bfloat16 so sharp a model makes a factor of one rounding (norms of 40 to 380 where float32
     # has 62), and other shapes round otherwise: there rows are laid out as in the run itself.
-    others = list(chain.from_iterable(others))
     plain = (batch, *fixed, *others) if precision == "autocast" else (ROWS, *fixed)
     assert float(step["grad_norm"]) == pytest.approx(
         plain_gradient(folder, mask, *plain), rel=max(GRADIENTS, 10 * tolerance)
@@ -156,7 +185,9 @@ def test_options_do_not_change_the_mask(
 
 
 @pytest.mark.parametrize("mask", MASKS[1:])
-def test_every_mask_moves_the_loss(folder, mask):
+@pytest.mark.parametrize("family", HOSTS)
+def test_every_mask_moves_the_loss(folders, family, mask):
     """Or a lost mask would not be noticed above."""
+    folder = folders[family]
     apart = abs(expected(folder, mask) - expected(folder, "causal"))
     assert apart > 10 * PRECISIONS["float32"][1] * expected(folder, mask)
