@@ -249,17 +249,18 @@ def config(family: str, layers: int = TEXT["num_hidden_layers"]):
         tie_word_embeddings=False,
     )
     text = {**TEXT, "num_hidden_layers": layers, **ids}
+    vision = {**CLIP, "num_hidden_layers": min(layers, CLIP["num_hidden_layers"])}
     if family == "llava":
         return LlavaConfig(
             text_config=LlamaConfig(**text),
-            vision_config=CLIPVisionConfig(**CLIP),
+            vision_config=CLIPVisionConfig(**vision),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             image_seq_length=4,
         )
     if family == "llava_next":
         return LlavaNextConfig(
             text_config=MistralConfig(**text, sliding_window=None),
-            vision_config=CLIPVisionConfig(**CLIP),
+            vision_config=CLIPVisionConfig(**vision),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
             image_seq_length=4,
@@ -267,7 +268,7 @@ def config(family: str, layers: int = TEXT["num_hidden_layers"]):
     if family == "llava_onevision":
         return LlavaOnevisionConfig(
             text_config=Qwen2Config(**text),
-            vision_config=SiglipVisionConfig(**CLIP, vision_use_head=False),
+            vision_config=SiglipVisionConfig(**vision, vision_use_head=False),
             image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
             video_token_id=tokenizer.convert_tokens_to_ids("<video>"),
             image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
@@ -289,7 +290,7 @@ def config(family: str, layers: int = TEXT["num_hidden_layers"]):
 
 def model(family: str, seed: int = 0, **changes):
     """A fresh random model in evaluation mode, float32, weights large enough that attention is far
-    from uniform. changes: `layers` of its language model."""
+    from uniform. changes: `layers` of its language model, and of a tower that has more."""
     torch.manual_seed(seed)
     fresh = AutoModelForImageTextToText.from_config(config(family, **changes)).eval()
     with torch.no_grad():
