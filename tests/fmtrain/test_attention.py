@@ -197,10 +197,7 @@ def test_rows_longer_than_a_chunk_of_queries(length, name, merge, backend):
 
 @pytest.mark.parametrize(
     "name, merge",
-    cases(
-        ["causal", "future", "v2v", "mma_interleaved", "prefix_lm"],
-        [None, Merge(), Merge(2, 1), Merge(normalize=False)],
-    ),
+    cases(["causal", "v2v", "prefix_lm"], [None, Merge(2, 1), Merge(normalize=False)]),
     ids=label,
 )
 @pytest.mark.parametrize("backend", BACKENDS)
