@@ -179,7 +179,7 @@ def test_a_dialogue_prefilled_again_is_the_dialogue_continued(family, backend, v
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["checkpointed", "reentrant"])
-@pytest.mark.parametrize("variant", PAPER)
+@pytest.mark.parametrize("variant", ["causal", "v2v", "future+merge"])
 def test_training_mode_with_gradient_checkpointing(
     family, backend, variant, reentrant, lora, model_of, rows
 ):

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -99,6 +100,7 @@ def refused(capsys, *arguments: str) -> str:
 @pytest.mark.slow
 def test_trains_evaluates_reports_and_does_nothing_twice(folder, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(sys, "executable", warm.python())  # of the trainer's processes
     path = write(folder, jobs=2)
     assert matrix.main([path]) == 0
     results = json.loads((folder / "results" / "results.json").read_text())

@@ -39,7 +39,8 @@ BROKEN = {
 def test_a_broken_line_of_many(tmp_path, name, capfd):
     """datasets counts rows from the start of a block of ten megabytes."""
     line, reason = BROKEN[name]
-    for folder, before in (("short", 3), ("long", 45_000)):
+    sizes = {"short": 3} | ({"long": 45_000} if name in ("cut off", "not UTF-8") else {})
+    for folder, before in sizes.items():
         path = tmp_path / folder
         path.mkdir()
         (path / "a.jsonl").write_bytes(GOOD + b"\n\n" + GOOD + b"\n")

@@ -4,7 +4,6 @@ Rows that are too long are dropped by their share, source by source."""
 import copy
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import families
@@ -200,9 +199,10 @@ def test_a_recipe_is_started_twice_and_checked_once(rows, tmp_path, examined, ca
 
 
 COUNTED = """
-import os, sys
+import datasets, os, sys
 from fmtrain import sft
 from fmtrain.data import checks
+datasets.config.HF_DATASETS_CACHE = "cache"
 original = checks.examine
 def note(row, **options):
     with open("seen", "a") as file:
@@ -219,11 +219,8 @@ def test_of_two_processes_one_checks(rows, tmp_path):
     training.workplace(place, rows=1)
     recipe = training.write_recipe(place, dataset_name=str(rows), max_steps=1, save_steps=1)
     (place / "counted.py").write_text(COUNTED)
-    start = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node", "2", "--standalone"]
-    words = [*start, "counted.py", str(recipe), "--use_cpu", "true"]
-    env = training.environment(
-        HF_DATASETS_CACHE=str(tmp_path / "cache"), PYTHONPATH=str(training.ROOT)
-    )
+    words = [*training.two_processes("ddp"), "counted.py", str(recipe), "--use_cpu", "true"]
+    env = training.environment(PYTHONPATH=str(training.ROOT))
     run = subprocess.run(words, env=env, cwd=place, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
     assert (place / "seen").read_text().split("\n") == [*(f"0 r{k}" for k in range(6)), ""]
