@@ -15,6 +15,7 @@ import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -46,27 +47,25 @@ exec {python} -I -S {file} {place} "$@"
 @functools.cache
 def python() -> str:
     """The program, of a server that ends with this process."""
-    place = tempfile.TemporaryDirectory(prefix="warm")
-    folder = Path(place.name)
+    folder = Path(tempfile.mkdtemp(prefix="warm"))
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "socket"))
     listener.listen(64)
     environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", str(listener.fileno()), place.name],
+        [sys.executable, __file__, "--serve", str(listener.fileno()), str(folder)],
         env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,  # ends with this process
+        stdin=subprocess.PIPE,  # closed when this process ends, and then the server ends
         pass_fds=[listener.fileno()],
     )
     listener.close()
     program = folder / "python"
-    program.write_text(PROGRAM.format(python=sys.executable, file=__file__, place=place.name))
+    program.write_text(PROGRAM.format(python=sys.executable, file=__file__, place=folder))
     program.chmod(0o755)
 
     def end() -> None:
         server.stdin.close()
         server.wait()
-        place.cleanup()
 
     atexit.register(end)
     return str(program)
@@ -107,6 +106,7 @@ def serve(listener: socket.socket, place: str) -> list[str]:
     while True:
         readable, _, _ = select.select([listener, sys.stdin], [], [])
         if listener not in readable:
+            shutil.rmtree(place)
             os._exit(0)
         connection, _ = listener.accept()
         if os.fork() == 0:
