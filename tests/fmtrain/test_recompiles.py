@@ -40,7 +40,7 @@ def row(number: int) -> dict:
 @pytest.mark.parametrize("mask", ["v2v", "v2v+merge"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_many_lengths_need_no_more_graphs_than_a_few(backend, mask):
-    model = families.model("llava", layers=1).train()
+    model = families.model("llava", layers=2).train()
     collate, graphs, lengths = Collator(families.processor("llava")), [], set()
     without_end = torch._dynamo.config.patch(recompile_limit=1000, fail_on_recompile_limit_hit=True)
     with attach(model, mask, backend), without_end:

@@ -154,7 +154,6 @@ TEXT = dict(
 CLIP = dict(
     hidden_size=16,
     intermediate_size=24,
-    num_hidden_layers=3,
     num_attention_heads=2,
     image_size=16,
     patch_size=8,
@@ -249,7 +248,7 @@ def config(family: str, layers: int = TEXT["num_hidden_layers"]):
         tie_word_embeddings=False,
     )
     text = {**TEXT, "num_hidden_layers": layers, **ids}
-    vision = {**CLIP, "num_hidden_layers": min(layers, CLIP["num_hidden_layers"])}
+    vision = {**CLIP, "num_hidden_layers": layers - 1}
     if family == "llava":
         return LlavaConfig(
             text_config=LlamaConfig(**text),
@@ -290,7 +289,7 @@ def config(family: str, layers: int = TEXT["num_hidden_layers"]):
 
 def model(family: str, seed: int = 0, **changes):
     """A fresh random model in evaluation mode, float32, weights large enough that attention is far
-    from uniform. changes: `layers` of its language model, and of a tower that has more."""
+    from uniform. changes: `layers` of its language model; a tower has one less."""
     torch.manual_seed(seed)
     fresh = AutoModelForImageTextToText.from_config(config(family, **changes)).eval()
     with torch.no_grad():
