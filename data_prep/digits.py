@@ -23,7 +23,7 @@ from typing import Any
 from data_prep.converting.writing import encoded, write_json
 from fmtrain.command_line import Parser, guarded
 from fmtrain.data.row_format import COLUMNS
-from fmtrain.tiny.digits import MOST, SPLITS, TASKS, row
+from fmtrain.tiny.digits import MOST, PROBES, SPLITS, TASKS, row
 
 CHOICES = {
     "read": [str(digit) for digit in range(10)],
@@ -39,7 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     add, tasks = parser.add_argument, list(TASKS)
     add("--out", type=Path, required=True, help="a new folder")
     add("--split", choices=SPLITS, help="default: both, or test with --milebench")
-    add("--tasks", nargs="+", choices=tasks, default=tasks, help="default: all")
+    known = [*tasks, *PROBES]
+    add("--tasks", nargs="+", choices=known, default=tasks, help=f"default: {' '.join(tasks)}")
     add("--count", type=int, default=200, help="rows a task and split (default: 200)")
     add("--seed", type=int, default=0)
     add("--milebench", action="store_true")

@@ -9,6 +9,7 @@ import functools
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +27,13 @@ DEFAULT_ROWS = 9600
 
 
 class Exchange(NamedTuple):
-    """A question with the pictures shown beside it, each uint8 [24, 24], and its answer."""
+    """A question with the pictures shown before it, each uint8 [24, 24], or behind it, and its
+    answer."""
 
     pictures: list[np.ndarray]
     question: str
     answer: str
+    question_first: bool = False
 
 
 @functools.cache
@@ -146,6 +149,58 @@ def _list(artist: Artist) -> list[Exchange]:
     ]
 
 
+def _redrawn(artist: Artist) -> list[Exchange]:
+    """As `changed`, but the second picture has scans of its own: equal digits are not equal
+    pixels."""
+    digits = artist.digits()
+    cell, old = next(iter(digits.items()))
+    new = artist.digit(but=old)
+    pictures = [artist.put(digits), artist.put(digits | {cell: new})]
+    return [Exchange(pictures, "Which digit changed?", f"from {old} to {new}")]
+
+
+def _odd(artist: Artist, pictures: int) -> list[Exchange]:
+    """All pictures show the same digits, but one of them another one in a cell."""
+    digits = artist.digits()
+    cell, common = next(iter(digits.items()))
+    other = digits | {cell: artist.digit(but=common)}
+    odd = int(artist.rng.integers(pictures))
+    shown = [artist.put(other if k == odd else digits) for k in range(pictures)]
+    return [Exchange(shown, "Which changed?", str(odd + 1))]
+
+
+def _total(artist: Artist, pictures: int) -> list[Exchange]:
+    wanted, places = artist.digit(), []
+    for k in range(pictures):
+        places += [(k, cell) for cell in artist.cells()]
+    number = int(artist.rng.integers(min(MOST, len(places)) + 1))
+    chosen = artist.rng.permutation(len(places))[:number].tolist()
+    of_picture: list[dict[int, int]] = [{} for _ in range(pictures)]
+    for index, (k, cell) in enumerate(places):
+        of_picture[k][cell] = wanted if index in chosen else artist.digit(but=wanted)
+    shown = [artist.put(digits) for digits in of_picture]
+    return [Exchange(shown, f"How often do you see {wanted}?", str(number))]
+
+
+def _pick(artist: Artist, pictures: int) -> list[Exchange]:
+    of_picture = [artist.digits() for _ in range(pictures)]
+    wanted = int(artist.rng.integers(pictures))
+    cell, digit = next(iter(of_picture[wanted].items()))
+    question = f"Which digit is in cell {cell + 1} in {wanted + 1}?"
+    return [Exchange([artist.put(digits) for digits in of_picture], question, str(digit))]
+
+
+def _beside(artist: Artist, step: int, question_first: bool) -> list[Exchange]:
+    """The digit behind (step 1) or before (-1) a named one, which a full picture shows once, in
+    reading order."""
+    named = artist.digit()
+    digits = {cell: artist.digit(but=named) for cell in range(CELLS)}
+    place = int(artist.rng.integers(CELLS - 1)) + (step < 0)
+    question = f"Which digit is in order {'from' if step > 0 else 'to'} {named}?"
+    picture, answer = artist.put(digits | {place: named}), str(digits[place + step])
+    return [Exchange([picture], question, answer, question_first)]
+
+
 TASKS: dict[str, Callable[[Artist], list[Exchange]]] = {
     "read": _read,  # a cell of a picture
     "count": _count,  # what the question names
@@ -156,6 +211,22 @@ TASKS: dict[str, Callable[[Artist], list[Exchange]]] = {
 LESSONS = {
     "list": _list
 }  # of pretraining only: many answer tokens a row, from which it learns to see
+# Only where they are named: tasks on which masks can differ, and `pick`, on which none should
+# (docs/experiments.md, 5).
+PROBES: dict[str, Callable[[Artist], list[Exchange]]] = {
+    "redrawn": _redrawn,  # `changed` between two pictures drawn anew
+    "odd4": partial(_odd, pictures=4),  # which of four pictures is unlike the others
+    "odd6": partial(_odd, pictures=6),
+    "total": partial(_total, pictures=3),  # `count` over three pictures
+    "pick4": partial(_pick, pictures=4),  # `read` in a named one of four pictures
+    # which digit follows, or precedes, the one that the question names, behind the picture or first
+    "follows": partial(_beside, step=1, question_first=False),
+    "precedes": partial(_beside, step=-1, question_first=False),
+    "follows_asked_first": partial(_beside, step=1, question_first=True),
+    "precedes_asked_first": partial(_beside, step=-1, question_first=True),
+}
+# All that there are. A row is drawn from its task's place among them: new ones come last.
+EVERY = TASKS | LESSONS | PROBES
 # the share of an answer that needs no look at the pictures: all of a task's answers are equally
 # likely
 CHANCE = {
@@ -164,24 +235,33 @@ CHANCE = {
     "changed": 1 / 90,
     "order": 1 / 720,
     "dialogue": 1 / 900,
+    "redrawn": 1 / 90,
+    "odd4": 1 / 4,
+    "odd6": 1 / 6,
+    "total": 1 / (MOST + 1),
+    "pick4": 1 / 10,
+    "follows": 1 / 9,
+    "precedes": 1 / 9,
+    "follows_asked_first": 1 / 9,
+    "precedes_asked_first": 1 / 9,
 }
 
 
 def exchanges(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> list[Exchange]:
     """The dialogue that these arguments mean, always the same."""
-    available, draw = scans(split), TASKS | LESSONS
-    rng = np.random.default_rng([SPLITS.index(split), list(draw).index(task), seed, index])
-    return draw[task](Artist(rng, available, filled))
+    available = scans(split)
+    rng = np.random.default_rng([SPLITS.index(split), list(EVERY).index(task), seed, index])
+    return EVERY[task](Artist(rng, available, filled))
 
 
 def row(split: str, task: str, seed: int, index: int, filled: int = CELLS) -> dict:
     """A dialogue as a row, its pictures as PNG."""
     name, messages, images = f"{split}-{task}-{seed}-{index}", [], []
     for turn in exchanges(split, task, seed, index, filled):
-        parts = [
-            *({"type": "image", "text": None} for _ in turn.pictures),
-            {"type": "text", "text": turn.question},
-        ]
+        parts = [{"type": "image", "text": None} for _ in turn.pictures]
+        parts.insert(
+            0 if turn.question_first else len(parts), {"type": "text", "text": turn.question}
+        )
         messages.append({"role": "user", "content": parts})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
         for picture in turn.pictures:
@@ -209,9 +289,9 @@ FEATURES = Features(
 
 def rows(split: str, tasks: Sequence[str], count: int, seed: int = 0) -> Dataset:
     """`count` rows, the tasks taking turns. Raises `ValueError` for an unknown split or task."""
-    unknown = [task for task in tasks if task not in TASKS | LESSONS]
+    unknown = [task for task in tasks if task not in EVERY]
     if unknown:
-        raise ValueError(f"unknown task {unknown[0]!r}; known are {', '.join(TASKS | LESSONS)}")
+        raise ValueError(f"unknown task {unknown[0]!r}; known are {', '.join(EVERY)}")
     made = (row(split, tasks[k % len(tasks)], seed, k // len(tasks)) for k in range(count))
     return Dataset.from_list(list(made), features=FEATURES)
 
@@ -240,7 +320,7 @@ def training_rows(
     config: str | None, count: int | None, seed: int = 0, first: int | None = None
 ) -> Dataset:
     """What `dataset_name: digits` means in a recipe; config: tasks joined by +, `curriculum`, or
-    None for all tasks; first: only so many of the `count` rows are needed."""
+    None for all of `TASKS`; first: only so many of the `count` rows are needed."""
     count = count or DEFAULT_ROWS
     if config == "curriculum":
         return curriculum(count, seed, first)

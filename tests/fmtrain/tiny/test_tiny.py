@@ -1,11 +1,13 @@
 """The embedded default: what its rows say is what its pictures show, and its splits share no
 scan."""
 
+import gzip
 import io
 import json
 import re
 from collections import Counter, defaultdict
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from sklearn.datasets import load_digits
 from data_prep import digits as digit_files
 from data_prep.checking.reading import read_rows
 from data_prep.converting.rows import format_problems
+from eval.held_out import by_task
 from eval.milebench.prompt import require_inputs
 from eval.milebench.tasks import read_task
 from fmtrain.checkpoint import load, recorded_mask
@@ -29,7 +32,9 @@ from fmtrain.tiny import CHECKPOINT, digits
 from fmtrain.tiny import model as tiny_model
 from fmtrain.tiny.__main__ import main as tiny_main
 
-ALL = [*digits.TASKS, *digits.LESSONS]
+RESULTS = Path(__file__).parents[3] / "eval" / "results"
+ASKED = [*digits.TASKS, *digits.PROBES]  # each question has one answer of a known number
+ALL = [*ASKED, *digits.LESSONS]
 
 
 @cache
@@ -67,8 +72,16 @@ def solve(question: str, shown: list[list[int | None]]) -> str:
     """The answer to a question about the pictures shown until then, from what is in their cells."""
     if cell := re.fullmatch(r"Which digit is in cell ([1-9])\?", question):
         return str(shown[-1][int(cell[1]) - 1])
+    if cell := re.fullmatch(r"Which digit is in cell ([1-9]) in ([1-4])\?", question):
+        return str(shown[int(cell[2]) - 1][int(cell[1]) - 1])
     if wanted := re.fullmatch(r"How often do you see ([0-9])\?", question):
-        return str(shown[-1].count(int(wanted[1])))
+        return str(sum(frame.count(int(wanted[1])) for frame in shown))
+    if named := re.fullmatch(r"Which digit is in order (from|to) ([0-9])\?", question):
+        ((place,),) = [[k for k, digit in enumerate(f) if digit == int(named[2])] for f in shown]
+        return str(shown[0][place + (1 if named[1] == "from" else -1)])
+    if question == "Which changed?":
+        (odd,) = [k for k, frame in enumerate(shown, start=1) if shown.count(frame) == 1]
+        return str(odd)
     if question == "Which digit changed?":
         return change(*shown)
     if question == "In what order do the digits appear?":
@@ -83,7 +96,11 @@ def dialogue(row: dict) -> list[tuple[str, int, str]]:
     found, shown = [], 0
     for user, assistant in zip(row["messages"][::2], row["messages"][1::2], strict=True):
         assert (user["role"], assistant["role"]) == ("user", "assistant")
-        *images, question = user["content"]
+        ((place, question),) = [
+            (k, part) for k, part in enumerate(user["content"]) if part["type"] == "text"
+        ]
+        images = user["content"][:place] + user["content"][place + 1 :]
+        assert place == (0 if row["task"].endswith("asked_first") else len(images))
         assert all(part == {"type": "image", "text": None} for part in images)
         shown += len(images)
         found.append((question["text"], shown, assistant["content"][0]["text"]))
@@ -141,23 +158,28 @@ def test_answers_are_what_the_pictures_show(task):
             assert solve(question, shown[:images]) == answer, row["id"]
 
 
-@pytest.mark.parametrize("task", digits.TASKS)
+@pytest.mark.parametrize("task", ASKED)
 def test_the_question_does_not_give_the_answer_away(task):
-    """The most frequent answer to each question is right no more often than it is among shuffled
-    answers."""
+    """The most frequent answer to each question is right no more often than it is among answers
+    that are all equally likely."""
     made = [digits.exchanges("train", task, 0, index) for index in range(1000)]
     questions = [" ".join(turn.question for turn in turns) for turns in made]
     answers = [" ".join(turn.answer for turn in turns) for turns in made]
-    assert len(set(answers)) <= round(1 / digits.CHANCE[task])
+    possible = round(1 / digits.CHANCE[task])
+
+    def given(answers) -> list[Counter]:
+        counts = defaultdict(Counter)
+        for question, answer in zip(questions, answers, strict=True):
+            counts[question][answer] += 1
+        return list(counts.values())
 
     def best_guess(answers) -> int:
-        given = defaultdict(Counter)
-        for question, answer in zip(questions, answers):
-            given[question][answer] += 1
-        return sum(counts.most_common(1)[0][1] for counts in given.values())
+        return sum(counts.most_common(1)[0][1] for counts in given(answers))
 
+    assert max(map(len, given(answers))) <= possible
     rng = np.random.default_rng(0)
-    assert best_guess(answers) <= max(best_guess(rng.permutation(answers)) for _ in range(100))
+    drawn = [best_guess(rng.integers(possible, size=1000).tolist()) for _ in range(100)]
+    assert best_guess(answers) <= max(drawn)
 
 
 def test_the_earlier_turn_does_not_give_the_change_away():
@@ -197,6 +219,35 @@ def test_any_text_survives_the_tokenizer():
     words = tiny_model.tokenizer()
     text = "Why, naïve reader, are 12 cells grey?\n\tPrediction: 数字 Whiches Whichever insane"
     assert words.decode(words(text).input_ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize("study", ["learning", "tiny"])
+def test_a_new_task_leaves_the_questions_of_stored_results_as_they_were(study):
+    """Every row of a stored matrix is drawn again, with the same id, question and answer."""
+    lines = gzip.decompress((RESULTS / study / "answers.jsonl.gz").read_bytes()).splitlines()
+    stored: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for line in map(json.loads, lines):
+        stored[line["unit"]].append((line["question"], line["reference"]))
+    assert len(stored) >= 500
+    for unit, asked in stored.items():
+        split, task, seed, index = unit.split("-")
+        made = digits.exchanges(split, task, int(seed), int(index))
+        assert [(turn.question, turn.answer) for turn in made] == asked, unit
+
+
+def test_probes_are_asked_only_where_they_are_named():
+    mixes = (
+        digits.training_rows(None, 30),
+        digits.held_out_rows(None, 30),
+        digits.held_out_rows("curriculum", 30),
+        digits.curriculum(300),
+    )
+    everything = {task for rows in mixes for task in rows["task"]}
+    assert everything == {*digits.TASKS, *digits.LESSONS}
+    assert digits.training_rows("odd6+pick4", 4)["task"] == ["odd6", "pick4"] * 2
+    assert [question.task for question in by_task("digits", ("odd4",), 2, None).questions] == [
+        *("odd4", "odd4")
+    ]
 
 
 def test_the_curriculum_begins_with_lessons_and_is_reproducible():
