@@ -4,7 +4,7 @@ They are inline SVG that takes the page's style.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -98,7 +98,7 @@ def _square(css: str, x: float, y: float, cell: float) -> str:
 
 PLOT, TEXT = 204.0, 136.0  # pixels of a chart: of its plot, of the figures beside it
 EDGE, NAME, LINE, GAP = 12.0, 15.0, 15.0, 7.0  # around the plot; of a name, a point, between groups
-STEPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+STEPS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -164,3 +164,45 @@ def _point(point: Point, y: float, at) -> str:
         f'<text class="figures" x="{2 * EDGE + PLOT:g}" y="{y + 4:g}">{escape(point.text)}</text>'
         "</g>"
     )
+
+
+CURVE, HIGH_CURVE, LABEL = 300.0, 130.0, 30.0  # pixels: of a curve's plot, and of its labels
+
+
+def curves(series: Mapping[str, Mapping], top: float, scale: float, title: str) -> str:
+    """Means against steps, each in the range of its runs; the axes open at 0.
+
+    series: {CSS class: {"steps", "mean", "low", "high"}}. top: a value that the axis holds. scale:
+    1 in the figures of the axis.
+    """
+    axis = ticks(0.0, top)
+    last = max(one["steps"][-1] for one in series.values())
+
+    def x(step: float) -> float:
+        return LABEL + CURVE * step / last
+
+    def y(value: float) -> float:
+        return EDGE + HIGH_CURVE * (1 - value / axis[-1])
+
+    parts = []
+    for value in axis:
+        parts.append(f'<path class="grid" d="M{LABEL:g} {y(value):.1f}h{CURVE:g}"/>')
+        figure = f"{scale * value:.3g}"
+        parts.append(
+            f'<text class="height" x="{LABEL - 5:g}" y="{y(value) + 4:.1f}">{figure}</text>'
+        )
+    for step in (0, last // 2, last):
+        text = f"{step}" if step in (0, last) else f"{step} steps"
+        parts.append(f'<text class="tick" x="{x(step):.1f}" y="{y(0) + 16:.1f}">{text}</text>')
+    for css, one in series.items():
+        highs = _corners(map(x, one["steps"]), map(y, one["high"]))
+        lows = _corners(map(x, one["steps"]), map(y, one["low"]))
+        mean = "L".join(_corners(map(x, one["steps"]), map(y, one["mean"])))
+        band = "L".join([*highs, *reversed(lows)])
+        parts.append(f'<g class="{css}"><path class="band" d="M{band}Z"/>')
+        parts.append(f'<path class="mean" d="M{mean}"/></g>')
+    return svg(LABEL + CURVE + 24, y(0) + 20, title, parts, "curves")
+
+
+def _corners(xs: Iterable[float], ys: Iterable[float]) -> list[str]:
+    return [f"{x:.1f} {y:.1f}" for x, y in zip(xs, ys, strict=True)]

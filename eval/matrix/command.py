@@ -6,7 +6,8 @@
 What is missing is trained, and every checkpoint is evaluated under every inference mask; a matrix
 that is killed goes on where it stopped when the same command is given again. Written to `out`:
 report.html, cells.csv, comparisons.csv, results.md, results.tex, results.json, and all answers in
-answers.jsonl.gz, from which `python -m eval.matrix.report` computes every figure again.
+answers.jsonl.gz and, of runs that answered questions while they trained, curves.json, from which
+`python -m eval.matrix.report` computes every figure again.
 """
 
 import multiprocessing
@@ -26,7 +27,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from eval import held_out
 from eval.held_out import HeldOut
-from eval.matrix import analysis, answers, cells, milebench_scores, numbers, report, runs, tracking
+from eval.matrix import (
+    analysis,
+    answers,
+    cells,
+    curves,
+    milebench_scores,
+    numbers,
+    report,
+    runs,
+    tracking,
+)
 from eval.matrix.analysis import CAUSAL, MatrixRow
 from eval.matrix.answers import Answers
 from eval.matrix.recipe import USAGE, MatrixRecipe, parse
@@ -192,6 +203,8 @@ def make(arguments: Sequence[str]) -> None:
         Work(recipe, masks, data).all(plan)
     raw, rows, names = collect(recipe, plan, masks, data), matrix_rows(plan), list(map(str, masks))
     results = {"title": recipe.title, **analysis.results(rows, names, raw.questions, raw.scores)}
+    measured = curves.of_runs(plan)
+    results |= curves.results(rows, measured)
     results["milebench"] = None if data else milebench_scores.modes(Path(recipe.scores))
     results["chance"] = held_out.chance(recipe.data if data else None, results["tasks"])
     results["samples"] = showcase(data, rows, names, raw, recipe.samples) if data else []
@@ -202,6 +215,7 @@ def make(arguments: Sequence[str]) -> None:
     command = shlex.join(["python", "-m", "eval.matrix", *arguments])
     results["made"] = made_with(command, recipes)
     answers.write(Path(recipe.out), raw)
+    curves.write(Path(recipe.out), measured)
     report.write(Path(recipe.out), results, recipe.published)
     if wandb:
         tracking.log(results, Path(recipe.out))

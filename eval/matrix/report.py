@@ -2,9 +2,9 @@
 
     python -m eval.matrix.report DIR [--out DIR] [--published TABLE=FILE.csv ..]
 
-It computes every figure again from the answers.jsonl.gz in the folder of a matrix; what the rows
-are, the samples and what it was made with are in its results.json. Nothing in the page comes from
-elsewhere, and no script runs in it; what models answered is untrusted text.
+It computes every figure again from answers.jsonl.gz and curves.json in the folder of a matrix; what
+the rows are, the samples and what it was made with are in its results.json. Nothing in the page
+comes from elsewhere, and no script runs in it; what models answered is untrusted text.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval.matrix import analysis, answers, charts, numbers, published
+from eval.matrix import analysis, answers, charts, curves, numbers, published
 from eval.matrix.analysis import CAUSAL, MatrixRow
 from eval.matrix.charts import Point
 from eval.matrix.findings import OPENINGS, findings, points, primary
@@ -246,6 +246,7 @@ def render(results: dict, files: Mapping[str, str] | None = None) -> str:
             glance=glance(results),
             scores=[(name, score_chart(results, name)) for name in names],
             series=SERIES,
+            curves=curves.shown(results.get("curves")),
             masks=masks,
             light=any(mask["light"] for mask in masks),
             own={row["name"]: row["mask"] for row in results["rows"]},
@@ -276,7 +277,8 @@ def compute_again(folder: Path) -> dict:
         results = json.loads(path.read_text(encoding="utf-8"))
         rows = [MatrixRow(row["name"], row["mask"], tuple(row["runs"])) for row in results["rows"]]
         raw = answers.read(folder)
-        return results | analysis.results(rows, results["masks"], raw.questions, raw.scores)
+        results |= analysis.results(rows, results["masks"], raw.questions, raw.scores)
+        return results | curves.results(rows, curves.read(folder))
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"{path}: is not that of a matrix: {error!r}") from error
 

@@ -101,9 +101,17 @@ def refused(capsys, *arguments: str) -> str:
 def test_trains_evaluates_reports_and_does_nothing_twice(folder, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(sys, "executable", warm.python())  # of the trainer's processes
-    path = write(folder, jobs=2)
+    rows = str(folder / "data" / "rows.jsonl")
+    measured = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset_name": rows}
+    overrides = {"max_steps": 2, "save_steps": 1, **measured, "eval_answers": 4}
+    path = write(folder, jobs=2, overrides=overrides)
     assert matrix.main([path]) == 0
     results = json.loads((folder / "results" / "results.json").read_text())
+    curves = results["curves"]["exact"]
+    assert [(line["row"], line["steps"]) for line in curves] == [
+        *(("causal", [1, 2]), ("v2v", [1, 2]))
+    ]
+    assert 'id="curves"' in (folder / "results" / "report.html").read_text()
     assert [row["name"] for row in results["rows"]] == ["base", "causal", "v2v"] and results[
         "masks"
     ] == ["causal", "v2v"]

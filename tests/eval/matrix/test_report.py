@@ -16,7 +16,7 @@ from wandb_files import wandb_records
 
 from eval import provenance
 from eval.held_out import HeldOut, Question
-from eval.matrix import analysis, charts, numbers, published, report, showcase, tracking
+from eval.matrix import analysis, charts, curves, numbers, published, report, showcase, tracking
 from eval.matrix import answers as raw_answers
 from eval.matrix.analysis import MatrixRow
 from eval.matrix.answers import Answers
@@ -196,6 +196,20 @@ def test_sections_follow_what_there_is(results):
         assert text in html, text
     one = {**results, "samples": []}
     assert "Sample answers" not in report.render(one)
+
+
+def test_curves_are_on_the_page_where_runs_measured_some(results):
+    raw = {}
+    for k, run in enumerate(chain.from_iterable(row.runs for row in ROWS[1:])):
+        raw[run] = {"exact": [[0, 0.0], [50, 0.1 * k], [100, 0.3 * k]], "loss": [[50, 2.0 - k / 4]]}
+    found = curves.results(ROWS, raw)
+    page = Page(report.render(results | found))
+    titles = [text for text in page.texts if text.endswith(("exact answers, percent", "a token"))]
+    assert len([text for text in titles if text.startswith("mma_interleaved: ")]) == 2
+    for text in chain.from_iterable(curves.table(found["curves"])):
+        assert text in page.texts, text
+    assert ("section", {"id": "curves"}) in page.tags
+    assert ("section", {"id": "curves"}) not in Page(report.render(results)).tags
 
 
 def test_the_first_paragraph_is_the_primary_family_in_words(results):
