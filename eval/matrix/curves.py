@@ -13,7 +13,8 @@ step and, of the exact answers,
     half   the steps until half of the questions are answered rightly, on the line between the
            points before and behind; None where a run does not get there
 
-Intervals are Student's over runs: all of them answer the same questions, which are taken as given.
+Intervals are Student's over runs. Of digits each seed draws training rows and questions of its own,
+the same under every mask; rows of files are the same for all.
 """
 
 import json
