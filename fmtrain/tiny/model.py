@@ -90,9 +90,11 @@ def llava_processor(config: LlavaConfig, words: LlamaTokenizer) -> LlavaProcesso
     )
 
 
-def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def random_model(
+    seed: int = 0, layers: int = TEXT_SIZES["num_hidden_layers"]
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A tiny LLaVA that has learnt nothing, and its processor, in the classes and conventions of
-    LLaVA-1.5."""
+    LLaVA-1.5. layers: of the language model."""
     words, size = tokenizer(), SIDE * CELL
     ids = dict(
         bos_token_id=words.bos_token_id,
@@ -100,7 +102,7 @@ def random_model(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaPro
         pad_token_id=words.pad_token_id,
     )
     text = LlamaConfig(
-        **TEXT_SIZES,
+        **TEXT_SIZES | {"num_hidden_layers": layers},
         **ids,
         vocab_size=len(words),
         max_position_embeddings=512,

@@ -284,6 +284,20 @@ def test_a_random_checkpoint_is_written_and_loads(tmp_path, capsys):
     assert tiny_main(["--out", str(out)]) == 2 and "exists already" in capsys.readouterr().err
 
 
+def test_layers_of_a_random_checkpoint(tmp_path, capsys):
+    """Another depth has the same words and vision tower; without the option nothing is new."""
+    assert tiny_main(["--out", str(tmp_path / "two"), "--layers", "2"]) == 0
+    shallow, processor = load(str(tmp_path / "two"), mask="causal")
+    assert len(shallow.model.language_model.layers) == 2
+    assert processor.tokenizer.get_vocab() == model()[1].tokenizer.get_vocab()
+    named, usual = dict(shallow.named_parameters()), dict(model()[0].named_parameters())
+    missing = usual.keys() - named.keys()
+    assert not named.keys() - usual.keys()
+    assert {re.search(r"layers\.(\d)\.", name)[1] for name in missing} == {"2", "3"}
+    assert tiny_main(["--out", str(tmp_path / "none"), "--layers", "0"]) == 2
+    assert capsys.readouterr().err.endswith("error: --layers is 0; it is 1 or more\n")
+
+
 def test_the_code_still_describes_the_shipped_model():
     """Its vocabulary and sizes are those that a pretraining today would start from."""
     shipped, processor = load(str(CHECKPOINT))
