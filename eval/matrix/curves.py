@@ -1,13 +1,14 @@
 """What the runs of a matrix measured while they trained: exact answers and loss against steps.
 
-A training recipe with `eval_strategy: steps` and `eval_dataset_name` answers held-out questions
-every `eval_steps` under the mask in training; the loss is that of training. `curves.json` keeps
-what each run's trainer_state.json says:
+The loss is that of training; where every row is read once, it is that of rows not seen before. A
+training recipe with `eval_strategy: steps` and `eval_dataset_name` also answers held-out questions
+every `eval_steps` under the mask in training. `curves.json` keeps what each run's
+trainer_state.json says:
 
     {run: {"exact": [[step, share], ..], "loss": [[step, nats a token], ..]}}
 
 and from it are computed, for every row of the matrix, the mean and the range of its runs at each
-step and, of the exact answers,
+step, and
 
     area   the mean height of the curve from its first point to its last (trapezoidal rule)
     half   the steps until half of the questions are answered rightly, on the line between the
@@ -34,26 +35,26 @@ from fmtrain.training.checkpoints import STATE
 
 NAME = "curves.json"
 LOGGED = {"exact": "eval_exact_match", "loss": "loss"}  # what a trainer's log calls them
+SCALES, DIGITS = {"exact": 100, "loss": 1}, {"exact": 1, "loss": 3}  # of the figures shown
 TITLES = {"exact": "exact answers, percent", "loss": "training loss, nats a token"}
 HALF = 0.5
 
-Raw = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]  # {run: {kind: [[step, value], ..]}}
+# {run: {kind: [[step, value], ..]}}, without kinds of which a run measured nothing
+Raw = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
 
 
 def of_runs(plan: Iterable[MatrixRun]) -> Raw:
-    """What the runs of a matrix measured; those that answered nothing while training are left
-    out."""
+    """What the runs that a matrix trained measured."""
     curves = {}
     for run in plan:
         path = run.folder / STATE
         if run.recipe is None or not path.is_file():
             continue
-        log = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        of_run = {}
+        log, of_run = json.loads(path.read_text(encoding="utf-8"))["log_history"], {}
         for kind, key in LOGGED.items():
-            of_run[kind] = [[entry["step"], entry[key]] for entry in log if key in entry]
-        if of_run["exact"]:
-            curves[run.name] = of_run
+            points = [[entry["step"], entry[key]] for entry in log if key in entry]
+            of_run |= {kind: points} if points else {}
+        curves |= {run.name: of_run} if of_run else {}
     return curves
 
 
@@ -91,22 +92,32 @@ def write(folder: Path, raw: Raw) -> None:
 
 
 def results(rows: Sequence[MatrixRow], raw: Raw) -> dict:
-    """{"curves": {kind: a line for each row of the matrix that has curves}}; empty without any.
+    """{"curves": {kind: a line for each row of the matrix that measured it}}; empty without any.
 
     Raises `ValueError` where the runs of a row were not all measured at the same steps.
     """
-    measured = [row for row in rows if any(run in raw for run in row.runs)]
-    lines = {kind: [_line(row, kind, raw) for row in measured] for kind in LOGGED}
-    for line in lines["exact"]:
-        line |= _areas(line, _of_causal(lines["exact"]))
-    return {"curves": lines} if measured else {}
+    curves = {}
+    for kind in LOGGED:
+        lines = [_line(row, kind, raw) for row in rows if _measured(row, kind, raw)]
+        for line in lines:
+            line["more_area"] = _more(line, _of_causal(lines))
+        curves |= {kind: lines} if lines else {}
+    return {"curves": curves} if curves else {}
+
+
+def _measured(row: MatrixRow, kind: str, raw: Raw) -> bool:
+    return any(kind in raw.get(run, {}) for run in row.runs)
+
+
+def _of_causal(lines: Sequence[dict]) -> dict | None:
+    return next((line for line in lines if line["mask"] == CAUSAL), None)
 
 
 def _line(row: MatrixRow, kind: str, raw: Raw) -> dict:
-    """The values of a row's runs [S, points], their mean and their range."""
-    lacking = [run for run in row.runs if run not in raw]
-    if lacking:
-        raise ValueError(f"row {row.name!r}: {lacking[0]} answered nothing while it trained")
+    """The mean and the range of a row's runs, and the figures of each run."""
+    for run in row.runs:
+        if kind not in raw.get(run, {}):
+            raise ValueError(f"row {row.name!r}: {run} has no curve of {TITLES[kind]}")
     steps = [[step for step, _ in raw[run][kind]] for run in row.runs]
     for run, of_run in zip(row.runs, steps):
         if of_run != steps[0]:
@@ -114,32 +125,28 @@ def _line(row: MatrixRow, kind: str, raw: Raw) -> dict:
                 f"row {row.name!r}: {run} was measured at steps {of_run}, "
                 f"{row.runs[0]} at {steps[0]}"
             )
-    values_SP = np.array([[value for _, value in raw[run][kind]] for run in row.runs])
-    return {
+    by_run = [[value for _, value in raw[run][kind]] for run in row.runs]
+    values_SP = np.array(by_run)
+    line: dict = {
         "row": row.name,
         "mask": row.mask,
         "steps": steps[0],
-        "by_run": values_SP.tolist(),
         "mean": values_SP.mean(0).tolist(),
         "low": values_SP.min(0).tolist(),
         "high": values_SP.max(0).tolist(),
+        "area": _student([area(steps[0], values) for values in by_run]),
     }
+    if kind == "exact":
+        line["half"] = [half(steps[0], values) for values in by_run]
+    return line
 
 
-def _areas(line: dict, reference: dict | None) -> dict:
-    """Area and steps to half of each run, and by how much the area is more than that of causal
-    training with the same seed."""
-    areas = [area(line["steps"], values) for values in line["by_run"]]
-    more = None
-    if reference not in (None, line) and reference["steps"] == line["steps"]:
-        causal = [area(line["steps"], values) for values in reference["by_run"]]
-        if len(causal) == len(areas):
-            more = _student(np.subtract(areas, causal))
-    return {
-        "area": _student(areas),
-        "half": [half(line["steps"], values) for values in line["by_run"]],
-        "more_area": more,
-    }
+def _more(line: dict, causal: dict | None) -> dict | None:
+    """By how much the area is more than that of causal training with the same seeds."""
+    if causal in (None, line) or causal["steps"] != line["steps"]:
+        return None
+    areas, others = line["area"]["by_run"], causal["area"]["by_run"]
+    return _student(np.subtract(areas, others)) if len(areas) == len(others) else None
 
 
 def _student(values: Sequence[float]) -> dict:
@@ -147,9 +154,9 @@ def _student(values: Sequence[float]) -> dict:
     values_S, count = np.asarray(values, np.float64), len(values)
     found = {"value": float(values_S.mean()), "by_run": values_S.tolist()}
     if count > 1:
-        error = values_S.std(ddof=1) / count**0.5
-        low, high = stats.t.interval(CONFIDENCE, count - 1, values_S.mean(), max(error, 1e-12))
-        p = 2 * stats.t.sf(abs(values_S.mean()) / max(error, 1e-12), count - 1)
+        error = max(values_S.std(ddof=1) / count**0.5, 1e-12)  # runs may be alike
+        low, high = stats.t.interval(CONFIDENCE, count - 1, values_S.mean(), error)
+        p = 2 * stats.t.sf(abs(values_S.mean()) / error, count - 1)
         found |= {"low": float(low), "high": float(high), "p": float(p)}
     return found
 
@@ -160,7 +167,13 @@ def shown(curves: dict | None) -> dict | None:
 
 
 def _panel(kind: str, lines: Sequence[dict]) -> dict:
-    """The title of a kind, and a chart for each row beside causal training, if there is any."""
+    """The title of a kind, and a chart for each row beside causal training, if there is any.
+
+    A loss is drawn from its second point on: in the first the form of an answer is learnt, which
+    would leave no height for the rest.
+    """
+    if kind == "loss":
+        lines = [_without_first(line) for line in lines]
     causal, figures = _of_causal(lines), []
     top = 1.0 if kind == "exact" else max(max(line["high"]) for line in lines)
     for line in lines:
@@ -169,28 +182,36 @@ def _panel(kind: str, lines: Sequence[dict]) -> dict:
         series = {"trained": line}
         if causal not in (None, line):
             series = {"reference": causal, "trained": line}
-        title, scale = f"{line['row']}: {TITLES[kind]}", 100 if kind == "exact" else 1
-        chart = Markup(charts.curves(series, top, scale, title))
+        title = f"{line['row']}: {TITLES[kind]}"
+        chart = Markup(charts.curves(series, top, SCALES[kind], title))
         figures.append({"name": line["row"], "chart": chart})
     return {"title": TITLES[kind], "figures": figures}
 
 
-def _of_causal(lines: Sequence[dict]) -> dict | None:
-    return next((line for line in lines if line["mask"] == CAUSAL), None)
+def _without_first(line: dict) -> dict:
+    first = 1 if len(line["steps"]) > 2 else 0
+    return line | {key: line[key][first:] for key in ("steps", "mean", "low", "high")}
 
 
 def table(curves: dict) -> list[list[str]]:
-    """A line for each row: its name, area, how much more than causal, steps to half by run."""
+    """A line for each kind and row: area, how much more than causal, steps to half by run."""
     rows = []
-    for line in curves["exact"]:
-        steps = ["never" if step is None else f"{step:.0f}" for step in line["half"]]
-        more = _percent(line["more_area"], "+.1f") if line["more_area"] else "–"
-        rows.append([line["row"], _percent(line["area"], ".1f"), more, " ".join(steps)])
+    for kind, lines in curves.items():
+        for line in lines:
+            more = _told(line["more_area"], kind, "+") if line["more_area"] else "–"
+            steps = ["never" if step is None else f"{step:.0f}" for step in line.get("half", [])]
+            height = _told(line["area"], kind)
+            rows.append(
+                [TITLES[kind].partition(",")[0], line["row"], height, more, " ".join(steps) or "–"]
+            )
     return rows
 
 
-def _percent(mean: dict, form: str) -> str:
+def _told(mean: dict, kind: str, sign: str = "") -> str:
     """A mean and its interval, if it has one."""
-    values = [mean["value"], *(mean[key] for key in ("low", "high") if key in mean)]
-    texts = [format(100 * value, form).replace("-", "\N{MINUS SIGN}") for value in values]
+    digits, texts = DIGITS[kind], []
+    for key in ("value", "low", "high"):
+        if key in mean:
+            figure = round(SCALES[kind] * mean[key], digits) + 0.0  # no -0
+            texts.append(f"{figure:{sign}.{digits}f}".replace("-", "\N{MINUS SIGN}"))
     return texts[0] if len(texts) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"

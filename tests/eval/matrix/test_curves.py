@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_logs(tmp_path):
     found = curves.results(ROWS, raw)["curves"]
     causal, v2v = found["exact"]
     assert (causal["row"], v2v["row"]) == ("causal", "v2v")
-    assert v2v["steps"] == STEPS and v2v["by_run"] == [EXACT["v0"], EXACT["v1"]]
+    assert v2v["steps"] == STEPS
     assert v2v["mean"] == pytest.approx([0.05, 0.5, 0.85])
     assert (v2v["low"], v2v["high"]) == ([0.0, 0.4, 0.8], [0.1, 0.6, 0.9])
     assert v2v["area"]["by_run"] == pytest.approx([AREAS["v0"], AREAS["v1"]])
@@ -66,16 +66,26 @@ def test_figures_are_those_of_the_logs(tmp_path):
     assert (v2v["more_area"]["low"], v2v["more_area"]["high"]) == pytest.approx(tuple(interval))
     assert causal["more_area"] is None
     assert found["loss"][0]["steps"] == [150, 300] and found["loss"][0]["mean"] == [1.5, 1.0]
-    lines = curves.table({"exact": [causal, v2v]})
-    assert lines[0][0] == "causal" and lines[0][2:] == ["–", "never never"]
-    assert lines[1][3] == "140 80" and lines[1][1].startswith("54.2 [")
+    # both rows lose 1.5 and 1.0 nats at 150 and 300 steps
+    assert [line["area"]["value"] for line in found["loss"]] == [1.25, 1.25]
+    assert found["loss"][1]["more_area"]["by_run"] == [0, 0] and "half" not in found["loss"][1]
+    lines = curves.table(found)
+    assert lines[0][:2] == ["exact answers", "causal"]
+    assert lines[0][3:] == ["–", "never never"]
+    assert lines[1][4] == "140 80" and lines[1][2].startswith("54.2 [")
+    loss = ["v2v", "1.250 [1.250, 1.250]", "+0.000 [+0.000, +0.000]", "–"]
+    assert lines[3] == ["training loss", *loss]
 
 
-def test_runs_that_answered_nothing_have_no_curve(tmp_path):
+def test_runs_that_answered_nothing_have_the_curve_of_their_loss(tmp_path):
     runs = plan(tmp_path)
     for run in runs:
         history = [entry for entry in log("v0") if "eval_exact_match" not in entry]
         (run.folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    found = curves.results(ROWS, curves.of_runs(runs))["curves"]
+    assert list(found) == ["loss"] and [line["row"] for line in found["loss"]] == ["causal", "v2v"]
+    for run in runs:
+        (run.folder / "trainer_state.json").unlink()
     raw = curves.of_runs(runs)
     assert raw == {} and curves.results(ROWS, raw) == {} and curves.shown(None) is None
     curves.write(tmp_path, raw)
@@ -84,7 +94,7 @@ def test_runs_that_answered_nothing_have_no_curve(tmp_path):
 
 def test_runs_of_a_row_that_do_not_go_together_are_refused(tmp_path):
     raw = curves.of_runs(plan(tmp_path))
-    with pytest.raises(ValueError, match=r"row 'v2v': v1 answered nothing while it trained"):
+    with pytest.raises(ValueError, match=r"row 'v2v': v1 has no curve of exact answers"):
         curves.results(ROWS, {run: raw[run] for run in ("c0", "c1", "v0")})
     moved = raw["v1"] | {"exact": [[0, 0.1], [100, 0.2]]}
     with pytest.raises(ValueError, match=r"v1 was measured at steps \[0, 100\], v0 at \[0, 100, 3"):
