@@ -367,6 +367,26 @@ def test_figures_of_more_steps(name, p):
         assert f"`v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f} (five seeds, p" in readme
 
 
+def test_figures_of_the_curves():
+    """Of the confirmed comparison: the mean loss over all steps, and when it has fallen."""
+    raw = json.loads((RESULTS / "learning_confirmed" / "curves.json").read_text(encoding="utf-8"))
+    apart = {}
+    for mask in ("causal", "v2v"):
+        losses = [dict(raw[f"{mask}-seed{seed}"]["loss"]) for seed in range(3, 8)]
+        apart[mask] = np.array([np.trapezoid([*one.values()], [*one]) / 875 for one in losses])
+        low = [[step for step, loss in one.items() if loss < 0.1] for one in losses]
+        apart[mask, "low"] = sorted(steps[0] for steps in low if steps)
+    less = apart["causal"] - apart["v2v"]
+    mean, half = less.mean(), 2.776 * less.std(ddof=1) / 5**0.5  # Student's t, 4 degrees of freedom
+    assert (apart["v2v", "low"][0], apart["v2v", "low"][-1]) == (325, 500)
+    assert len(apart["v2v", "low"]) == 5 and len(apart["causal", "low"]) == 1
+    for name in ("docs/results.md", "docs/experiments.md"):
+        said = " ".join(TEXTS[name].split())
+        assert re.search(
+            rf"{mean:.3f} nats a token lower[^.]*\[{mean - half:.3f}, {mean + half:.3f}", said
+        )
+
+
 def test_figures_of_the_light_forms():
     results = json.loads((RESULTS / "learning_light" / "results.json").read_text(encoding="utf-8"))
     cells = {(cell["row"], cell["mask"]): 100 * cell["score"] for cell in results["cells"]}
