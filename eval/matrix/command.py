@@ -6,7 +6,7 @@
 What is missing is trained, and every checkpoint is evaluated under every inference mask; a matrix
 that is killed goes on where it stopped when the same command is given again. Written to `out`:
 report.html, cells.csv, comparisons.csv, results.md, results.tex, results.json, and all answers in
-answers.jsonl.gz and, of runs that answered questions while they trained, curves.json, from which
+answers.jsonl.gz and what runs logged while they trained in curves.json, from which
 `python -m eval.matrix.report` computes every figure again.
 """
 
