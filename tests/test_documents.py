@@ -387,6 +387,27 @@ def test_figures_of_the_curves():
         )
 
 
+def test_figures_of_two_hops():
+    results = json.loads((RESULTS / "learning_precedes_first" / "results.json").read_text())
+    section = TEXTS["docs/experiments.md"].split("## 5. Two hops in one picture")[1]
+    said = " ".join(section.split("\n## 6.")[0].split())
+    scores = scores_of("learning_precedes_first", "precedes_asked_first", count=5 * 4)
+    for mask in ("causal", "v2v", "future", "v2t"):
+        assert f"`{mask}` {rounded(100 * scores[mask, mask], 1)} %" in said, mask
+    for each in results["comparisons"]:
+        own = each["row"] == each["mask"] != "causal"
+        if each["kind"] == "causal-causal" and (own or each["row"] == "causal"):
+            apart = "{:+.1f} [{:.1f}, {:.1f}]".format(
+                *(100 * each[key] for key in ("difference", "low", "high"))
+            )
+            assert f"`{each['mask']}` {apart}" in said, apart
+    for line in results["curves"]["exact"]:
+        if line["more_area"]:
+            figures = [100 * line["more_area"][key] for key in ("value", "low", "high")]
+            assert "{:+.1f} [{:.1f}, {:.1f}]".format(*figures) in said
+        assert set(line["half"]) == {None}  # no run gets to half
+
+
 def test_figures_of_the_light_forms():
     results = json.loads((RESULTS / "learning_light" / "results.json").read_text(encoding="utf-8"))
     cells = {(cell["row"], cell["mask"]): 100 * cell["score"] for cell in results["cells"]}
