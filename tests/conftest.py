@@ -4,6 +4,7 @@ own code is an error."""
 import functools
 import gc
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -28,9 +29,13 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def surroundings():
     """Every test leaves the environment as it was, for accelerate writes ranks into it, and what it
-    should do in the next process; and the processors that tests share with the hub's templates."""
+    should do in the next process; what signals do, which children inherit; and the processors that
+    tests share with the hub's templates."""
     before = dict(os.environ)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     families.restore_templates()
     if dict(os.environ) != before:
         os.environ.clear()
