@@ -74,7 +74,7 @@ def launch(arguments: list[str]) -> int:
     except subprocess.CalledProcessError as error:
         return shell_code(error.returncode)
     except ChildFailedError as error:
-        return reported(error.failures, *error.get_first_failure())
+        return reported(error.failures)
     except SignalException as error:
         return shell_code(-error.sigval)
     return 0
@@ -96,13 +96,16 @@ def shell_code(status: int) -> int:
     return status if status >= 0 else 128 - status
 
 
-def reported(failures: dict, rank: int, failure) -> int:
+def reported(failures: dict) -> int:
     """Say why the first of several processes failed, unless the one with the terminal has said so;
-    returns its exit code. failures: torch's `ProcessFailure` by rank."""
+    returns its exit code. One that said why goes before those that lost the connection to it and
+    may have ended sooner. failures: torch's `ProcessFailure` by rank."""
+    said = {rank: failure for rank, failure in failures.items() if failure.error_file != UNSAID}
+    rank, failure = min((said or failures).items(), key=lambda item: item[1].timestamp)
     stopped = (TRY_AGAIN, -signal.SIGTERM, -signal.SIGUSR1)  # the others: before they could listen
     if failure.exitcode in stopped:
         return TRY_AGAIN
-    if failure.error_file == UNSAID:
+    if not said:
         print(f"error: process {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
     elif 0 not in failures or failures[0].message != failure.message:
         print(failure.message, file=sys.stderr)

@@ -10,8 +10,10 @@ import pytest
 import training
 import warm
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fmtrain import sft
+from fmtrain.__main__ import reported
 
 TRAIN = ["-m", "fmtrain", "train"]
 LAUNCH = ["-m", "accelerate.commands.launch"]
@@ -82,6 +84,17 @@ def test_the_error_of_another_process_is_shown(folder, two):
     words = [*bad_row(folder), "--config_file", str(two)]
     code, lines = start(folder, TRAIN, *words)
     assert code == 2 and re.match("error: .*img/none.png", lines[-1]), lines[-5:]
+
+
+def test_the_process_that_said_why_is_shown_whichever_ended_first(tmp_path, capsys):
+    """Process 0 lost the connection and was gone before process 1 had ended."""
+    report = tmp_path / "error.json"
+    report.write_text('{"message": "error: rows.jsonl, row 6: no img", "timestamp": 1000000001}')
+    lost = ProcessFailure(local_rank=0, pid=10, exitcode=1, error_file=str(tmp_path / "none.json"))
+    lost.timestamp = 1000000000
+    said = ProcessFailure(local_rank=1, pid=11, exitcode=2, error_file=str(report))
+    assert reported({0: lost, 1: said}) == 2
+    assert capsys.readouterr().err == "error: rows.jsonl, row 6: no img\n"
 
 
 @pytest.mark.slow
