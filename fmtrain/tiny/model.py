@@ -1,7 +1,8 @@
-"""A tiny LLaVA that can answer the questions of `fmtrain.tiny.digits`: classes and conventions of
-LLaVA-1.5."""
+"""A LLaVA that can learn to answer the questions of `fmtrain.tiny.digits`: classes and conventions
+of LLaVA-1.5, tiny or larger."""
 
 import string
+from dataclasses import dataclass
 
 import torch
 from transformers import (
@@ -15,7 +16,7 @@ from transformers import (
     LlavaProcessor,
 )
 
-from fmtrain.tiny.digits import CELL, CELLS, SIDE
+from fmtrain.tiny.digits import CELL, SIDE
 
 # that of llava-hf/llava-1.5-7b-hf
 TEMPLATE = (
@@ -66,14 +67,45 @@ def tokenizer() -> LlamaTokenizer:
     )
 
 
-TEXT_SIZES = dict(
-    hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4
-)
-VISION_SIZES = dict(
-    hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4
-)
-# Of the language model's random weights; with Llama's own 0.02 these few layers learn much later
-SPREAD = 0.08
+@dataclass(frozen=True)
+class Size:
+    """Of a random LLaVA: its language model, its tower, and the pixels along a patch's edge.
+
+    spread: standard deviation of the language model's random weights. With Llama's own 0.02 the
+    few layers of `tiny` learn much later; it falls with the square root of the width.
+    """
+
+    text: dict
+    vision: dict
+    patch: int
+    positions: int
+    spread: float
+
+
+SIZES = {
+    "tiny": Size(  # 1.3 million weights; a patch is a digit
+        text=dict(
+            hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4
+        ),
+        vision=dict(
+            hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4
+        ),
+        patch=CELL,
+        positions=512,
+        spread=0.08,
+    ),
+    "100m": Size(  # 16 patches a digit, 144 a picture
+        text=dict(
+            hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
+        ),
+        vision=dict(
+            hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=6
+        ),
+        patch=CELL // 4,
+        positions=2048,
+        spread=0.03,
+    ),
+}
 
 
 def llava_processor(config: LlavaConfig, words: LlamaTokenizer) -> LlavaProcessor:
@@ -91,25 +123,28 @@ def llava_processor(config: LlavaConfig, words: LlamaTokenizer) -> LlavaProcesso
 
 
 def random_model(
-    seed: int = 0, layers: int = TEXT_SIZES["num_hidden_layers"]
+    seed: int = 0, layers: int | None = None, size: str = "tiny"
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """A tiny LLaVA that has learnt nothing, and its processor, in the classes and conventions of
-    LLaVA-1.5. layers: of the language model."""
-    words, size = tokenizer(), SIDE * CELL
+    """A LLaVA that has learnt nothing, and its processor, in the classes and conventions of
+    LLaVA-1.5. layers: of the language model, if not those of the size."""
+    words, shape, edge = tokenizer(), SIZES[size], SIDE * CELL
     ids = dict(
         bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id,
         pad_token_id=words.pad_token_id,
     )
     text = LlamaConfig(
-        **TEXT_SIZES | {"num_hidden_layers": layers},
+        **shape.text | ({} if layers is None else {"num_hidden_layers": layers}),
         **ids,
         vocab_size=len(words),
-        max_position_embeddings=512,
-        initializer_range=SPREAD,
+        max_position_embeddings=shape.positions,
+        initializer_range=shape.spread,
     )
-    vision = CLIPVisionConfig(**VISION_SIZES, image_size=size, patch_size=CELL)
-    image = dict(image_token_id=words.convert_tokens_to_ids("<image>"), image_seq_length=CELLS)
+    vision = CLIPVisionConfig(**shape.vision, image_size=edge, patch_size=shape.patch)
+    image = dict(
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        image_seq_length=(edge // shape.patch) ** 2,
+    )
     config = LlavaConfig(vision_config=vision, text_config=text, **image)
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(config)

@@ -298,6 +298,18 @@ def test_layers_of_a_random_checkpoint(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("error: --layers is 0; it is 1 or more\n")
 
 
+def test_the_larger_size_sees_144_patches_of_a_picture(tmp_path):
+    assert tiny_main(["--out", str(tmp_path / "m"), "--size", "100m", "--layers", "1"]) == 0
+    large, processor = load(str(tmp_path / "m"), mask="v2v")
+    assert large.config.text_config.hidden_size == 768
+    row = digits.row("test", "odd6", 0, 0)
+    encoded = encode_prompt(processor, row, turns(row)[0])
+    assert (encoded.layout.role == Role.VISUAL).sum() == 6 * 144
+    assert encoded.layout.shape[1] < large.config.text_config.max_position_embeddings
+    with torch.no_grad():
+        assert large(**encoded.kwargs()).logits.isfinite().all()
+
+
 def test_the_code_still_describes_the_shipped_model():
     """Its vocabulary and sizes are those that a pretraining today would start from."""
     shipped, processor = load(str(CHECKPOINT))
