@@ -1,5 +1,7 @@
 """From a recipe to its trainer."""
 
+from collections.abc import Callable
+
 from trl import get_peft_config
 
 from fmtrain.data.files import Rows
@@ -9,11 +11,17 @@ from fmtrain.training.trainer import SFTTrainer
 
 
 def build_trainer(
-    recipe: Recipe, model, processor, rows: Rows, eval_rows: Rows | None = None
+    recipe: Recipe,
+    model,
+    processor,
+    rows: Rows,
+    eval_rows: Rows | None = None,
+    kind: Callable[..., SFTTrainer] = SFTTrainer,
 ) -> SFTTrainer:
-    """The trainer that a recipe describes, of rows and a model that were read as it says."""
+    """The trainer that a recipe describes, of rows and a model that were read as it says.
+    kind: what makes it of these arguments, for a trainer of one's own."""
     lora, parts = get_peft_config(recipe.model), recipe.data.train_parts
-    return SFTTrainer(
+    return kind(
         model,
         recipe.training,
         train_dataset=rows,
