@@ -2,9 +2,10 @@
 
     python -m eval.several_masks RECIPE --masks causal v2v --seeds 0 1 --out DIR [--key value ..]
 
-DIR/<name of DIR>-seed<k> holds the run of a seed. A micro-batch has `per_device_train_batch_size`
-rows; 1 draws row by row. The checkpoint records the recipe's mask, which has to look ahead; a
-matrix asks it under every mask (`checkpoints`, see recipes/matrices/learning_several.yaml).
+Other keys are overrides of the recipe (`fmtrain train --help`). DIR/<name of DIR>-seed<k> holds the
+run of a seed. A micro-batch has `per_device_train_batch_size` rows; 1 draws row by row. The
+checkpoint records the recipe's mask, which has to look ahead; a matrix asks it under every mask
+(`checkpoints`, see recipes/matrices/learning_several.yaml).
 """
 
 import random
@@ -17,7 +18,6 @@ from pathlib import Path
 from fmtrain.command_line import Parser, guarded, quiet
 from fmtrain.masks import Mask
 from fmtrain.patch import attached
-from fmtrain.training import keys
 from fmtrain.training import recipe as recipes
 from fmtrain.training.build import build_trainer
 from fmtrain.training.model import load_processor_of, load_weights
@@ -56,7 +56,7 @@ def train(recipe_path: str, words: Sequence[str], masks: Sequence[Mask]) -> None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = Parser("python -m eval.several_masks", f"{__doc__}\n{keys.described()}")
+    parser = Parser("python -m eval.several_masks", __doc__)
     parser.allow_abbrev = False  # --mask and --seed are the recipe's
     parser.add_argument("recipe", help="of training: a YAML file or the name of a shipped one")
     parser.add_argument("--masks", nargs="+", required=True, help="to draw from")
