@@ -413,6 +413,38 @@ def test_figures_of_two_hops():
         assert set(line["half"]) == {None}  # no run gets to half
 
 
+def told_of_experiment(number: int) -> str:
+    """Its section, on one line."""
+    section = TEXTS["docs/experiments.md"].split(f"\n## {number}. ")[1].split("\n## ")[0]
+    return " ".join(section.split())
+
+
+def signed(found: dict, mean: str = "value") -> str:
+    """A difference of shares in points, with its interval."""
+    return "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * found[key] for key in (mean, "low", "high")))
+
+
+@pytest.mark.parametrize(
+    ("number", "matrix"),
+    [
+        (6, "learning_pick"),
+        (8, "learning_ahead"),
+        (8, "learning_question"),
+        (11, "learning_dual"),
+    ],
+)
+def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
+    """Each mask's more area than causal training, and the areas themselves."""
+    results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
+    said, lines = told_of_experiment(number), results["curves"]["exact"]
+    assert [line["row"] for line in lines][0] == "causal" and len(lines) > 1
+    for line in lines:
+        assert f"`{line['row']}` {100 * line['area']['value']:.1f}" in said
+        assert len(line["area"]["by_run"]) == 5
+        if line["row"] != "causal":
+            assert signed(line["more_area"]) in said
+
+
 def test_figures_of_the_light_forms():
     results = json.loads((RESULTS / "learning_light" / "results.json").read_text(encoding="utf-8"))
     cells = {(cell["row"], cell["mask"]): 100 * cell["score"] for cell in results["cells"]}
