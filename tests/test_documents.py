@@ -437,7 +437,7 @@ def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
     """Each mask's more area than causal training, and the areas themselves."""
     results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
     said, lines = told_of_experiment(number), results["curves"]["exact"]
-    assert [line["row"] for line in lines][0] == "causal" and len(lines) > 1
+    assert lines[0]["row"] == "causal" and len(lines) > 1
     for line in lines:
         assert f"`{line['row']}` {100 * line['area']['value']:.1f}" in said
         assert len(line["area"]["by_run"]) == 5

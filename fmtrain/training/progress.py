@@ -142,7 +142,7 @@ class Progress(TrainerCallback):
             "attention": backend,
             "data": data,
             "learns": f"{learning}{lora}",
-            "steps": f"{steps} of {trainer._train_batch_size} rows",
+            "steps": f"{steps} of {trainer.get_total_train_batch_size(trainer.args)} rows",
             "device": f"{trainer.accelerator.num_processes} x {self._device}, {peak}",
         }.items():
             table.add_row(name, text)

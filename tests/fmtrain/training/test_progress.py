@@ -1,6 +1,7 @@
 """What a run says at its start and in its log."""
 
 import json
+import re
 import time
 from types import SimpleNamespace
 
@@ -34,6 +35,8 @@ def run(tmp_path_factory):
         eval_dataset_name=str(folder / "data" / "rows.jsonl"),
         eval_answers=0,
         train_sampling_strategy="sequential",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
         report_to="tensorboard",
         mask="v2v+merge",
         merge_kernel_size=5,
@@ -58,14 +61,15 @@ def test_the_log_has_the_figures(run):
 
 
 def test_padding_is_that_of_the_batches(run):
-    """Four rows a step, in the order of the file: their lengths are in what a collator makes."""
+    """Twice two rows a step, in the order of the file: their lengths are in what a collator
+    makes."""
     folder, path, _ = run
     recipe = recipes.read(path, ["--use_cpu", "true"])
     collator = Collator(load_processor_of(recipe)[0], folder / "data")
     rows = training.read_rows(folder)
     lengths = [int(collator.encode(row).layout.real.sum()) for row in rows[:16]]
-    batches = np.array(lengths).reshape(4, 4)
-    for entry, pair in zip(logged(folder), (batches[:2], batches[2:]), strict=True):
+    batches = np.array(lengths).reshape(8, 2)
+    for entry, pair in zip(logged(folder), (batches[:4], batches[4:]), strict=True):
         assert entry["padding"] == pytest.approx(padding(pair), abs=1e-9)
 
 
@@ -85,6 +89,7 @@ def test_the_start_is_told_once(run):
         assert said.count(f"\n{line} ") == 1, line
     assert "v2v+merge" in said and "kernel_size=5" in said and "24 rows" in said
     assert "language_model" in said and "no mfu" in said
+    assert re.search(r"\nsteps +4 of 4 rows", said)
 
 
 @pytest.mark.parametrize(
