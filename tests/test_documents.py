@@ -424,15 +424,7 @@ def signed(found: dict, mean: str = "value") -> str:
     return "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * found[key] for key in (mean, "low", "high")))
 
 
-@pytest.mark.parametrize(
-    ("number", "matrix"),
-    [
-        (6, "learning_pick"),
-        (8, "learning_ahead"),
-        (8, "learning_question"),
-        (11, "learning_dual"),
-    ],
-)
+@pytest.mark.parametrize(("number", "matrix"), [(8, "learning_ahead"), (8, "learning_question")])
 def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
     """Each mask's more area than causal training, and the areas themselves."""
     results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
@@ -443,6 +435,37 @@ def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
         assert len(line["area"]["by_run"]) == 5
         if line["row"] != "causal":
             assert signed(line["more_area"]) in said
+
+
+def test_figures_of_two_hops_with_enough_steps():
+    """Ends, and steps to half of the questions; those of README too."""
+    said, readme = told_of_experiment(8), " ".join(TEXTS["README.md"].split())
+    results = " ".join(TEXTS["docs/results.md"].split())
+    ahead = scores_of("learning_ahead", "precedes_asked_first", count=4 * 3)
+    question = scores_of("learning_question", "follows", count=5 * 4)
+    ends = {mask: ahead[mask, mask] for mask in ("causal", "v2v", "future")}
+    assert (
+        "| {:.1f} | **{:.1f}** | **{:.1f}** | |".format(*(100 * x for x in ends.values()))
+        in results
+    )
+    assert f"at the end {100 * ends['v2v']:.1f} against {100 * ends['causal']:.1f} %" in said
+    behind = {mask: question[mask, mask] for mask in ("causal", "v2v", "future", "v2t")}
+    assert (
+        "| {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(*(100 * x for x in behind.values()))
+        in results
+    )
+    assert f"at the end {100 * behind['v2t']:.1f} against {100 * behind['causal']:.1f} %" in said
+    assert f"({ends['v2v']:.3f}, causal {ends['causal']:.3f})" in readme
+    assert f"({behind['v2v']:.3f}, causal {behind['causal']:.3f})" in readme
+    for scores, masks in ((ahead, ("v2v", "future")), (question, ("v2t", "future", "v2v"))):
+        for mask in masks:  # switched on
+            apart = 100 * (scores["causal", mask] - scores["causal", "causal"])
+            assert f"`{mask}` {apart:.1f}" in said
+    lines = json.loads((RESULTS / "learning_ahead" / "results.json").read_text())["curves"]["exact"]
+    half = {line["row"]: line["half"] for line in lines}
+    assert all(v2v < causal for v2v, causal in zip(half["v2v"], half["causal"], strict=True))
+    of_all = [f"{end(half[row]):.0f}" for row in ("v2v", "causal") for end in (min, max)]
+    assert "after {} to {} steps with `v2v` and after {} to {} causally".format(*of_all) in said
 
 
 def test_figures_of_the_light_forms():
