@@ -468,6 +468,33 @@ def test_figures_of_two_hops_with_enough_steps():
     assert "after {} to {} steps with `v2v` and after {} to {} causally".format(*of_all) in said
 
 
+def test_figures_of_pictures_drawn_anew():
+    said, told = told_of_experiment(12), " ".join(TEXTS["docs/results.md"].split())
+    shares = {}
+    for task in ("changed", "redrawn"):
+        scores = scores_of("learning_redrawn", task, count=3 * 2)
+        shares[task] = {mask: f"{100 * scores[mask, mask]:.1f}" for mask in ("causal", "v2v")}
+    first, then = shares["changed"], shares["redrawn"]
+    assert f"`v2v` falls from {first['v2v']} to {then['v2v']} %" in said
+    assert f"causal training from {first['causal']} to {then['causal']} %" in said
+    assert f"answer {then['v2v']} % with `v2v` and {then['causal']} % causally" in told
+    [found] = [each for each in comparisons_of("learning_redrawn", "redrawn") if own_mask(each)]
+    assert signed(found, "difference") in said and signed(found, "difference") in told
+    assert round(found["p"], 3) == 0.002
+
+
+def comparisons_of(matrix: str, task: str) -> list[dict]:
+    """With the cell that was trained and run causally."""
+    results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
+    kind = "causal-causal"
+    return [x for x in results["comparisons"] if (x["kind"], x["task"]) == (kind, task)]
+
+
+def own_mask(comparison: dict) -> bool:
+    """Whether it is of a row under the mask that it was trained with."""
+    return comparison["row"] == comparison["mask"]
+
+
 def test_figures_of_the_light_forms():
     results = json.loads((RESULTS / "learning_light" / "results.json").read_text(encoding="utf-8"))
     cells = {(cell["row"], cell["mask"]): 100 * cell["score"] for cell in results["cells"]}
