@@ -483,6 +483,24 @@ def test_figures_of_pictures_drawn_anew():
     assert round(found["p"], 3) == 0.002
 
 
+def test_figures_of_two_masks_in_one_model():
+    said, told = told_of_experiment(10), " ".join(TEXTS["docs/results.md"].split())
+    scores = scores_of("learning_several", "changed", count=5 * 2)
+    shares = {pair: f"{100 * score:.1f}" for pair, score in scores.items()}
+    first, then = ([shares[f"both_{n}", mask] for mask in ("v2v", "causal")] for n in (300, 600))
+    assert "{} % under `v2v` and {} % under `causal`".format(*first) in told
+    assert "600 steps {} and {}.".format(*then) in told
+    assert f"{then[1]} % under `causal`, and {then[0]} % under `v2v`" in said
+    assert f"`v2v` alone {shares['v2v', 'v2v']} %" in said
+    asked = {("both_300", "v2v"), ("both_300", "causal"), ("both_600", "causal")}
+    for each in comparisons_of("learning_several", "changed"):
+        if (each["row"], each["mask"]) in asked:
+            assert signed(each, "difference") in said
+    again = scores_of("learning", "changed")  # the same runs, trained again
+    for pair in (("causal", "causal"), ("causal", "v2v"), ("v2v", "causal"), ("v2v", "v2v")):
+        assert scores[pair] == again[pair]
+
+
 def comparisons_of(matrix: str, task: str) -> list[dict]:
     """With the cell that was trained and run causally."""
     results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
