@@ -22,6 +22,7 @@ from fmtrain.training import recipe as recipes
 from fmtrain.training.build import build_trainer
 from fmtrain.training.model import load_processor_of, load_weights
 from fmtrain.training.rows import rows_of_run
+from fmtrain.training.tracking import say
 from fmtrain.training.trainer import SFTTrainer
 
 
@@ -50,6 +51,7 @@ def train(recipe_path: str, words: Sequence[str], masks: Sequence[Mask]) -> None
     rows, eval_rows = rows_of_run(recipe, processor, config)
     kind = partial(SeveralMasks, masks=masks)
     trainer = build_trainer(recipe, load_weights(recipe), processor, rows, eval_rows, kind)
+    say(f"each micro-batch runs under one of {', '.join(map(str, masks))}; recorded: {recipe.mask}")
     trainer.train()
     trainer.save_model()
     trainer.save_state()
