@@ -424,7 +424,9 @@ def signed(found: dict, mean: str = "value") -> str:
     return "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * found[key] for key in (mean, "low", "high")))
 
 
-@pytest.mark.parametrize(("number", "matrix"), [(8, "learning_ahead"), (8, "learning_question")])
+@pytest.mark.parametrize(
+    ("number", "matrix"), [(6, "learning_pick"), (8, "learning_ahead"), (8, "learning_question")]
+)
 def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
     """Each mask's more area than causal training, and the areas themselves."""
     results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
@@ -504,6 +506,13 @@ def test_figures_of_two_masks_in_one_model():
 def seeds_of(matrix: str) -> dict[tuple[str, str], list[float]]:
     results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
     return {(cell["row"], cell["mask"]): cell["by_run"] for cell in results["cells"]}
+
+
+def test_figures_of_the_control():
+    said = told_of_experiment(6)
+    scores = {pair: f"{100 * x:.1f}" for pair, x in scores_of("learning_pick", "pick4", 12).items()}
+    assert f"({scores['v2v', 'causal']} against {scores['v2v', 'v2v']} %)" in said
+    assert f"({scores['causal', 'causal']} and {scores['causal', 'v2v']} %)" in said
 
 
 def comparisons_of(matrix: str, task: str) -> list[dict]:
