@@ -515,6 +515,25 @@ def test_figures_of_the_control():
     assert f"({scores['causal', 'causal']} and {scores['causal', 'v2v']} %)" in said
 
 
+def test_figures_of_depth():
+    found = json.loads((RESULTS / "learning_depth" / "depth.json").read_text(encoding="utf-8"))
+    said, told = told_of_experiment(7), " ".join(TEXTS["docs/results.md"].split())
+    bases = found["bases"]
+    for base in bases:
+        keys = ("causal", "trained", "causal_end", "trained_end")
+        shares = " | ".join(f"{100 * base[key]:.1f}" for key in keys)
+        assert f"| {base['layers']} | {base['seed']} | {shares} |" in said
+    assert len(bases) == 6 and min(base["trained_end"] for base in bases) > 0.9
+    ends = [100 * base["causal_end"] for base in bases]
+    assert max(ends) < 90 and f"at {min(ends):.1f} to {max(ends):.1f}" in told
+    gains = np.array([100 * (base["trained"] - base["causal"]) for base in bases])
+    mean, half = gains.mean(), 2.571 * gains.std(ddof=1) / 6**0.5  # Student's t, 5 degrees
+    assert f"{mean:.1f} points more area on average [{mean - half:.1f}, {mean + half:.1f}]" in said
+    assert f"{mean:.1f} points higher [{mean - half:.1f}, {mean + half:.1f}]" in told
+    slope = [100 * found["slope"][key] for key in ("value", "low", "high")]
+    assert "{:+.1f} points a layer [{:.1f}, {:.1f}".format(*slope) in said
+
+
 def comparisons_of(matrix: str, task: str) -> list[dict]:
     """With the cell that was trained and run causally."""
     results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
