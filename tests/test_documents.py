@@ -190,12 +190,45 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert names["tokens"].shape[1] > prompt
 
 
+def results_of(matrix: str) -> dict:
+    """What a matrix found, as shipped."""
+    return json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
+
+
 def scores_of(matrix: str, task: str, count: int = 8 * 7) -> dict[tuple[str, str], float]:
     """Exact answers by (mask in training, mask in inference), as shipped: so many."""
-    results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
+    results = results_of(matrix)
     cells = [cell for cell in results["cells"] if cell["task"] == task]
     assert len(cells) == count
     return {(cell["row"], cell["mask"]): cell["score"] for cell in cells}
+
+
+def seeds_of(matrix: str) -> dict[tuple[str, str], list[float]]:
+    results = results_of(matrix)
+    return {(cell["row"], cell["mask"]): cell["by_run"] for cell in results["cells"]}
+
+
+def comparisons_of(matrix: str, task: str) -> list[dict]:
+    """With the cell that was trained and run causally."""
+    results = results_of(matrix)
+    kind = "causal-causal"
+    return [x for x in results["comparisons"] if (x["kind"], x["task"]) == (kind, task)]
+
+
+def own_mask(comparison: dict) -> bool:
+    """Whether it is of a row under the mask that it was trained with."""
+    return comparison["row"] == comparison["mask"]
+
+
+def told_of_experiment(number: int) -> str:
+    """Its section, on one line."""
+    section = TEXTS["docs/experiments.md"].split(f"\n## {number}. ")[1].split("\n## ")[0]
+    return " ".join(section.split())
+
+
+def signed(found: dict, mean: str = "value") -> str:
+    """A difference of shares in points, with its interval."""
+    return "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * found[key] for key in (mean, "low", "high")))
 
 
 def overall() -> dict[tuple[str, str], float]:
@@ -235,7 +268,7 @@ def test_what_the_readme_says_of_its_table():
 
 
 def test_figures_of_learning_to_compare():
-    results = json.loads((RESULTS / "learning" / "results.json").read_text(encoding="utf-8"))
+    results = results_of("learning")
     scores = scores_of("learning", "changed")
     section = TEXTS["docs/results.md"].split("## Learning to compare two pictures")[1]
     section = section.split("\n## ")[0]
@@ -278,7 +311,7 @@ def test_figures_of_the_matrix():
 
 
 def test_figures_of_training_against_switching_on():
-    results = json.loads((RESULTS / "tiny" / "results.json").read_text(encoding="utf-8"))
+    results = results_of("tiny")
     primary = [item for item in results["comparisons"] if item["family"] == "primary"]
     found = {(item["row"], item["kind"]): item for item in primary}
     shown = table(TEXTS["docs/results.md"], "mask")
@@ -299,7 +332,7 @@ def test_figures_of_training_against_switching_on():
 
 
 def test_figures_of_the_embedded_model():
-    results = json.loads((RESULTS / "tiny" / "results.json").read_text(encoding="utf-8"))
+    results = results_of("tiny")
     own = [cell for cell in results["cells"] if (cell["row"], cell["mask"]) == ("base", "causal")]
     scores = {cell["task"]: cell["score"] for cell in own if cell["task"] != "overall"}
     chances = held_out.chance("digits", scores)
@@ -353,7 +386,7 @@ def test_figures_of_latency(label, name):
 
 @pytest.mark.parametrize("name, p", [("learning_longer", 0.16), ("learning_confirmed", 0.008)])
 def test_figures_of_more_steps(name, p):
-    results = json.loads((RESULTS / name / "results.json").read_text(encoding="utf-8"))
+    results = results_of(name)
     said = " ".join(TEXTS["docs/results.md"].split())
     scores = scores_of(name, "changed", count=6)
     v2v, causal = (100 * scores[mask, mask] for mask in ("v2v", "causal"))
@@ -393,35 +426,18 @@ def test_figures_of_the_curves():
 
 
 def test_figures_of_two_hops():
-    results = json.loads((RESULTS / "learning_precedes_first" / "results.json").read_text())
-    section = TEXTS["docs/experiments.md"].split("## 5. Two hops in one picture")[1]
-    said = " ".join(section.split("\n## 6.")[0].split())
-    scores = scores_of("learning_precedes_first", "precedes_asked_first", count=5 * 4)
+    matrix, task = "learning_precedes_first", "precedes_asked_first"
+    said, scores = told_of_experiment(5), scores_of(matrix, task, count=5 * 4)
     for mask in ("causal", "v2v", "future", "v2t"):
         assert f"`{mask}` {rounded(100 * scores[mask, mask], 1)} %" in said, mask
-    for each in results["comparisons"]:
-        own = each["row"] == each["mask"] != "causal"
-        if each["kind"] == "causal-causal" and (own or each["row"] == "causal"):
-            apart = "{:+.1f} [{:.1f}, {:.1f}]".format(
-                *(100 * each[key] for key in ("difference", "low", "high"))
-            )
-            assert f"`{each['mask']}` {apart}" in said, apart
-    for line in results["curves"]["exact"]:
+    for each in comparisons_of(matrix, task):
+        own = own_mask(each) and each["mask"] != "causal"
+        if own or each["row"] == "causal":
+            assert f"`{each['mask']}` {signed(each, 'difference')}" in said, each
+    for line in results_of(matrix)["curves"]["exact"]:
         if line["more_area"]:
-            figures = [100 * line["more_area"][key] for key in ("value", "low", "high")]
-            assert "{:+.1f} [{:.1f}, {:.1f}]".format(*figures) in said
+            assert signed(line["more_area"]) in said
         assert set(line["half"]) == {None}  # no run gets to half
-
-
-def told_of_experiment(number: int) -> str:
-    """Its section, on one line."""
-    section = TEXTS["docs/experiments.md"].split(f"\n## {number}. ")[1].split("\n## ")[0]
-    return " ".join(section.split())
-
-
-def signed(found: dict, mean: str = "value") -> str:
-    """A difference of shares in points, with its interval."""
-    return "{:+.1f} [{:.1f}, {:.1f}]".format(*(100 * found[key] for key in (mean, "low", "high")))
 
 
 @pytest.mark.parametrize(
@@ -429,7 +445,7 @@ def signed(found: dict, mean: str = "value") -> str:
 )
 def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
     """Each mask's more area than causal training, and the areas themselves."""
-    results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
+    results = results_of(matrix)
     said, lines = told_of_experiment(number), results["curves"]["exact"]
     assert lines[0]["row"] == "causal" and len(lines) > 1
     for line in lines:
@@ -463,7 +479,7 @@ def test_figures_of_two_hops_with_enough_steps():
         for mask in masks:  # switched on
             apart = 100 * (scores["causal", mask] - scores["causal", "causal"])
             assert f"`{mask}` {apart:.1f}" in said
-    lines = json.loads((RESULTS / "learning_ahead" / "results.json").read_text())["curves"]["exact"]
+    lines = results_of("learning_ahead")["curves"]["exact"]
     half = {line["row"]: line["half"] for line in lines}
     assert all(v2v < causal for v2v, causal in zip(half["v2v"], half["causal"], strict=True))
     of_all = [f"{end(half[row]):.0f}" for row in ("v2v", "causal") for end in (min, max)]
@@ -503,11 +519,6 @@ def test_figures_of_two_masks_in_one_model():
         assert first[pair] == again[pair]
 
 
-def seeds_of(matrix: str) -> dict[tuple[str, str], list[float]]:
-    results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
-    return {(cell["row"], cell["mask"]): cell["by_run"] for cell in results["cells"]}
-
-
 def test_figures_of_the_control():
     said = told_of_experiment(6)
     scores = {pair: f"{100 * x:.1f}" for pair, x in scores_of("learning_pick", "pick4", 12).items()}
@@ -534,20 +545,8 @@ def test_figures_of_depth():
     assert "{:+.1f} points a layer [{:.1f}, {:.1f}".format(*slope) in said
 
 
-def comparisons_of(matrix: str, task: str) -> list[dict]:
-    """With the cell that was trained and run causally."""
-    results = json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))
-    kind = "causal-causal"
-    return [x for x in results["comparisons"] if (x["kind"], x["task"]) == (kind, task)]
-
-
-def own_mask(comparison: dict) -> bool:
-    """Whether it is of a row under the mask that it was trained with."""
-    return comparison["row"] == comparison["mask"]
-
-
 def test_figures_of_the_light_forms():
-    results = json.loads((RESULTS / "learning_light" / "results.json").read_text(encoding="utf-8"))
+    results = results_of("learning_light")
     cells = {(cell["row"], cell["mask"]): 100 * cell["score"] for cell in results["cells"]}
     light = ("v2v+merge", "future+merge", "prefix_lm+merge")
     said = " ".join(TEXTS["docs/results.md"].split())
