@@ -27,7 +27,6 @@ from eval.provenance import made_with
 from eval.tables import Table
 from fmtrain.command_line import Parser, guarded, write_whole
 
-MASK = "v2v"
 FOLDER = re.compile(r"l(\d+)-s(\d+)")
 
 
@@ -37,7 +36,6 @@ class Base:
 
     layers: int
     seed: int
-    mask: str
     causal: float
     trained: float
     causal_end: float
@@ -63,7 +61,7 @@ def bases(folder: Path, mask: str) -> list[Base]:
                 raise ValueError(f"{path}: no curve of exact answers of {row!r}")
         runs = [lines[CAUSAL], lines[mask]]
         areas, ends = [line["area"]["value"] for line in runs], [line["mean"][-1] for line in runs]
-        found.append(Base(int(named[1]), int(named[2]), mask, *areas, *ends))
+        found.append(Base(int(named[1]), int(named[2]), *areas, *ends))
     if not found:
         raise ValueError(f"{folder}: no folder l<layers>-s<seed> with a results.json")
     return sorted(found, key=lambda base: (base.layers, base.seed))
@@ -83,11 +81,11 @@ def slope(found: Sequence[Base]) -> dict:
     return {"value": float(line.slope), "low": low, "high": high, "p": float(line.pvalue)}
 
 
-def table(found: Sequence[Base], line: dict) -> Table:
+def table(found: Sequence[Base], line: dict, mask: str) -> Table:
     """A line for each base, in percent; the slope is in the title."""
     value, low, high = (f"{100 * line[key]:+.1f}" for key in ("value", "low", "high"))
     title = f"Gain of area, points a layer: {value} [{low}, {high}], p {numbers.p_value(line['p'])}"
-    mask, rows = found[0].mask, []
+    rows = []
     header = ["layers", "seed", "area, causal", f"area, {mask}", "gain", "end, causal", "end"]
     for base in found:
         areas, ends = (base.causal, base.trained), (base.causal_end, base.trained_end)
@@ -99,11 +97,12 @@ def table(found: Sequence[Base], line: dict) -> Table:
 def write(options: Namespace) -> None:
     found = bases(options.folder, options.mask)
     line = slope(found)
-    command = shlex.join(["python", "-m", "eval.depth", str(options.folder)])
-    command += "" if options.mask == MASK else f" --mask {options.mask}"
-    result = {"slope": line, "bases": [asdict(base) for base in found]}
+    command = shlex.join(
+        ["python", "-m", "eval.depth", str(options.folder), "--mask", options.mask]
+    )
+    result = {"mask": options.mask, "slope": line, "bases": [asdict(base) for base in found]}
     result["made"] = made_with(command, {})
-    text = table(found, line).as_markdown()
+    text = table(found, line, options.mask).as_markdown()
     write_whole(options.folder / "depth.json", json.dumps(result, indent=1))
     write_whole(options.folder / "depth.md", f"`{command}`\n\n{text}")
     print(text)
@@ -112,7 +111,7 @@ def write(options: Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m eval.depth", __doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="of the results of the matrices")
-    parser.add_argument("--mask", default=MASK, help="in training, against causal")
+    parser.add_argument("--mask", default="v2v", help="in training, against causal")
     options = parser.parse_args(arguments)
     return guarded(lambda: write(options))
 
