@@ -144,11 +144,19 @@ def watch(connection: socket.socket, process: int, name: Path) -> None:
         os.kill(process, signal.SIGKILL)
 
     name.write_text(str(process))
-    threading.Thread(target=hand_on, daemon=True).start()
-    _, status = os.waitpid(process, 0)
+    signals = threading.Thread(target=hand_on)
+    signals.start()
+    # Not reaped, so that a signal that comes when it has ended reaches no other process.
+    end = os.waitid(os.P_PID, process, os.WEXITED | os.WNOWAIT)
     name.unlink()
+    status = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
     with contextlib.suppress(BrokenPipeError):  # a program that was killed
-        connection.sendall(str(os.waitstatus_to_exitcode(status)).encode())
+        connection.sendall(str(status).encode())
+        connection.shutdown(socket.SHUT_WR)
+    # All signals are read, up to the end of the program: a socket that is closed with one unread is
+    # reset, and the program would not get its status.
+    signals.join()
+    os.waitpid(process, 0)
     os._exit(0)
 
 
