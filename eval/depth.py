@@ -1,6 +1,6 @@
 """How the gain of a mask depends on the layers of a model: a line through several bases.
 
-    python -m eval.depth DIR
+    python -m eval.depth DIR [--without l2-s2]
 
 DIR holds the results of one matrix for each base, in folders called l<layers>-s<seed>
 (recipes/matrices/learning_depth.yaml). The gain of a base is the area under the curve of exact
@@ -42,6 +42,10 @@ class Base:
     trained_end: float
 
     @property
+    def name(self) -> str:
+        return f"l{self.layers}-s{self.seed}"
+
+    @property
     def gain(self) -> float:
         return self.trained - self.causal
 
@@ -81,8 +85,9 @@ def slope(found: Sequence[Base]) -> dict:
     return {"value": float(line.slope), "low": low, "high": high, "p": float(line.pvalue)}
 
 
-def table(found: Sequence[Base], line: dict, mask: str) -> Table:
-    """A line for each base, in percent; the slope is in the title."""
+def table(found: Sequence[Base], line: dict, mask: str, without: Sequence[str]) -> Table:
+    """A line for each base, in percent; the slope is in the title, and a base that is left out of
+    it has its seed in brackets."""
     value, low, high = (f"{100 * line[key]:+.1f}" for key in ("value", "low", "high"))
     title = f"Gain of area, points a layer: {value} [{low}, {high}], p {numbers.p_value(line['p'])}"
     rows = []
@@ -90,19 +95,23 @@ def table(found: Sequence[Base], line: dict, mask: str) -> Table:
     for base in found:
         areas, ends = (base.causal, base.trained), (base.causal_end, base.trained_end)
         shares = [f"{100 * share:.1f}" for share in (*areas, base.gain, *ends)]
-        rows.append([str(base.layers), str(base.seed), *shares])
+        seed = f"({base.seed})" if base.name in without else str(base.seed)
+        rows.append([str(base.layers), seed, *shares])
     return Table(title, header, rows, labels=2)
 
 
 def write(options: Namespace) -> None:
-    found = bases(options.folder, options.mask)
-    line = slope(found)
-    command = shlex.join(
-        ["python", "-m", "eval.depth", str(options.folder), "--mask", options.mask]
-    )
-    result = {"mask": options.mask, "slope": line, "bases": [asdict(base) for base in found]}
+    found, without = bases(options.folder, options.mask), options.without
+    unknown = sorted({*without} - {base.name for base in found})
+    if unknown:
+        raise ValueError(f"--without {unknown[0]}: {options.folder} has no such base")
+    line = slope([base for base in found if base.name not in without])
+    words = ["python", "-m", "eval.depth", str(options.folder), "--mask", options.mask]
+    command = shlex.join(words + (["--without", *without] if without else []))
+    result = {"mask": options.mask, "slope": line, "without": without}
+    result["bases"] = [asdict(base) for base in found]
     result["made"] = made_with(command, {})
-    text = table(found, line, options.mask).as_markdown()
+    text = table(found, line, options.mask, without).as_markdown()
     write_whole(options.folder / "depth.json", json.dumps(result, indent=1))
     write_whole(options.folder / "depth.md", f"`{command}`\n\n{text}")
     print(text)
@@ -112,6 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser("python -m eval.depth", __doc__)
     parser.add_argument("folder", type=Path, metavar="DIR", help="of the results of the matrices")
     parser.add_argument("--mask", default="v2v", help="in training, against causal")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="BASE", help="left out of the slope"
+    )
     options = parser.parse_args(arguments)
     return guarded(lambda: write(options))
 

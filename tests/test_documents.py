@@ -534,15 +534,37 @@ def test_figures_of_depth():
         keys = ("causal", "trained", "causal_end", "trained_end")
         shares = " | ".join(f"{100 * base[key]:.1f}" for key in keys)
         assert f"| {base['layers']} | {base['seed']} | {shares} |" in said
-    assert len(bases) == 6 and min(base["trained_end"] for base in bases) > 0.9
-    ends = [100 * base["causal_end"] for base in bases]
-    assert max(ends) < 90 and f"at {min(ends):.1f} to {max(ends):.1f}" in told
+    assert len(bases) == 9 and found["without"] == ["l2-s2"]
+    for key, who in (("trained_end", "`v2v` ends at"), ("causal_end", "causal training at")):
+        ends = [100 * base[key] for base in bases]
+        assert f"{who} {min(ends):.1f} to {max(ends):.1f}" in told
     gains = np.array([100 * (base["trained"] - base["causal"]) for base in bases])
-    mean, half = gains.mean(), 2.571 * gains.std(ddof=1) / 6**0.5  # Student's t, 5 degrees
-    assert f"{mean:.1f} points more area on average [{mean - half:.1f}, {mean + half:.1f}]" in said
-    assert f"{mean:.1f} points higher [{mean - half:.1f}, {mean + half:.1f}]" in told
+    assert gains.min() > 0 and bases[2]["seed"] == 2 and f"gains as much ({gains[2]:.1f})" in said
+    mean, half = gains.mean(), 2.306 * gains.std(ddof=1) / 3  # Student's t, 8 degrees
+    interval = f"[{mean - half:.1f}, {mean + half:.1f}]"
+    assert f"{mean:.1f} points more area on average {interval}" in said
+    assert f"from every base, by {mean:.1f} points {interval}" in told
     slope = [100 * found["slope"][key] for key in ("value", "low", "high")]
-    assert "{:+.1f} points a layer [{:.1f}, {:.1f}".format(*slope) in said
+    assert (
+        "{:+.1f} points of gain a layer [{:.1f}, {:.1f}], p {:.2f}".format(
+            *slope, found["slope"]["p"]
+        )
+        in said
+    )
+    assert "{:+.1f} points a layer [{:.1f}, {:.1f}]".format(*slope) in told
+    few, many = (
+        [base["causal_end"] < 0.5 for base in bases if base["layers"] == n] for n in (2, 6)
+    )
+    assert (sum(few), sum(many)) == (2, 1)
+    causally = {}
+    for base in bases:
+        name = f"l{base['layers']}-s{base['seed']}"
+        scores = scores_of(f"learning_depth/{name}", "changed", 6)
+        causally[name] = 100 * scores["v2v", "causal"]
+    unlike = 100 * scores_of("learning_depth/l2-s2", "changed", 6)["v2v", "v2v"]
+    odd = [causally.pop("l2-s2"), unlike]
+    assert "answers {:.1f} % run causally and {:.1f} under `v2v`".format(*odd) in said
+    assert f"fall to {min(causally.values()):.0f} to {max(causally.values()):.0f} %" in said
 
 
 def test_figures_of_the_light_forms():

@@ -53,3 +53,18 @@ def test_a_matrix_without_the_mask_is_named(folder, capsys):
     assert depth.main([str(folder), "--mask", "future"]) == 2
     said = capsys.readouterr().err
     assert "l2-s0/results.json: no curve of exact answers of 'future'" in said
+
+
+def test_a_base_is_left_out_of_the_slope_and_named(folder, capsys):
+    """Seven of the nine make the line; the table shows them all."""
+    assert depth.main([str(folder), "--without", "l2-s1", "l4-s2"]) == 0
+    written = json.loads((folder / "depth.json").read_text())
+    assert written["without"] == ["l2-s1", "l4-s2"] and len(written["bases"]) == 9
+    kept = [(2, 0.5), (2, 0.6), (4, 0.3), (4, 0.2), (6, 0.1), (6, 0.0), (6, 0.2)]
+    middle, mean = 30 / 7, 1.9 / 7
+    rise = sum((layers - middle) * (gain - mean) for layers, gain in kept)
+    rise /= sum((layers - middle) ** 2 for layers, _ in kept)
+    assert written["slope"]["value"] == pytest.approx(rise)
+    assert "| 2 | (1) | 25.0 | 65.0 |" in capsys.readouterr().out
+    assert depth.main([str(folder), "--without", "l3-s0"]) == 2
+    assert "--without l3-s0" in capsys.readouterr().err
