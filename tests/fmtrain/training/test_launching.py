@@ -32,7 +32,7 @@ def two(folder):
     """An accelerate configuration for two processes of this machine."""
     config = yaml.safe_load((training.ROOT / "recipes/accelerate/ddp.yaml").read_text())
     path = folder / "two.yaml"
-    path.write_text(yaml.safe_dump(config | {"num_processes": 2, "main_process_port": 29631}))
+    path.write_text(yaml.safe_dump(config | {"num_processes": 2, "main_process_port": 0}))
     return path
 
 
