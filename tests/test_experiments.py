@@ -1,0 +1,264 @@
+"""Every figure of docs/experiments.md is that of a file in eval/results."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from documents import (
+    RESULTS,
+    TEXTS,
+    comparisons_of,
+    results_of,
+    rounded,
+    scores_of,
+    seeds_of,
+    shows,
+    signed,
+    table,
+)
+
+
+def own_mask(comparison: dict) -> bool:
+    """Whether it is of a row under the mask that it was trained with."""
+    return comparison["row"] == comparison["mask"]
+
+
+def told_of_experiment(number: int) -> str:
+    """Its section, on one line."""
+    section = TEXTS["docs/experiments.md"].split(f"\n## {number}. ")[1].split("\n## ")[0]
+    return " ".join(section.split())
+
+
+def test_figures_of_learning_to_compare():
+    results = results_of("learning")
+    scores = scores_of("learning", "changed")
+    section = TEXTS["docs/results.md"].split("## Learning to compare two pictures")[1]
+    section = section.split("\n## ")[0]
+    shown = table(section, r"trained with \ run under")
+    assert [row[0] for row in shown] == ["base, not fine-tuned", *results["masks"]]
+    for name, *cells in shown:
+        row = "base" if name.startswith("base") else name
+        for mask, cell in zip(results["masks"], cells, strict=True):
+            assert shows(cell.strip("*"), 100 * scores[row, mask]), (name, mask)
+    text, gains = " ".join(section.split()), {}
+    for one in results["comparisons"]:
+        if one["kind"] == "causal-causal":
+            points = (rounded(100 * one[key], 1) for key in ("difference", "low", "high"))
+            gains[one["row"], one["mask"]] = "{} [{}, {}]".format(*points).replace("-0.0 ", "0.0 ")
+    for mask in ("future", "prefix_lm"):
+        assert f"`{mask}` {gains[mask, mask]}" in text
+    value, interval = gains["v2v", "v2v"].split(" ", 1)
+    assert f"`v2v` gains {value} points over causal training run causally {interval}" in text
+    value, interval = gains["mma_interleaved", "mma_interleaved"].removeprefix("-").split(" ", 1)
+    assert f"`mma_interleaved` is {value} points below it {interval}" in text
+    assert f"changes nothing ({gains['causal', 'v2v']})" in text
+    digits = json.loads((RESULTS / "learning" / "digits.json").read_text())["digits"]
+    share = {(one["row"], one["digit"]): rounded(100 * one["share"], 1) for one in digits}
+    assert f"(causal {share['causal', 'new']}, `v2v` {share['v2v', 'new']})" in text
+    assert f"right in {share['causal', 'old']} % of the answers" in text
+    assert f"and in {share['v2v', 'old']} % with `v2v`" in text
+
+
+@pytest.mark.parametrize("name, p", [("learning_longer", 0.16), ("learning_confirmed", 0.008)])
+def test_figures_of_more_steps(name, p):
+    results = results_of(name)
+    said = " ".join(TEXTS["docs/results.md"].split())
+    scores = scores_of(name, "changed", count=6)
+    v2v, causal = (100 * scores[mask, mask] for mask in ("v2v", "causal"))
+    assert f"{rounded(v2v, 1)} against {rounded(causal, 1)}" in said
+    [primary] = [
+        each
+        for each in results["comparisons"]
+        if (each["row"], each["family"], each["kind"]) == ("v2v", "primary", "causal-causal")
+    ]
+    assert shows(str(p), primary["p"])
+    if name == "learning_confirmed":
+        interval = "{:.1f} [{:.1f}, {:.1f}]"
+        points = [100 * primary[key] for key in ("difference", "low", "high")]
+        assert f"+{interval.format(*points)}, p {p}" in said
+        readme = " ".join(TEXTS["README.md"].split())
+        assert f"`v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f} (five seeds, p" in readme
+
+
+def test_figures_of_the_curves():
+    """Of the confirmed comparison: the mean loss over all steps, and when it has fallen."""
+    raw = json.loads((RESULTS / "learning_confirmed" / "curves.json").read_text(encoding="utf-8"))
+    apart = {}
+    for mask in ("causal", "v2v"):
+        losses = [dict(raw[f"{mask}-seed{seed}"]["loss"]) for seed in range(3, 8)]
+        apart[mask] = np.array([np.trapezoid([*one.values()], [*one]) / 875 for one in losses])
+        low = [[step for step, loss in one.items() if loss < 0.1] for one in losses]
+        apart[mask, "low"] = sorted(steps[0] for steps in low if steps)
+    less = apart["causal"] - apart["v2v"]
+    mean, half = less.mean(), 2.776 * less.std(ddof=1) / 5**0.5  # Student's t, 4 degrees of freedom
+    assert (apart["v2v", "low"][0], apart["v2v", "low"][-1]) == (325, 500)
+    assert len(apart["v2v", "low"]) == 5 and len(apart["causal", "low"]) == 1
+    for name in ("docs/results.md", "docs/experiments.md"):
+        said = " ".join(TEXTS[name].split())
+        assert re.search(
+            rf"{mean:.3f} nats a token lower[^.]*\[{mean - half:.3f}, {mean + half:.3f}", said
+        )
+
+
+def test_figures_of_two_hops():
+    matrix, task = "learning_precedes_first", "precedes_asked_first"
+    said, scores = told_of_experiment(5), scores_of(matrix, task, count=5 * 4)
+    for mask in ("causal", "v2v", "future", "v2t"):
+        assert f"`{mask}` {rounded(100 * scores[mask, mask], 1)} %" in said, mask
+    for each in comparisons_of(matrix, task):
+        own = own_mask(each) and each["mask"] != "causal"
+        if own or each["row"] == "causal":
+            assert f"`{each['mask']}` {signed(each, 'difference')}" in said, each
+    for line in results_of(matrix)["curves"]["exact"]:
+        if line["more_area"]:
+            assert signed(line["more_area"]) in said
+        assert set(line["half"]) == {None}  # no run gets to half
+
+
+@pytest.mark.parametrize(
+    ("number", "matrix"), [(6, "learning_pick"), (8, "learning_ahead"), (8, "learning_question")]
+)
+def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
+    """Each mask's more area than causal training, and the areas themselves."""
+    results = results_of(matrix)
+    said, lines = told_of_experiment(number), results["curves"]["exact"]
+    assert lines[0]["row"] == "causal" and len(lines) > 1
+    for line in lines:
+        assert f"`{line['row']}` {100 * line['area']['value']:.1f}" in said
+        assert len(line["area"]["by_run"]) == 5
+        if line["row"] != "causal":
+            assert signed(line["more_area"]) in said
+
+
+def test_figures_of_two_hops_with_enough_steps():
+    """Ends, and steps to half of the questions; those of README too."""
+    said, readme = told_of_experiment(8), " ".join(TEXTS["README.md"].split())
+    results = " ".join(TEXTS["docs/results.md"].split())
+    ahead = scores_of("learning_ahead", "precedes_asked_first", count=4 * 3)
+    question = scores_of("learning_question", "follows", count=5 * 4)
+    ends = {mask: ahead[mask, mask] for mask in ("causal", "v2v", "future")}
+    assert (
+        "| {:.1f} | **{:.1f}** | **{:.1f}** | |".format(*(100 * x for x in ends.values()))
+        in results
+    )
+    assert f"at the end {100 * ends['v2v']:.1f} against {100 * ends['causal']:.1f} %" in said
+    behind = {mask: question[mask, mask] for mask in ("causal", "v2v", "future", "v2t")}
+    assert (
+        "| {:.1f} | {:.1f} | {:.1f} | {:.1f} |".format(*(100 * x for x in behind.values()))
+        in results
+    )
+    assert f"at the end {100 * behind['v2t']:.1f} against {100 * behind['causal']:.1f} %" in said
+    assert f"({ends['v2v']:.3f}, causal {ends['causal']:.3f})" in readme
+    assert f"({behind['v2v']:.3f}, causal {behind['causal']:.3f})" in readme
+    for scores, masks in ((ahead, ("v2v", "future")), (question, ("v2t", "future", "v2v"))):
+        for mask in masks:  # switched on
+            apart = 100 * (scores["causal", mask] - scores["causal", "causal"])
+            assert f"`{mask}` {apart:.1f}" in said
+    lines = results_of("learning_ahead")["curves"]["exact"]
+    half = {line["row"]: line["half"] for line in lines}
+    assert all(v2v < causal for v2v, causal in zip(half["v2v"], half["causal"], strict=True))
+    of_all = [f"{end(half[row]):.0f}" for row in ("v2v", "causal") for end in (min, max)]
+    assert "after {} to {} steps with `v2v` and after {} to {} causally".format(*of_all) in said
+
+
+def test_figures_of_pictures_drawn_anew():
+    said, told = told_of_experiment(12), " ".join(TEXTS["docs/results.md"].split())
+    shares = {}
+    for task in ("changed", "redrawn"):
+        scores = scores_of("learning_redrawn", task, count=3 * 2)
+        shares[task] = {mask: f"{100 * scores[mask, mask]:.1f}" for mask in ("causal", "v2v")}
+    first, then = shares["changed"], shares["redrawn"]
+    assert f"`v2v` falls from {first['v2v']} to {then['v2v']} %" in said
+    assert f"causal training from {first['causal']} to {then['causal']} %" in said
+    assert f"answer {then['v2v']} % with `v2v` and {then['causal']} % causally" in told
+    [found] = [each for each in comparisons_of("learning_redrawn", "redrawn") if own_mask(each)]
+    assert signed(found, "difference") in said and signed(found, "difference") in told
+    assert round(found["p"], 3) == 0.002
+
+
+def test_figures_of_two_masks_in_one_model():
+    said, told = told_of_experiment(10), " ".join(TEXTS["docs/results.md"].split())
+    scores = scores_of("learning_several", "changed", count=5 * 2)
+    shares = {pair: f"{100 * score:.1f}" for pair, score in scores.items()}
+    first, then = ([shares[f"both_{n}", mask] for mask in ("v2v", "causal")] for n in (300, 600))
+    assert "{} % under `v2v` and {} % under `causal`".format(*first) in told
+    assert "600 steps {} and {}.".format(*then) in told
+    assert f"{then[1]} % under `causal`, and {then[0]} % under `v2v`" in said
+    assert f"`v2v` alone {shares['v2v', 'v2v']} %" in said
+    asked = {("both_300", "v2v"), ("both_300", "causal"), ("both_600", "causal")}
+    for each in comparisons_of("learning_several", "changed"):
+        if (each["row"], each["mask"]) in asked:
+            assert signed(each, "difference") in said
+    again, first = seeds_of("learning"), seeds_of("learning_several")  # the same runs once more
+    for pair in (("causal", "causal"), ("causal", "v2v"), ("v2v", "causal"), ("v2v", "v2v")):
+        assert first[pair] == again[pair]
+
+
+def test_figures_of_the_control():
+    said = told_of_experiment(6)
+    scores = {pair: f"{100 * x:.1f}" for pair, x in scores_of("learning_pick", "pick4", 12).items()}
+    assert f"({scores['v2v', 'causal']} against {scores['v2v', 'v2v']} %)" in said
+    assert f"({scores['causal', 'causal']} and {scores['causal', 'v2v']} %)" in said
+
+
+def test_figures_of_depth():
+    found = json.loads((RESULTS / "learning_depth" / "depth.json").read_text(encoding="utf-8"))
+    said, told = told_of_experiment(7), " ".join(TEXTS["docs/results.md"].split())
+    bases = found["bases"]
+    for base in bases:
+        keys = ("causal", "trained", "causal_end", "trained_end")
+        shares = " | ".join(f"{100 * base[key]:.1f}" for key in keys)
+        assert f"| {base['layers']} | {base['seed']} | {shares} |" in said
+    assert len(bases) == 9 and found["without"] == ["l2-s2"]
+    for key, who in (("trained_end", "`v2v` ends at"), ("causal_end", "causal training at")):
+        ends = [100 * base[key] for base in bases]
+        assert f"{who} {min(ends):.1f} to {max(ends):.1f}" in told
+    gains = np.array([100 * (base["trained"] - base["causal"]) for base in bases])
+    assert gains.min() > 0 and bases[2]["seed"] == 2 and f"gains as much ({gains[2]:.1f})" in said
+    mean, half = gains.mean(), 2.306 * gains.std(ddof=1) / 3  # Student's t, 8 degrees
+    interval = f"[{mean - half:.1f}, {mean + half:.1f}]"
+    assert f"{mean:.1f} points more area on average {interval}" in said
+    assert f"from every base, by {mean:.1f} points {interval}" in told
+    slope = [100 * found["slope"][key] for key in ("value", "low", "high")]
+    assert (
+        "{:+.1f} points of gain a layer [{:.1f}, {:.1f}], p {:.2f}".format(
+            *slope, found["slope"]["p"]
+        )
+        in said
+    )
+    assert "{:+.1f} points a layer [{:.1f}, {:.1f}]".format(*slope) in told
+    few, many = (
+        [base["causal_end"] < 0.5 for base in bases if base["layers"] == n] for n in (2, 6)
+    )
+    assert (sum(few), sum(many)) == (2, 1)
+    causally = {}
+    for base in bases:
+        name = f"l{base['layers']}-s{base['seed']}"
+        scores = scores_of(f"learning_depth/{name}", "changed", 6)
+        causally[name] = 100 * scores["v2v", "causal"]
+    unlike = 100 * scores_of("learning_depth/l2-s2", "changed", 6)["v2v", "v2v"]
+    odd = [causally.pop("l2-s2"), unlike]
+    assert "answers {:.1f} % run causally and {:.1f} under `v2v`".format(*odd) in said
+    assert f"fall to {min(causally.values()):.0f} to {max(causally.values()):.0f} %" in said
+
+
+def test_figures_of_the_light_forms():
+    results = results_of("learning_light")
+    cells = {(cell["row"], cell["mask"]): 100 * cell["score"] for cell in results["cells"]}
+    light = ("v2v+merge", "future+merge", "prefix_lm+merge")
+    said = " ".join(TEXTS["docs/results.md"].split())
+    apart = {}
+    for each in results["comparisons"]:
+        if each["kind"] == "causal-causal":
+            figures = [100 * each[key] for key in ("difference", "low", "high")]
+            apart[each["row"], each["mask"]] = "{:+.1f} [{:.1f}, {:.1f}]".format(*figures)
+    first, *others = (rounded(cells[name, name], 1) for name in light)
+    causal = rounded(cells["causal", "causal"], 1)
+    assert f"`v2v+merge` {first} against causal {causal} ({apart[light[0], light[0]]})" in said
+    assert f"`future+merge` {others[0]}, `prefix_lm+merge` {others[1]}" in said
+    costs = [cells["causal", "causal"] - cells["causal", name] for name in light]
+    assert f"they cost {min(costs):.1f} to {max(costs):.1f} points" in said
+    verdicts = " ".join(TEXTS["docs/experiments.md"].split())
+    for name in light:
+        assert apart["causal", name] in verdicts
