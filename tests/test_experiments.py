@@ -1,7 +1,9 @@
 """Every figure of docs/experiments.md is that of a file in eval/results."""
 
+import gzip
 import json
 import re
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -241,6 +243,53 @@ def test_figures_of_depth():
     odd = [causally.pop("l2-s2"), unlike]
     assert "answers {:.1f} % run causally and {:.1f} under `v2v`".format(*odd) in said
     assert f"fall to {min(causally.values()):.0f} to {max(causally.values()):.0f} %" in said
+
+
+def test_figures_of_all_weights():
+    said, told = told_of_experiment(7), " ".join(TEXTS["docs/results.md"].split())
+    scores = scores_of("learning_full", "changed", 6 * 5)
+    own = [f"{100 * scores[mask, mask]:.1f}" for mask in ("v2v", "future", "causal")]
+    assert "{}, {} and {} %".format(*own) in said
+    assert "`v2v` {}, `future` {}, causal {}".format(*own) in told
+    found = comparisons_of("learning_full", "changed")
+    apart = {each["row"]: each for each in found if own_mask(each)}
+    for mask in ("v2v", "future", "v2t", "image"):
+        assert signed(apart[mask], "difference") in said
+        assert signed(apart[mask], "difference") in told
+    assert 4 * max(apart[mask]["p"] for mask in ("v2v", "future")) < 1e-4
+    [switched] = [each for each in found if (each["row"], each["mask"]) == ("causal", "v2v")]
+    assert f"(`v2v` {signed(switched, 'difference')})" in said
+    assert f"`v2v` models fall to {100 * scores['v2v', 'causal']:.1f} %" in said
+    lora = scores_of("learning", "changed")
+    with_lora = [f"{100 * lora[mask, mask]:.1f}" for mask in ("v2v", "future", "causal")]
+    assert "{}, {} and {} % (experiment 1)".format(*with_lora) in said
+
+
+def test_figures_of_pictures_in_two_turns():
+    """Of the second questions of the dialogues, which stand between the first ones."""
+    said, asked = told_of_experiment(15), defaultdict(list)
+    with gzip.open(RESULTS / "learning_turns" / "answers.jsonl.gz", "rt") as file:
+        for line in map(json.loads, file):
+            if line["task"] == "dialogue":
+                second = line["question"] == "Which digit changed?"
+                for run, scores in line["scores"].items():
+                    row = run.partition("-seed")[0]
+                    mask = row if row == "v2v" else "causal"
+                    asked[row, run, second].append(scores[mask])
+    share = {key: 100 * np.mean(scores) for key, scores in asked.items()}
+    ends = [
+        np.mean([share[key] for key in share if key[0] == row and key[2]])
+        for row in ("causal", "v2v")
+    ]
+    assert "second question, {:.1f} % causally trained, {:.1f} with `v2v`".format(*ends) in said
+    base = [key for key in share if key[0].startswith("tiny_single") and not key[2]]
+    first = [share[key] for key in share if key[0] in ("causal", "v2v") and not key[2]]
+    assert f"the base answers {share[base[0]]:.1f} % of the first questions" in said
+    assert f"after the tuning {min(first):.1f} to {max(first):.1f} are right" in said
+    scores = scores_of("learning_turns", "dialogue", 3 * 2)
+    for mask in ("causal", "v2v"):
+        assert f"{100 * scores['v2v', mask]:.1f}" == "0.2"
+    assert max(scores_of("learning_turns", "order", 3 * 2).values()) == 0
 
 
 def test_figures_of_the_light_forms():
