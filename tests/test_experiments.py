@@ -164,6 +164,26 @@ def test_figures_of_two_hops_with_enough_steps():
     assert "after {} to {} steps with `v2v` and after {} to {} causally".format(*of_all) in said
 
 
+def test_what_the_choice_of_a_mask_is_told_from():
+    """The figures of docs/masks.md, in whole points."""
+    said = TEXTS["docs/masks.md"]
+    learnt, question = (
+        scores_of("learning", "changed"),
+        scores_of("learning_question", "follows", 20),
+    )
+    light = scores_of("learning_light", "changed", 6 * 5)
+    gain = 100 * (learnt["v2v", "v2v"] - learnt["causal", "causal"])
+    assert f"with +{gain:.0f} points and with none" in said
+    assert f"it gained nothing where `v2v` gained {gain:.0f} points" in said
+    assert abs(light["v2v+merge", "v2v+merge"] - light["causal", "causal"]) < 0.01
+    cost = 100 * (question["causal", "causal"] - question["v2v", "v2v"])
+    assert f"the look [cost](results.md) {cost:.0f} points" in said
+    lines = results_of("learning_question")["curves"]["exact"]
+    [more] = [line["more_area"] for line in lines if line["row"] == "v2t"]
+    value, low, high = (100 * more[key] for key in ("value", "low", "high"))
+    assert f"undecided](results.md): {value:+.0f} points, {low:.0f} to {high:.0f}" in said
+
+
 def test_figures_of_pictures_drawn_anew():
     said, told = told_of_experiment(12), " ".join(TEXTS["docs/results.md"].split())
     shares = {}
