@@ -119,7 +119,13 @@ def test_figures_of_two_hops():
 
 
 @pytest.mark.parametrize(
-    ("number", "matrix"), [(6, "learning_pick"), (8, "learning_ahead"), (8, "learning_question")]
+    ("number", "matrix"),
+    [
+        (6, "learning_pick"),
+        (8, "learning_ahead"),
+        (8, "learning_question"),
+        (11, "learning_dual"),
+    ],
 )
 def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
     """Each mask's more area than causal training, and the areas themselves."""
@@ -162,6 +168,36 @@ def test_figures_of_two_hops_with_enough_steps():
     assert all(v2v < causal for v2v, causal in zip(half["v2v"], half["causal"], strict=True))
     of_all = [f"{end(half[row]):.0f}" for row in ("v2v", "causal") for end in (min, max)]
     assert "after {} to {} steps with `v2v` and after {} to {} causally".format(*of_all) in said
+
+
+def test_figures_of_questions_before_and_behind():
+    said, told = told_of_experiment(11), " ".join(TEXTS["docs/results.md"].split())
+    ends = {}
+    for task in ("follows", "follows_asked_first", "overall"):
+        scores = scores_of("learning_dual", task, 3 * 2)
+        ends[task] = {pair: 100 * score for pair, score in scores.items()}
+    own = {task: (x["v2t", "v2t"], x["causal", "causal"]) for task, x in ends.items()}
+    assert "has {:.1f} % of `follows` and causal training {:.1f}".format(*own["follows"]) in said
+    assert "of `follows_asked_first` {:.1f} and {:.1f}".format(*own["follows_asked_first"]) in said
+    assert "ends at {:.1f} of 100, causal training at {:.1f}".format(*own["overall"]) in told
+    lost = [ends[task]["v2t", "v2t"] - ends[task]["v2t", "causal"] for task in list(ends)[:2]]
+    pair = f"lose {lost[0]:.1f} points on `follows`, and {lost[1]:.1f} on `follows_asked_first`"
+    assert pair in said
+    for task in ("follows", "follows_asked_first"):
+        [apart] = [
+            each
+            for each in comparisons_of("learning_dual", task)
+            if (own_mask(each)) and each["row"] == "v2t"
+        ]
+        assert signed(apart, "difference") in said
+    [more] = [
+        x["more_area"] for x in results_of("learning_dual")["curves"]["exact"] if x["more_area"]
+    ]
+    assert [each > 0 for each in more["by_run"]].count(True) == 2
+    value = "{:.1f} more [{:.1f}, {:.1f}]".format(
+        *(100 * more[k] for k in ("value", "low", "high"))
+    )
+    assert f"`v2t` has {value}" in told and f"p {more['p']:.2f}" in said
 
 
 def test_what_the_choice_of_a_mask_is_told_from():
