@@ -80,7 +80,7 @@ def test_figures_of_more_steps(name, p):
         points = [100 * primary[key] for key in ("difference", "low", "high")]
         assert f"+{interval.format(*points)}, p {p}" in said
         readme = " ".join(TEXTS["README.md"].split())
-        assert f"`v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f} (five seeds, p" in readme
+        assert f"in 900 `v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f}," in readme
 
 
 def test_figures_of_the_curves():
@@ -273,6 +273,7 @@ def test_figures_of_depth():
         ends = [100 * base[key] for base in bases]
         assert f"{who} {min(ends):.1f} to {max(ends):.1f}" in told
     gains = np.array([100 * (base["trained"] - base["causal"]) for base in bases])
+    assert "ahead from nine bases of nine" in " ".join(TEXTS["README.md"].split())
     assert gains.min() > 0 and bases[2]["seed"] == 2 and f"gains as much ({gains[2]:.1f})" in said
     mean, half = gains.mean(), 2.306 * gains.std(ddof=1) / 3  # Student's t, 8 degrees
     interval = f"[{mean - half:.1f}, {mean + half:.1f}]"
@@ -317,6 +318,9 @@ def test_figures_of_all_weights():
     assert f"(`v2v` {signed(switched, 'difference')})" in said
     assert f"`v2v` models fall to {100 * scores['v2v', 'causal']:.1f} %" in said
     lora = scores_of("learning", "changed")
+    readme = " ".join(TEXTS["README.md"].split())
+    pair = (scores["v2v", "v2v"], scores["causal", "causal"])
+    assert "with all weights `v2v` {:.3f}, causal {:.3f}".format(*pair) in readme
     with_lora = [f"{100 * lora[mask, mask]:.1f}" for mask in ("v2v", "future", "causal")]
     assert "{}, {} and {} % (experiment 1)".format(*with_lora) in said
 
