@@ -325,29 +325,37 @@ def test_figures_of_all_weights():
     assert "{}, {} and {} % (experiment 1)".format(*with_lora) in said
 
 
-def test_figures_of_pictures_in_two_turns():
-    """Of the second questions of the dialogues, which stand between the first ones."""
-    said, asked = told_of_experiment(15), defaultdict(list)
-    with gzip.open(RESULTS / "learning_turns" / "answers.jsonl.gz", "rt") as file:
+def questions_of_dialogues(matrix: str) -> dict[tuple[str, str, str], float]:
+    """Exact answers in percent by (run, mask in inference, "first" or "second" question)."""
+    asked = defaultdict(list)
+    with gzip.open(RESULTS / matrix / "answers.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in map(json.loads, file):
             if line["task"] == "dialogue":
-                second = line["question"] == "Which digit changed?"
+                turn = "second" if line["question"] == "Which digit changed?" else "first"
                 for run, scores in line["scores"].items():
-                    row = run.partition("-seed")[0]
-                    mask = row if row == "v2v" else "causal"
-                    asked[row, run, second].append(scores[mask])
-    share = {key: 100 * np.mean(scores) for key, scores in asked.items()}
-    ends = [
-        np.mean([share[key] for key in share if key[0] == row and key[2]])
-        for row in ("causal", "v2v")
-    ]
+                    for mask, score in scores.items():
+                        asked[run, mask, turn].append(score)
+    return {key: 100 * np.mean(scores) for key, scores in asked.items()}
+
+
+def test_figures_of_pictures_in_two_turns():
+    said, share = told_of_experiment(15), questions_of_dialogues("learning_turns")
+    ends = []
+    for row in ("causal", "v2v"):
+        ends.append(np.mean([share[f"{row}-seed{seed}", row, "second"] for seed in range(3, 8)]))
     assert "second question, {:.1f} % causally trained, {:.1f} with `v2v`".format(*ends) in said
-    base = [key for key in share if key[0].startswith("tiny_single") and not key[2]]
-    first = [share[key] for key in share if key[0] in ("causal", "v2v") and not key[2]]
-    assert f"the base answers {share[base[0]]:.1f} % of the first questions" in said
+    base = share["tiny_single_pictures-causal-s1", "causal", "first"]
+    assert f"the base answers {base:.1f} % of the first questions" in said
+    tuned = ("causal", "v2v")
+    first = [
+        x
+        for (run, mask, turn), x in share.items()
+        if run.partition("-")[0] == mask and turn == "first"
+    ]
+    assert len(first) == 5 * len(tuned)
     assert f"after the tuning {min(first):.1f} to {max(first):.1f} are right" in said
     scores = scores_of("learning_turns", "dialogue", 3 * 2)
-    for mask in ("causal", "v2v"):
+    for mask in tuned:
         assert f"{100 * scores['v2v', mask]:.1f}" == "0.2"
     assert max(scores_of("learning_turns", "order", 3 * 2).values()) == 0
 
