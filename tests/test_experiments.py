@@ -125,6 +125,7 @@ def test_figures_of_two_hops():
         (8, "learning_ahead"),
         (8, "learning_question"),
         (11, "learning_dual"),
+        (16, "learning_dialogue"),
     ],
 )
 def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
@@ -358,6 +359,34 @@ def test_figures_of_pictures_in_two_turns():
     for mask in tuned:
         assert f"{100 * scores['v2v', mask]:.1f}" == "0.2"
     assert max(scores_of("learning_turns", "order", 3 * 2).values()) == 0
+
+
+def test_figures_of_dialogues_that_were_trained():
+    said, told = told_of_experiment(16), " ".join(TEXTS["docs/results.md"].split())
+    share, results = questions_of_dialogues("learning_dialogue"), results_of("learning_dialogue")
+    causal, v2v = (
+        np.array([share[f"{row}-seed{seed}", row, "second"] for seed in range(1, 6)])
+        for row in ("causal", "v2v")
+    )
+    apart = v2v - causal
+    half = 2.776 * apart.std(ddof=1) / 5**0.5  # Student's t, 4 degrees
+    interval = f"{apart.mean():+.1f} [{apart.mean() - half:.1f}, {apart.mean() + half:.1f}]"
+    assert f"{interval}; {v2v.mean():.1f} against {causal.mean():.1f} %" in said
+    few = sorted(v2v)[:4]
+    ranges = [f"{x:.0f}" for x in (min(few), max(few), min(causal), max(causal))]
+    assert (
+        "end at {} to {} % of the second questions, causal ones at {} to {}".format(*ranges) in said
+    )
+    assert f"({max(v2v):.1f})" in said
+    assert f"model answers {share['v2v-seed2', 'causal', 'second']:.1f} %" in said
+    [lost] = [x for x in results["comparisons"] if (x["kind"], x["row"]) == ("diagonal", "v2v")]
+    loss = [-100 * lost[key] for key in ("difference", "high", "low")]
+    assert "lose {:.1f} points of `dialogue` [{:.1f}, {:.1f}]".format(*loss) in said
+    assert "lose {:.1f} points [{:.1f}, {:.1f}]".format(*loss) in told
+    [more] = [x["more_area"] for x in results["curves"]["exact"] if x["more_area"]]
+    areas = [100 * line["area"]["value"] for line in results["curves"]["exact"]]
+    assert "{1:.1f} % with `v2v` and {0:.1f} causally".format(*areas) in told
+    assert f"({signed(more)})" in told and f"p {more['p']:.2f}" in said
 
 
 def test_figures_of_the_light_forms():
