@@ -125,6 +125,7 @@ def test_figures_of_two_hops():
         (8, "learning_ahead"),
         (8, "learning_question"),
         (11, "learning_dual"),
+        (14, "learning_scratch"),
         (16, "learning_dialogue"),
     ],
 )
@@ -301,6 +302,61 @@ def test_figures_of_depth():
     odd = [causally.pop("l2-s2"), unlike]
     assert "answers {:.1f} % run causally and {:.1f} under `v2v`".format(*odd) in said
     assert f"fall to {min(causally.values()):.0f} to {max(causally.values()):.0f} %" in said
+
+
+def test_figures_of_bases_that_have_learnt_otherwise():
+    said, told = told_of_experiment(13), " ".join(TEXTS["docs/results.md"].split())
+    areas, gains = {}, {}
+    names = [(kind, seed) for kind in ("list", "long", "l4") for seed in (0, 1)]
+    for kind, seed in names:
+        folder = "learning_depth" if kind == "l4" else "learning_bases"
+        lines = results_of(f"{folder}/{kind}-s{seed}")["curves"]["exact"]
+        causal, v2v = sorted(lines, key=lambda line: line["row"])
+        area = [100 * line["area"]["value"] for line in (causal, v2v)]
+        ends = [100 * line["mean"][-1] for line in (causal, v2v)]
+        shown = " | ".join(f"{x:.1f}" for x in (*area, *ends))
+        assert kind == "l4" or f"| `{kind}`, seed {seed} | {shown} |" in said
+        areas[kind, seed] = [f"{x:.1f}" for x in area]
+        gains[kind, seed] = f"{area[1] - area[0]:.1f}"
+    assert "+{}, +{}, +{} and +{} points of area".format(*list(gains.values())[:4]) in said
+    long, short = ([gains[kind, seed] for seed in (0, 1)] for kind in ("long", "l4"))
+    assert "+{} and +{}, against +{} and +{}".format(*long, *short) in said
+    assert "({} and {} points, in place of {} and {})".format(*long, *short) in told
+    assert f"all digits, {gains['list', 0]} and {gains['list', 1]}." in told
+    for k, how in enumerate(("areas {} and {}", "set `v2v` back ({} and {}")):
+        pairs = [[areas[kind, seed][k] for seed in (0, 1)] for kind in ("long", "l4")]
+        assert f"{how}, with 600 steps {{}} and {{}})".format(*pairs[0], *pairs[1]) in said
+    scores = scores_of("learning_bases/list-s1", "changed", 6)
+    pair = (100 * scores["v2v", "causal"], 100 * scores["v2v", "v2v"])
+    assert "model answers {:.1f} %, under `v2v` {:.1f}".format(*pair) in said
+
+
+def test_figures_from_random_weights():
+    said, told = told_of_experiment(14), " ".join(TEXTS["docs/results.md"].split())
+    results = results_of("learning_scratch")
+    [more] = [x["more_area"] for x in results["curves"]["exact"] if x["more_area"]]
+    assert f"p {more['p']:.3f}; all five seeds" in said and min(more["by_run"]) > 0
+    read, changed = (scores_of("learning_scratch", task, 3 * 2) for task in ("read", "changed"))
+    ends = [100 * read[mask, mask] for mask in ("v2v", "causal")]
+    assert "`read` ends at {:.1f} % with `v2v` and at {:.1f} causally".format(*ends) in said
+    ends = [100 * changed[mask, mask] for mask in ("v2v", "causal")]
+    assert "{:.1f} against {:.1f} % at the end".format(*ends) in said
+    assert "`changed` ends at {:.1f} with `v2v` and at {:.1f} causally".format(*ends) in told
+    [apart] = [
+        x
+        for x in comparisons_of("learning_scratch", "changed")
+        if own_mask(x) and x["row"] == "v2v"
+    ]
+    assert signed(apart, "difference") in said and signed(apart, "difference") in told
+    assert f"p {apart['p']:.3f})" in said
+    [lost] = [
+        x
+        for x in results["comparisons"]
+        if (x["kind"], x["row"], x["task"]) == ("diagonal", "v2v", "changed")
+    ]
+    loss = [-100 * lost[key] for key in ("difference", "high", "low")]
+    assert "lose {:.1f} [{:.1f}, {:.1f}] of `changed`".format(*loss) in said
+    assert f"fall to {100 * changed['v2v', 'causal']:.1f} %" in said
 
 
 def test_figures_of_all_weights():
