@@ -11,6 +11,7 @@ from documents import (
     RESULTS,
     TEXTS,
     comparisons_of,
+    on_one_line,
     results_of,
     rounded,
     scores_of,
@@ -30,6 +31,39 @@ def told_of_experiment(number: int) -> str:
     """Its section, on one line."""
     section = TEXTS["docs/experiments.md"].split(f"\n## {number}. ")[1].split("\n## ")[0]
     return " ".join(section.split())
+
+
+def student(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and 95 % interval over five or nine values; Student's t from a table."""
+    half = {5: 2.776, 9: 2.306}[len(values)] * values.std(ddof=1) / len(values) ** 0.5
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+def more_area(matrix: str) -> dict:
+    """Of the one mask that a matrix trains beside `causal`."""
+    lines = results_of(matrix)["curves"]["exact"]
+    [more] = [line["more_area"] for line in lines if line["more_area"]]
+    return more
+
+
+def gain_of(matrix: str, task: str, mask: str) -> dict:
+    """A mask, trained and run with, against causal training run causally."""
+    found = comparisons_of(matrix, task)
+    [gain] = [each for each in found if own_mask(each) and each["row"] == mask]
+    return gain
+
+
+def lost_without(matrix: str, task: str, mask: str) -> str:
+    """What models of a mask lose when they are run causally: points, with their interval."""
+    asked = ("diagonal", mask, "causal", task)
+    [lost] = [
+        each
+        for each in results_of(matrix)["comparisons"]
+        if (each["kind"], each["row"], each["mask"], each["task"]) == asked
+    ]
+    return "{:.1f} points [{:.1f}, {:.1f}]".format(
+        *(-100 * lost[key] for key in ("difference", "high", "low"))
+    )
 
 
 def test_figures_of_learning_to_compare():
@@ -65,7 +99,7 @@ def test_figures_of_learning_to_compare():
 @pytest.mark.parametrize("name, p", [("learning_longer", 0.16), ("learning_confirmed", 0.008)])
 def test_figures_of_more_steps(name, p):
     results = results_of(name)
-    said = " ".join(TEXTS["docs/results.md"].split())
+    said = on_one_line("docs/results.md")
     scores = scores_of(name, "changed", count=6)
     v2v, causal = (100 * scores[mask, mask] for mask in ("v2v", "causal"))
     assert f"{rounded(v2v, 1)} against {rounded(causal, 1)}" in said
@@ -76,10 +110,8 @@ def test_figures_of_more_steps(name, p):
     ]
     assert shows(str(p), primary["p"])
     if name == "learning_confirmed":
-        interval = "{:.1f} [{:.1f}, {:.1f}]"
-        points = [100 * primary[key] for key in ("difference", "low", "high")]
-        assert f"+{interval.format(*points)}, p {p}" in said
-        readme = " ".join(TEXTS["README.md"].split())
+        assert f"{signed(primary, 'difference')}, p {p}" in said
+        readme = on_one_line("README.md")
         assert f"in 900 `v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f}," in readme
 
 
@@ -93,14 +125,12 @@ def test_figures_of_the_curves():
         low = [[step for step, loss in one.items() if loss < 0.1] for one in losses]
         apart[mask, "low"] = sorted(steps[0] for steps in low if steps)
     less = apart["causal"] - apart["v2v"]
-    mean, half = less.mean(), 2.776 * less.std(ddof=1) / 5**0.5  # Student's t, 4 degrees of freedom
+    mean, low, high = student(less)
     assert (apart["v2v", "low"][0], apart["v2v", "low"][-1]) == (325, 500)
     assert len(apart["v2v", "low"]) == 5 and len(apart["causal", "low"]) == 1
     for name in ("docs/results.md", "docs/experiments.md"):
-        said = " ".join(TEXTS[name].split())
-        assert re.search(
-            rf"{mean:.3f} nats a token lower[^.]*\[{mean - half:.3f}, {mean + half:.3f}", said
-        )
+        said = on_one_line(name)
+        assert re.search(rf"{mean:.3f} nats a token lower[^.]*\[{low:.3f}, {high:.3f}", said)
 
 
 def test_figures_of_two_hops():
@@ -143,8 +173,8 @@ def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
 
 def test_figures_of_two_hops_with_enough_steps():
     """Ends, and steps to half of the questions; those of README too."""
-    said, readme = told_of_experiment(8), " ".join(TEXTS["README.md"].split())
-    results = " ".join(TEXTS["docs/results.md"].split())
+    said, readme = told_of_experiment(8), on_one_line("README.md")
+    results = on_one_line("docs/results.md")
     ahead = scores_of("learning_ahead", "precedes_asked_first", count=4 * 3)
     question = scores_of("learning_question", "follows", count=5 * 4)
     ends = {mask: ahead[mask, mask] for mask in ("causal", "v2v", "future")}
@@ -173,7 +203,7 @@ def test_figures_of_two_hops_with_enough_steps():
 
 
 def test_figures_of_questions_before_and_behind():
-    said, told = told_of_experiment(11), " ".join(TEXTS["docs/results.md"].split())
+    said, told = told_of_experiment(11), on_one_line("docs/results.md")
     ends = {}
     for task in ("follows", "follows_asked_first", "overall"):
         scores = scores_of("learning_dual", task, 3 * 2)
@@ -186,15 +216,8 @@ def test_figures_of_questions_before_and_behind():
     pair = f"lose {lost[0]:.1f} points on `follows`, and {lost[1]:.1f} on `follows_asked_first`"
     assert pair in said
     for task in ("follows", "follows_asked_first"):
-        [apart] = [
-            each
-            for each in comparisons_of("learning_dual", task)
-            if (own_mask(each)) and each["row"] == "v2t"
-        ]
-        assert signed(apart, "difference") in said
-    [more] = [
-        x["more_area"] for x in results_of("learning_dual")["curves"]["exact"] if x["more_area"]
-    ]
+        assert signed(gain_of("learning_dual", task, "v2t"), "difference") in said
+    more = more_area("learning_dual")
     assert [each > 0 for each in more["by_run"]].count(True) == 2
     value = "{:.1f} more [{:.1f}, {:.1f}]".format(
         *(100 * more[k] for k in ("value", "low", "high"))
@@ -223,7 +246,7 @@ def test_what_the_choice_of_a_mask_is_told_from():
 
 
 def test_figures_of_pictures_drawn_anew():
-    said, told = told_of_experiment(12), " ".join(TEXTS["docs/results.md"].split())
+    said, told = told_of_experiment(12), on_one_line("docs/results.md")
     shares = {}
     for task in ("changed", "redrawn"):
         scores = scores_of("learning_redrawn", task, count=3 * 2)
@@ -238,7 +261,7 @@ def test_figures_of_pictures_drawn_anew():
 
 
 def test_figures_of_two_masks_in_one_model():
-    said, told = told_of_experiment(10), " ".join(TEXTS["docs/results.md"].split())
+    said, told = told_of_experiment(10), on_one_line("docs/results.md")
     scores = scores_of("learning_several", "changed", count=5 * 2)
     shares = {pair: f"{100 * score:.1f}" for pair, score in scores.items()}
     first, then = ([shares[f"both_{n}", mask] for mask in ("v2v", "causal")] for n in (300, 600))
@@ -264,7 +287,7 @@ def test_figures_of_the_control():
 
 def test_figures_of_depth():
     found = json.loads((RESULTS / "learning_depth" / "depth.json").read_text(encoding="utf-8"))
-    said, told = told_of_experiment(7), " ".join(TEXTS["docs/results.md"].split())
+    said, told = told_of_experiment(7), on_one_line("docs/results.md")
     bases = found["bases"]
     for base in bases:
         keys = ("causal", "trained", "causal_end", "trained_end")
@@ -275,10 +298,10 @@ def test_figures_of_depth():
         ends = [100 * base[key] for base in bases]
         assert f"{who} {min(ends):.1f} to {max(ends):.1f}" in told
     gains = np.array([100 * (base["trained"] - base["causal"]) for base in bases])
-    assert "ahead from nine bases of nine" in " ".join(TEXTS["README.md"].split())
+    assert "ahead from nine bases of nine" in on_one_line("README.md")
     assert gains.min() > 0 and bases[2]["seed"] == 2 and f"gains as much ({gains[2]:.1f})" in said
-    mean, half = gains.mean(), 2.306 * gains.std(ddof=1) / 3  # Student's t, 8 degrees
-    interval = f"[{mean - half:.1f}, {mean + half:.1f}]"
+    mean, low, high = student(gains)
+    interval = f"[{low:.1f}, {high:.1f}]"
     assert f"{mean:.1f} points more area on average {interval}" in said
     assert f"from every base, by {mean:.1f} points {interval}" in told
     slope = [100 * found["slope"][key] for key in ("value", "low", "high")]
@@ -305,7 +328,7 @@ def test_figures_of_depth():
 
 
 def test_figures_of_bases_that_have_learnt_otherwise():
-    said, told = told_of_experiment(13), " ".join(TEXTS["docs/results.md"].split())
+    said, told = told_of_experiment(13), on_one_line("docs/results.md")
     areas, gains = {}, {}
     names = [(kind, seed) for kind in ("list", "long", "l4") for seed in (0, 1)]
     for kind, seed in names:
@@ -332,9 +355,8 @@ def test_figures_of_bases_that_have_learnt_otherwise():
 
 
 def test_figures_from_random_weights():
-    said, told = told_of_experiment(14), " ".join(TEXTS["docs/results.md"].split())
-    results = results_of("learning_scratch")
-    [more] = [x["more_area"] for x in results["curves"]["exact"] if x["more_area"]]
+    said, told = told_of_experiment(14), on_one_line("docs/results.md")
+    more = more_area("learning_scratch")
     assert f"p {more['p']:.3f}; all five seeds" in said and min(more["by_run"]) > 0
     read, changed = (scores_of("learning_scratch", task, 3 * 2) for task in ("read", "changed"))
     ends = [100 * read[mask, mask] for mask in ("v2v", "causal")]
@@ -342,25 +364,16 @@ def test_figures_from_random_weights():
     ends = [100 * changed[mask, mask] for mask in ("v2v", "causal")]
     assert "{:.1f} against {:.1f} % at the end".format(*ends) in said
     assert "`changed` ends at {:.1f} with `v2v` and at {:.1f} causally".format(*ends) in told
-    [apart] = [
-        x
-        for x in comparisons_of("learning_scratch", "changed")
-        if own_mask(x) and x["row"] == "v2v"
-    ]
+    apart = gain_of("learning_scratch", "changed", "v2v")
     assert signed(apart, "difference") in said and signed(apart, "difference") in told
     assert f"p {apart['p']:.3f})" in said
-    [lost] = [
-        x
-        for x in results["comparisons"]
-        if (x["kind"], x["row"], x["task"]) == ("diagonal", "v2v", "changed")
-    ]
-    loss = [-100 * lost[key] for key in ("difference", "high", "low")]
-    assert "lose {:.1f} [{:.1f}, {:.1f}] of `changed`".format(*loss) in said
+    lost = lost_without("learning_scratch", "changed", "v2v").replace(" points", "")
+    assert f"lose {lost} of `changed`" in said
     assert f"fall to {100 * changed['v2v', 'causal']:.1f} %" in said
 
 
 def test_figures_of_all_weights():
-    said, told = told_of_experiment(7), " ".join(TEXTS["docs/results.md"].split())
+    said, told = told_of_experiment(7), on_one_line("docs/results.md")
     scores = scores_of("learning_full", "changed", 6 * 5)
     own = [f"{100 * scores[mask, mask]:.1f}" for mask in ("v2v", "future", "causal")]
     assert "{}, {} and {} %".format(*own) in said
@@ -375,7 +388,7 @@ def test_figures_of_all_weights():
     assert f"(`v2v` {signed(switched, 'difference')})" in said
     assert f"`v2v` models fall to {100 * scores['v2v', 'causal']:.1f} %" in said
     lora = scores_of("learning", "changed")
-    readme = " ".join(TEXTS["README.md"].split())
+    readme = on_one_line("README.md")
     pair = (scores["v2v", "v2v"], scores["causal", "causal"])
     assert "with all weights `v2v` {:.3f}, causal {:.3f}".format(*pair) in readme
     with_lora = [f"{100 * lora[mask, mask]:.1f}" for mask in ("v2v", "future", "causal")]
@@ -418,15 +431,13 @@ def test_figures_of_pictures_in_two_turns():
 
 
 def test_figures_of_dialogues_that_were_trained():
-    said, told = told_of_experiment(16), " ".join(TEXTS["docs/results.md"].split())
+    said, told = told_of_experiment(16), on_one_line("docs/results.md")
     share, results = questions_of_dialogues("learning_dialogue"), results_of("learning_dialogue")
     causal, v2v = (
         np.array([share[f"{row}-seed{seed}", row, "second"] for seed in range(1, 6)])
         for row in ("causal", "v2v")
     )
-    apart = v2v - causal
-    half = 2.776 * apart.std(ddof=1) / 5**0.5  # Student's t, 4 degrees
-    interval = f"{apart.mean():+.1f} [{apart.mean() - half:.1f}, {apart.mean() + half:.1f}]"
+    interval = "{:+.1f} [{:.1f}, {:.1f}]".format(*student(v2v - causal))
     assert f"{interval}; {v2v.mean():.1f} against {causal.mean():.1f} %" in said
     few = sorted(v2v)[:4]
     ranges = [f"{x:.0f}" for x in (min(few), max(few), min(causal), max(causal))]
@@ -435,11 +446,10 @@ def test_figures_of_dialogues_that_were_trained():
     )
     assert f"({max(v2v):.1f})" in said
     assert f"model answers {share['v2v-seed2', 'causal', 'second']:.1f} %" in said
-    [lost] = [x for x in results["comparisons"] if (x["kind"], x["row"]) == ("diagonal", "v2v")]
-    loss = [-100 * lost[key] for key in ("difference", "high", "low")]
-    assert "lose {:.1f} points of `dialogue` [{:.1f}, {:.1f}]".format(*loss) in said
-    assert "lose {:.1f} points [{:.1f}, {:.1f}]".format(*loss) in told
-    [more] = [x["more_area"] for x in results["curves"]["exact"] if x["more_area"]]
+    lost = lost_without("learning_dialogue", "dialogue", "v2v")
+    assert f"lose {lost.replace('points', 'points of `dialogue`')}" in said
+    assert f"lose {lost}" in told
+    more = more_area("learning_dialogue")
     areas = [100 * line["area"]["value"] for line in results["curves"]["exact"]]
     assert "{1:.1f} % with `v2v` and {0:.1f} causally".format(*areas) in told
     assert f"({signed(more)})" in told and f"p {more['p']:.2f}" in said
@@ -449,18 +459,17 @@ def test_figures_of_the_light_forms():
     results = results_of("learning_light")
     cells = {(cell["row"], cell["mask"]): 100 * cell["score"] for cell in results["cells"]}
     light = ("v2v+merge", "future+merge", "prefix_lm+merge")
-    said = " ".join(TEXTS["docs/results.md"].split())
+    said = on_one_line("docs/results.md")
     apart = {}
     for each in results["comparisons"]:
         if each["kind"] == "causal-causal":
-            figures = [100 * each[key] for key in ("difference", "low", "high")]
-            apart[each["row"], each["mask"]] = "{:+.1f} [{:.1f}, {:.1f}]".format(*figures)
+            apart[each["row"], each["mask"]] = signed(each, "difference")
     first, *others = (rounded(cells[name, name], 1) for name in light)
     causal = rounded(cells["causal", "causal"], 1)
     assert f"`v2v+merge` {first} against causal {causal} ({apart[light[0], light[0]]})" in said
     assert f"`future+merge` {others[0]}, `prefix_lm+merge` {others[1]}" in said
     costs = [cells["causal", "causal"] - cells["causal", name] for name in light]
     assert f"they cost {min(costs):.1f} to {max(costs):.1f} points" in said
-    verdicts = " ".join(TEXTS["docs/experiments.md"].split())
+    verdicts = on_one_line("docs/experiments.md")
     for name in light:
         assert apart["causal", name] in verdicts

@@ -8,6 +8,7 @@ import pytest
 from documents import (
     RESULTS,
     TEXTS,
+    on_one_line,
     results_of,
     rounded,
     scores_of,
@@ -38,7 +39,7 @@ def test_figures_of_the_readmes_table():
 
 
 def test_what_the_readme_says_of_its_table():
-    scores, text = overall(), " ".join(TEXTS["README.md"].split())
+    scores, text = overall(), on_one_line("README.md")
     masks = ("v2v", "future", "prefix_lm", "v2t", "mma_interleaved", "image")
     costs = [scores["base", "causal"] - scores["base", mask] for mask in masks]
     said = re.search(r"at inference only costs (\d+) to (\d+) points", text)
@@ -119,7 +120,7 @@ def test_what_the_results_say_of_a_mismatch():
         for mask in ("future", "v2t", "mma_interleaved")
     ]
     everything = [100 * (scores[row, row] - scores[row, "prefix_lm"]) for row in narrow]
-    said = " ".join(TEXTS["docs/results.md"].split())
+    said = on_one_line("docs/results.md")
     assert f"loses {rounded(min(text), 0)} to {rounded(max(text), 0)} points" in said
     assert f"{rounded(min(everything), 0)} to {rounded(max(everything), 0)} points under" in said
 
@@ -154,7 +155,7 @@ def test_figures_of_attention_alone():
                 case = cases.get((mask, backend))
                 expected.append("-" if case is None else rounded(case["ratio"]["median"], 2))
         assert figures == expected
-    said = " ".join(TEXTS["docs/results.md"].split())
+    said = on_one_line("docs/results.md")
     flash = [case for row in rows for case in row["cases"] if case["backend"] == "flash"]
     policies = [case["of_bound"] for case in flash if "+merge" not in case["mask"]]
     light = [case["of_bound"] for case in flash if "kernel 3" in case["mask"]]
@@ -166,7 +167,7 @@ def test_figures_of_memory_in_a_packed_row():
     found = json.loads((RESULTS / "attention_reference.json").read_text(encoding="utf-8"))["rows"]
     [row] = [row for row in found if row["samples"] > 1]
     peaks = {case["mask"]: round(case["peak_mib"]) for case in row["cases"]}
-    said = " ".join(TEXTS["docs/results.md"].split())
+    said = on_one_line("docs/results.md")
     assert f"`v2v` over {row['tokens']:,} packed tokens needs {peaks['v2v']} MiB" in said
     assert f"where causal flash attention alone needs {peaks['causal']};" in said
 
@@ -184,7 +185,7 @@ def test_figures_of_whole_runs():
 def test_figures_of_the_merge_study():
     path = RESULTS / "merge_study_tiny" / "merge_study.json"
     result = json.loads(path.read_text(encoding="utf-8"))
-    loss, text = result["loss"], " ".join(TEXTS["docs/results.md"].split())
+    loss, text = result["loss"], on_one_line("docs/results.md")
     rows = table(TEXTS["docs/results.md"].replace("| | loss", "| treatment | loss"), "treatment")
     keys = ("causal", "merge", "direct", "control")
     for key, row in zip(keys, rows, strict=True):

@@ -37,6 +37,11 @@ def shows(figure: str, value: float) -> bool:
     return abs(float(figure) - value) <= 0.5 * 10**-digits + 1e-9
 
 
+def on_one_line(name: str) -> str:
+    """A document on one line."""
+    return " ".join(TEXTS[name].split())
+
+
 def results_of(matrix: str) -> dict:
     """What a matrix found, as shipped."""
     return json.loads((RESULTS / matrix / "results.json").read_text(encoding="utf-8"))

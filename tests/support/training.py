@@ -3,7 +3,6 @@ them."""
 
 import json
 import os
-import socket
 import subprocess
 from pathlib import Path
 
@@ -148,13 +147,15 @@ def two_processes(kind: str) -> list[str]:
         return [*launcher, "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     config = ROOT / "recipes" / "accelerate" / f"{kind}.yaml"
     start = [*launcher, "accelerate.commands.launch", "--config_file", str(config)]
-    return [*start, "--num_processes", "2", "--main_process_port", str(free_port())]
+    return [*start, "--num_processes", "2", "--main_process_port", "0"]  # any that is free
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+def two_of_this_machine(folder: Path) -> Path:
+    """An accelerate configuration for two processes of this machine, under DDP."""
+    config = yaml.safe_load((ROOT / "recipes" / "accelerate" / "ddp.yaml").read_text())
+    path = folder / "two.yaml"
+    path.write_text(yaml.safe_dump(config | {"num_processes": 2, "main_process_port": 0}))
+    return path
 
 
 def watched(seen: str) -> list[str]:

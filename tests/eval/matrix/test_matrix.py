@@ -586,11 +586,9 @@ def test_shipped_matrices(path, monkeypatch):
     assert recipe.rows_per_task >= 200 and (recipe.checkpoints or recipe.train_masks)
     if recipe.train_masks:
         assert recipe.recipe.startswith("recipes/")
-        bases = path.stem in (
-            "learning_depth",
-            "learning_bases",
-        )  # one run a mask of each of several bases
-        assert len(recipe.seeds) >= (1 if bases else 3)
+        # one run a mask of each of several bases, or several runs of one base
+        several_bases = path.stem in {"learning_depth", "learning_bases"}
+        assert len(recipe.seeds) >= (1 if several_bases else 3)
     assert all(len(folders) >= 3 for folders in recipe.checkpoints.values())
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import training
 import warm
-import yaml
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from fmtrain import sft
@@ -29,11 +28,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """An accelerate configuration for two processes of this machine."""
-    config = yaml.safe_load((training.ROOT / "recipes/accelerate/ddp.yaml").read_text())
-    path = folder / "two.yaml"
-    path.write_text(yaml.safe_dump(config | {"num_processes": 2, "main_process_port": 0}))
-    return path
+    return training.two_of_this_machine(folder)
 
 
 def start(folder: Path, command: list[str], *words: str) -> tuple[int, list[str]]:

@@ -13,7 +13,6 @@ import pytest
 import torch
 import training
 import warm
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
@@ -168,11 +167,7 @@ def test_a_signal_before_step_0_leaves_nothing_and_exits_with_75(folder, tmp_pat
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """An accelerate configuration for two processes of this machine."""
-    config = yaml.safe_load((training.ROOT / "recipes/accelerate/ddp.yaml").read_text())
-    path = folder / "two.yaml"
-    path.write_text(yaml.safe_dump(config | {"num_processes": 2, "main_process_port": 0}))
-    return path
+    return training.two_of_this_machine(folder)
 
 
 def workers(process: subprocess.Popen) -> list[int]:
