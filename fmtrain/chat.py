@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fmtrain.checkpoint import load
+from fmtrain.checkpoint import load, recorded_mask
 from fmtrain.command_line import Parser, guarded, one_line, printable
 from fmtrain.data.encode import encode
 from fmtrain.data.images import open_image
 from fmtrain.decoding import Decoder
-from fmtrain.masks import Mask, parse_masks
+from fmtrain.masks import Mask, beside, parse_masks
 from fmtrain.patch import attached
 
 IMAGE, NEW = "/image", "/new"
@@ -114,7 +114,12 @@ def chat(options) -> None:
     mask = None if masks is None else masks[0]
     # One backend for all masks: `auto` would leave causal attention to the model.
     model, processor = load(options.checkpoint, mask, backend="sdpa")
-    talk = Chat(Decoder(model, processor), masks or [attached(model).mask], options.max_new_tokens)
+    if masks is None:
+        masks = [attached(model).mask]
+    elif any(each.merge for each in masks):  # which pool as the checkpoint does
+        own = recorded_mask(options.checkpoint)
+        masks = [beside(str(each), own) for each in masks]
+    talk = Chat(Decoder(model, processor), masks, options.max_new_tokens)
     for image in options.image:
         talk.show(image)
     for line in lines():

@@ -124,6 +124,21 @@ class _Probe:
         return q_BHQD.new_zeros(*q_BHQD.shape[:-1], v_BGKD.shape[-1])
 
 
+def check_model(inner: PreTrainedModel) -> None:
+    """Raises `ValueError` for a model without a head, and for layers on several devices."""
+    if not inner.can_generate():
+        raise ValueError(
+            f"{type(inner).__name__} cannot generate: attach to the model that holds it with a "
+            "language model head, ..ForConditionalGeneration"
+        )
+    devices = {*map(str, getattr(inner, "hf_device_map", {}).values())} - {"cpu", "disk"}
+    if len(devices) > 1:
+        raise ValueError(
+            f"the model's layers are on the devices {', '.join(sorted(devices))}: a mask is made "
+            "on one; load it with device_map={'': 0}"
+        )
+
+
 def check_layers(model: PreTrainedModel) -> None:
     """Raises `ValueError`, by name, for a model with layers that would not run under a mask.
 

@@ -137,8 +137,8 @@ def infer(
     if seen and length > 1 and mask.looks_ahead:
         raise ValueError(
             f"{length} tokens arrive on a cache of {seen} under the mask '{mask}': a "
-            "chunk of a prefill would lose what the policy reveals; prefill in one go, or pass the "
-            "layout of the whole row"
+            "chunk of a prefill would lose what the policy reveals; prefill in one go, or for "
+            "a new turn pass the layout of the whole row"
         )
     if ids is None and not seen:
         raise ValueError("inputs_embeds say nothing about images: pass layout.model_inputs()")

@@ -11,6 +11,7 @@ the last Q of the K tokens; the ones before them are in a cache.
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from enum import IntEnum
+from itertools import product
 
 import torch
 
@@ -166,6 +167,33 @@ def allowed(mask: "str | Policy | Mask", layout: Layout, start: int = 0) -> torc
     mask = Mask.of(mask)
     pairs = Allowed.of(mask.policy, layout, start)
     return (pairs.past_B1QK if mask.merge else pairs.both_B1QK)[:, 0]
+
+
+def beside(mask: "str | Mask", own: Mask | None) -> Mask:
+    """The mask to compare with `own`: a light form by its name pools as `own` does, where that is
+    one."""
+    named = Mask.of(mask)
+    if isinstance(mask, str) and own is not None and None not in (named.merge, own.merge):
+        return Mask.of(named, own.merge)
+    return named
+
+
+def cut(mask: Mask, layout: Layout, start: int) -> bool:
+    """Whether tokens before `start`, computed without those from there on, depend on any of them:
+    see one ahead or, in a light form, pool over a prefill that goes on there."""
+    if not (layout.prefill[:, start:] >= 0).any():  # tokens of answers alone, as in decoding
+        return False
+    policy = mask.policy
+    if mask.merge is not None:  # windows and prefix are counted over the whole prefill
+        looking, keys = {query for query, _ in policy.reveals}, (Role.TEXT, Role.VISUAL)
+        policy = replace(policy, reveals=frozenset(product(looking, keys)), within_image=False)
+    for row in torch.stack((layout.role, layout.image, layout.prefill, layout.sample), -1):
+        before, behind = (tokens.unique(dim=0).T for tokens in (row[:start], row[start:]))
+        q = policies.Tokens(*before[:, :, None], index=torch.tensor(0))
+        k = policies.Tokens(*behind[:, None, :], index=torch.tensor(1))
+        if policies.revealed(policy, q, k).any():
+            return True
+    return False
 
 
 class State(IntEnum):

@@ -8,8 +8,10 @@ instance takes the layout tensors that it would otherwise reject.
 
 import contextlib
 import functools
+import gc
 import inspect
 import threading
+import weakref
 from typing import Any
 
 import torch
@@ -23,12 +25,13 @@ from fmtrain.host import (
     PLAN,
     check_implementation,
     check_layers,
+    check_model,
     check_wrapper,
     unwrap,
 )
 from fmtrain.infer import Markers, check_media, check_padding, infer, padded, repeated
 from fmtrain.layout import PREFIX, Layout
-from fmtrain.masks import Mask
+from fmtrain.masks import Mask, cut
 from fmtrain.merge import Merge
 from fmtrain.policies import Policy
 
@@ -63,6 +66,7 @@ LOSES_THE_MASK = {
     ),
 }
 BATCHERS = ("generate_batch", "init_continuous_batching")  # which go round `generate`
+_HANDLES: "weakref.WeakSet[Handle]" = weakref.WeakSet()  # of all models that carry a mask
 
 
 def attached(model: nn.Module) -> "Handle | None":
@@ -110,11 +114,28 @@ def attach(
     """
     check_wrapper(model)
     mask, inner = Mask.of(mask, merge), unwrap(model)
+    check_model(inner)
     before = attached(inner)
     if before is not None:
         raise ValueError(f"the model already carries the mask '{before.mask}': detach it first")
+    _check_config(inner, mask)
     known = markers or recorded_markers(inner.config)
     return Handle(inner, mask, backend, known, packed)
+
+
+def _check_config(inner: PreTrainedModel, mask: Mask) -> None:
+    """Raises `ValueError` where a model with another mask has the same config object, which records
+    one mask."""
+    config = inner.config.get_text_config()
+    for _ in range(2):
+        others = [each.mask for each in [*_HANDLES] if each.shares(config) and each.mask != mask]
+        if not others:
+            return
+        gc.collect()  # a model that is gone may not have been collected yet
+    raise ValueError(
+        f"another model with the mask '{others[0]}' was built of the same config object, which "
+        "records one mask: give each a copy.deepcopy(config)"
+    )
 
 
 class _PerThread(threading.local):
@@ -160,6 +181,7 @@ class Handle:
         known = {} if markers is None else {MARKERS: markers.record()}
         setattr(inner.config, SECTION, mask.record() | known)
         vars(inner)[HANDLE] = self
+        _HANDLES.add(self)
 
     def _override(self, name: str, ours) -> None:
         """Let `ours(original, ..)` stand before a method of this one model."""
@@ -175,6 +197,10 @@ class Handle:
             "first, or save it with save_pretrained"
         )
 
+    def shares(self, config) -> bool:
+        """Whether its model's text config is this very one."""
+        return self._inner.config.get_text_config() is config
+
     @property
     def mask(self) -> Mask:
         """What the model runs under, in this thread."""
@@ -189,6 +215,7 @@ class Handle:
         if not self.host:
             inner.set_attn_implementation({"text_config": self._before})
         del vars(inner)[HANDLE]
+        _HANDLES.discard(self)
         for name, before in self._overridden.items():
             del vars(inner)[name]
             if before is not None:
@@ -268,6 +295,11 @@ class Handle:
                 f"+ {new} new tokens; prompt and prefix tuning add tokens that no layout knows"
             )
         layout = layout.to(source.device)
+        if seen and self.mask.looks_ahead and cut(self.mask, layout, seen):
+            raise ValueError(
+                f"a prefill is cut after {seen} tokens: under the mask '{self.mask}' some of those "
+                f"in the cache depend on the {new} new ones; prefill it in one go"
+            )
         check_media(kwargs, self._inner.config, self.mask, layout[:, seen:])
         if kwargs.get("position_ids") is None and layout.packed:
             kwargs["position_ids"] = layout.positions()[:, seen:]

@@ -2,13 +2,14 @@
 pictures, a mask's own answers under each mask."""
 
 import io
+import json
 import re
 
 import families
 import pytest
 from families import IMAGE, assistant, photo, user
 
-from fmtrain import attach, chat, encode
+from fmtrain import Mask, Merge, attach, chat, encode
 from fmtrain.__main__ import main
 from fmtrain.command_line import printable
 from fmtrain.data.render import markers
@@ -88,6 +89,22 @@ def test_without_masks_it_is_the_recorded_one_and_new_begins_again(checkpoint, m
     lines = capsys.readouterr().out.splitlines()
     expected = printable(answer("v2v", [user(IMAGE, "which?")], [photo(0)]))
     assert [line.rstrip() for line in lines] == [expected] * 2
+
+
+def test_a_light_form_by_name_pools_as_the_checkpoint_does(checkpoint, monkeypatch, capsys):
+    path = checkpoint / "model" / "config.json"
+    before, config = path.read_text(), json.loads(path.read_text())
+    pooling = Merge(prefix=4, kernel_size=5)
+    config["fmtrain"] |= Mask.of("v2v", pooling).record()
+    path.write_text(json.dumps(config))
+    try:
+        seen = []
+        monkeypatch.setattr(chat.Chat, "line", lambda talk, line: seen.extend(talk.masks))
+        for words in ((), ("--masks", "causal", "v2v+merge")):
+            assert asked(monkeypatch, checkpoint, "which?\n", *words) == 0
+    finally:
+        path.write_text(before)
+    assert [mask.merge for mask in seen] == [pooling, None, pooling]
 
 
 @pytest.mark.parametrize(

@@ -565,6 +565,45 @@ def test_a_prefill_cut_in_two_is_refused(model_of):
         one_line(error, "layout", str(ids.shape[1]))
 
 
+@pytest.mark.parametrize("name, merge", AHEAD, ids=label)
+def test_a_prefill_cut_in_two_is_refused_with_the_layout_of_the_whole_row_too(
+    name, merge, model_of
+):
+    """Wherever a cached token depends on a new one; elsewhere both parts say what one says."""
+    model = model_of("llava")
+    first = [user(IMAGE, "which"), assistant("3"), user("and", IMAGE, "there?")]
+    inputs, layout = prompt("llava", (first, [photo(1), photo(2)]))
+    length, image = layout.shape[1], model.config.image_token_id
+    pairs, served = fmtrain.allowed(name, layout)[0].triu(1), set()
+    if merge:  # what is pooled is laid out over the rest of the prefill
+        looking = [layout.role[0] == query for query, _ in POLICIES[name].reveals]
+        prefill = torch.where(torch.stack(looking).any(0), layout.prefill[0], -2)
+        pairs = (prefill[:, None] == layout.prefill[0]).triu(1)
+    with attach(model, name, merge=merge), torch.no_grad():
+        whole = model(**inputs, **layout.model_inputs()).logits
+        for cut in range(1, length):
+            ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+            shown = int(layout.image[0, :cut].max()) + 1
+            inside = ids[0, cut - 1] == ids[0, cut] == image
+            if inside and layout.image[0, cut - 1] == layout.image[0, cut]:
+                continue  # transformers takes whole pictures
+            part = {"input_ids": ids[:, :cut], "use_cache": True}
+            part |= {"pixel_values": pixels[:shown]} if shown else {}
+            cache = model(**part, **layout[:, :cut].model_inputs()).past_key_values
+            rest = {"input_ids": ids[:, cut:], "past_key_values": cache}
+            rest |= {"pixel_values": pixels[shown:]} if shown < 2 else {}
+            if pairs[:cut, cut:].any():
+                with pytest.raises(ValueError) as error:
+                    model(**rest, **layout.model_inputs())
+                one_line(error, name, str(cut), "prefill")
+            else:
+                logits = model(**rest, **layout.model_inputs()).logits
+                torch.testing.assert_close(logits, whole[:, cut:], **NEAR)
+                served.add(cut)
+    later = int((layout.prefill[0] == layout.prefill[0].max()).nonzero()[0])
+    assert later in served and len(served) < length - 1
+
+
 @pytest.mark.parametrize("name, merge", VARIANTS[1:], ids=label)
 def test_training_without_a_layout_is_refused(family, name, merge, model_of):
     """Read as one prefill, the answers would be seen by the images."""
@@ -681,3 +720,43 @@ def test_a_model_without_images_is_refused():
     with pytest.raises(ValueError) as error:
         attach(text, "v2v")
     one_line(error, "LlamaForCausalLM")
+
+
+def test_a_model_without_a_head_is_refused_and_left_as_it_was(model_of):
+    model = model_of("llava")
+    with pytest.raises(ValueError) as error:
+        fmtrain.attach(model.model, "v2v")
+    one_line(error, "LlavaModel cannot generate", "ForConditionalGeneration")
+    assert fmtrain.attached(model.model) is None
+    assert not model.model._forward_pre_hooks
+    assert model.config.get_text_config()._attn_implementation != "fmtrain"
+
+
+def test_layers_on_several_devices_are_refused(model_of):
+    model = model_of("llava")
+    model.hf_device_map = {"model.vision_tower": 0, "model.language_model": 1, "lm_head": "cpu"}
+    try:
+        with pytest.raises(ValueError) as error:
+            attach(model, "v2v")
+        one_line(error, "devices 0, 1", "device_map")
+        model.hf_device_map = {"model": 0, "lm_head": "cpu"}  # which is brought to 0
+        attach(model, "v2v").detach()
+    finally:
+        del model.hf_device_map
+
+
+def test_two_models_of_one_config_carry_no_two_masks():
+    """They would overwrite each other's record."""
+    model = families.model("llava")
+    twin, own = type(model)(model.config), type(model)(copy.deepcopy(model.config))
+    with attach(model, "v2v"):
+        with pytest.raises(ValueError) as error:
+            attach(twin, "causal")
+        one_line(error, "'v2v'", "copy.deepcopy(config)")
+        with attach(own, "causal"):
+            assert (model.config.fmtrain["policy"], own.config.fmtrain["policy"]) == (
+                *("v2v", "causal"),
+            )
+    with attach(twin, "causal"):
+        pass
+    attach(model, "v2v").detach()
