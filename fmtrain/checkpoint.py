@@ -6,8 +6,10 @@ such a `config.json` beside it.
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from fmtrain.command_line import one_line
@@ -19,6 +21,9 @@ from fmtrain.masks import Mask
 from fmtrain.merge import Merge
 from fmtrain.patch import attach, attached, recorded
 from fmtrain.policies import Policy
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # What `from_pretrained` takes about where and how to find a checkpoint
 HUB = (
@@ -44,8 +49,12 @@ def is_adapter(path: str | Path) -> bool:
 
 
 def base_of(path: str | Path) -> str:
-    """The base model that an adapter names."""
-    return json.loads((Path(path) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    """The base model that an adapter names. Raises `ValueError` where it names none."""
+    file = Path(path) / "adapter_config.json"
+    base = json.loads(file.read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{file} names no base model: say base_model_name_or_path in it")
+    return base
 
 
 def recorded_mask(path: str | Path, trust_remote_code: bool = False, **hub) -> Mask | None:
@@ -129,11 +138,33 @@ def load(
     return model, processor
 
 
+def weights_of(name: str, **kwargs):
+    """The model of a checkpoint, with keywords of `from_pretrained`. Raises `ValueError` for a file
+    that is cut, and for weights that are missing or of another shape, which transformers would
+    leave at random with a warning."""
+    try:
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name, output_loading_info=True, **{"ignore_mismatched_sizes": True, **kwargs}
+        )
+    except SafetensorError as error:
+        raise ValueError(f"{name}: its weights cannot be read: {one_line(error)}") from error
+    wrong = {"its files lack": found["missing_keys"]}
+    if "ignore_mismatched_sizes" not in kwargs:
+        unlike = [key for key, *_ in found["mismatched_keys"]]
+        wrong["its config.json gives another shape to"] = unlike
+    for which, keys in wrong.items():
+        if keys:
+            shown = ", ".join(sorted(keys)[:3]) + (", .." if len(keys) > 3 else "")
+            raise ValueError(f"{name}: {which} {len(keys)} weight(s) of the model: {shown}")
+    return model
+
+
 def _of_hub(kwargs: dict) -> dict:
     return {key: value for key, value in kwargs.items() if key in HUB}
 
 
-def _check_adapter(path: str | Path) -> None:
+def _adapter(path: str | Path) -> "PeftConfig":
+    """The settings of an adapter. Raises `ValueError` for one that adds positions."""
     from peft import PeftConfig
 
     config = PeftConfig.from_pretrained(str(path))
@@ -141,6 +172,7 @@ def _check_adapter(path: str | Path) -> None:
         check_adapter(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return config
 
 
 def load_plain(path: str | Path, dtype: str | torch.dtype = "auto", **kwargs):
@@ -148,9 +180,10 @@ def load_plain(path: str | Path, dtype: str | torch.dtype = "auto", **kwargs):
     keywords as in `load`, those about the hub for the base of an adapter."""
     source, hub = str(path), _of_hub(kwargs)
     if is_adapter(path):
-        _check_adapter(path)
+        revision = _adapter(path).revision  # of the base that it was trained on
         source, hub = base_of(path), {}
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, **kwargs)
+        kwargs = {"revision": revision, **kwargs} if revision else kwargs
+    model = weights_of(source, dtype=dtype, **kwargs)
     embedded = attached(model)
     if embedded is not None:  # by code in the checkpoint, with `trust_remote_code`
         embedded.detach()

@@ -21,6 +21,8 @@ def build_trainer(
     """The trainer that a recipe describes, of rows and a model that were read as it says.
     kind: what makes it of these arguments, for a trainer of one's own."""
     lora, parts = get_peft_config(recipe.model), recipe.data.train_parts
+    if lora is not None and recipe.model.model_revision != "main":
+        lora.revision = recipe.model.model_revision  # of the base, which the adapter names
     return kind(
         model,
         recipe.training,

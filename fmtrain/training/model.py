@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from accelerate import PartialState
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 from trl import SFTConfig
 from trl.trainer.utils import create_model_from_path
 
-from fmtrain.checkpoint import check_base_mask, load_processor, recorded_mask
+from fmtrain.checkpoint import check_base_mask, load_processor, recorded_mask, weights_of
 from fmtrain.command_line import folded
 from fmtrain.data.aspect import with_aspect
 from fmtrain.host import check_implementation
@@ -34,7 +34,7 @@ def load_processor_of(recipe: Recipe):
         )
     check_implementation(recipe.mask, recipe.model.attn_implementation or "")
     with one_line(name):
-        start = recorded_mask(name, recipe.training.trust_remote_code)
+        start = recorded_mask(name, **_hub(recipe))
         check_base_mask(name, start, recipe.mask, recipe.masking.base_mask)
         config = AutoConfig.from_pretrained(name, **_hub(recipe))
         processor = load_processor(name, config, **_hub(recipe))
@@ -48,7 +48,7 @@ def load_weights(recipe: Recipe):
     with one_line(name):
         quantization = quantization_of(arguments)
         placed = {"": PartialState().device}
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = weights_of(
             name,
             dtype=arguments.dtype,
             attn_implementation=arguments.attn_implementation,

@@ -86,10 +86,10 @@ def test_fmtrain_was_not_there(alone):
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_without_fmtrain_the_logits_and_answers_of_fmtrain(family, name, alone, model_of):
+def test_without_fmtrain_the_logits_and_answers_of_fmtrain(family, name, alone):
     """A padded batch of one turn and of two, three images; fmtrain is told the layout, the embedded
     code reads it off the ids."""
-    model, encoded = model_of(family), prompts(family)
+    model, encoded = families.model(family), prompts(family)  # as the one that was saved
     real, given = encoded.layout.real, alone[family, name]
     with fmtrain.attach(model, mask_of(name)), torch.no_grad():
         expected = model(**encoded.kwargs()).logits
