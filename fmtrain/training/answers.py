@@ -24,7 +24,7 @@ from fmtrain.data.dialogue import turns
 from fmtrain.data.encode import Encoded
 from fmtrain.data.render import markers
 from fmtrain.decoding import Decoder
-from fmtrain.masks import Mask
+from fmtrain.masks import Mask, beside
 from fmtrain.patch import attach, attached
 from fmtrain.training.arguments import EvaluationArguments
 from fmtrain.training.interval import mean_with_interval
@@ -184,9 +184,7 @@ def other_masks(names: Iterable | None, own: Mask) -> tuple[Mask, ...]:
     """
     masks: dict[str, Mask] = {}
     for name in names or ():
-        mask = Mask.of(name)
-        if isinstance(name, str) and None not in (mask.merge, own.merge):
-            mask = Mask.of(mask, own.merge)
+        mask = beside(name, own)
         if infix_of(mask) in masks:
             raise ValueError(f"eval_masks names {mask} twice")
         masks[infix_of(mask)] = mask
@@ -225,8 +223,8 @@ def answers_of(
     processor,
     rows: datasets.Dataset,
 ) -> Answers | None:
-    """What is answered of evaluation rows: `eval_answers` of them, evenly from all; None where that
-    is 0. Raises `ValueError` for a reference that its metric cannot score."""
+    """What is answered of evaluation rows: `eval_answers` of them, of every source its share; None
+    where that is 0. Raises `ValueError` for a reference that its metric cannot score."""
     if not evaluation.eval_answers:
         return None
     taken, questions = evenly(rows, evaluation.eval_answers), []

@@ -133,6 +133,8 @@ class DataArguments(RowArguments):
                 "dataset_streaming reads files, all of them; it goes with neither dataset_rows nor "
                 "`digits`"
             )
+        if self.dataset_rows is not None and self.dataset_rows < 1:
+            raise ValueError(f"dataset_rows {self.dataset_rows} is less than 1")
         if self.shuffle_buffer < 1:
             raise ValueError(
                 f"shuffle_buffer {self.shuffle_buffer} is less than 1, which keeps the files' order"
@@ -144,7 +146,7 @@ class EvaluationArguments:
     """What is measured on held-out rows while a model trains, beside the loss."""
 
     eval_rows: int | None = _argument(
-        None, "So many evaluation rows, evenly from all; by default all."
+        None, "So many evaluation rows, evenly by source; by default all."
     )
     eval_answers: int = _argument(200, "Of these, so many have their questions answered; 0: none.")
     eval_max_new_tokens: int = _argument(32, "How many tokens such an answer may have.")

@@ -11,8 +11,9 @@ from fmtrain.data.row_format import EVALUATION_ONLY
 from fmtrain.decoding import right
 
 EXACT = "exact_match"
-_MARKED = re.compile(r"^\s*\(?([A-Z])(?:[.):,]|\s*$)", re.IGNORECASE)
-_SAID = re.compile(r"\b(?:answer|option)(?:\s+is)?\s*:?\s*\(?([A-Z])\b", re.IGNORECASE)
+_MARKED = re.compile(r"^\s*\(?([A-Z])(?:[.):]|,(?!\s*[A-Z]\b)|\s*$)", re.IGNORECASE)
+_WORD = r"(?-i:(?![aiI]\s+\w))"  # "a cat", "I think"
+_SAID = re.compile(rf"\b(?:answer|option)(?:\s+is)?\s*:?\s*\(?{_WORD}([A-Z])\b", re.IGNORECASE)
 
 
 def exact_match(answer: str, reference: str) -> float:

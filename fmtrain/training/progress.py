@@ -90,10 +90,13 @@ class Progress(TrainerCallback):
         self._of_steps += now - self._mark
         self._mark, self._steps = now, self._steps + 1
         if control.should_log:
-            left = (state.max_steps - state.global_step) * self._of_steps / self._steps
-            self._log(left)
+            self._log(state)
 
-    def _log(self, left: float) -> None:
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if control.should_log:  # with `logging_strategy: epoch`
+            self._log(state)
+
+    def _log(self, state) -> None:
         """Hand the figures to TRL, which logs its metrics' means."""
         trainer, metrics = self._trainer, self._trainer._metrics["train"]
         total = metrics["num_tokens"][-1]  # of all processes, since the start
@@ -108,6 +111,7 @@ class Progress(TrainerCallback):
             flops = flops_per_token(trainer.model, length, lora)
             figures["mfu"] = flops * speed / (self._peak * trainer.accelerator.num_processes)
         figures["peak_memory_gib"] = peak_memory(trainer.args.device) / GIB
+        left = (state.max_steps - state.global_step) * self._of_steps / self._steps
         figures["minutes_left"] = left / 60
         for name, value in figures.items():
             metrics[name].append(value)

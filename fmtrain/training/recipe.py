@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 import yaml
@@ -99,6 +100,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+GROUPS = (MaskArguments, DataArguments, EvaluationArguments, SFTConfig, ModelConfig)
 # Where a vision-language run differs from TRL's defaults: rows are never cut, so there is no
 # default length limit; the collator needs all columns; nothing is tokenized ahead.
 DEFAULTS = {
@@ -233,8 +235,7 @@ def load_values(path: str | os.PathLike) -> dict:
 
 def parser() -> TrlParser:
     """TRL's parser of all keys, with our defaults."""
-    groups = (MaskArguments, DataArguments, EvaluationArguments, SFTConfig, ModelConfig)
-    of_keys = _Parser(groups, allow_abbrev=False, add_help=False)
+    of_keys = _Parser(GROUPS, allow_abbrev=False, add_help=False)
     of_keys.set_defaults_with_config(**DEFAULTS)
     return of_keys
 
@@ -250,6 +251,8 @@ def _parsed(path: Path, values: dict, overrides: list[str]) -> list:
             raise ValueError(f"{path}: unknown key {key!r}; the nearest known one is {near!r}")
         if isinstance(value, list) and known[key].nargs is None:
             # report_to: a list in YAML, one value on the command line
+            if not _takes_lists(key):
+                raise ValueError(f"{path}: {key} takes one value, not a list of {len(value)}")
             of_keys.set_defaults_with_config(**{key: value})
         elif value is not None:  # None: the default
             words += _as_words(key, value)
@@ -264,6 +267,11 @@ def _parsed(path: Path, values: dict, overrides: list[str]) -> list:
         near = nearest(name.lstrip("-"), known)
         raise ValueError(f"unknown argument {name!r}; the nearest known one is '--{near}'")
     return arguments
+
+
+def _takes_lists(key: str) -> bool:
+    hints = (get_type_hints(group).get(key) for group in GROUPS)
+    return any("list" in str(hint).lower() for hint in hints)
 
 
 def _as_words(key: str, value) -> list[str]:

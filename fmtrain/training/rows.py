@@ -2,7 +2,7 @@
 a script hands to the trainer."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import replace
 
 import datasets
@@ -157,19 +157,29 @@ def to_evaluate(how: RowArguments) -> RowArguments:
 
 
 def evenly(rows, count: int | None):
-    """`count` of the rows (None: all) of a `Dataset`, or of `Rows` that hold one, from the first on
-    and as far apart as can be."""
+    """`count` of the rows (None: all) of a `Dataset`, or of `Rows` that hold one: of every `source`
+    its share, from its first row on and as far apart as can be."""
     if isinstance(rows, Rows):
         return replace(rows, rows=evenly(rows.rows, count))
     if count is None or not isinstance(rows, datasets.Dataset) or len(rows) <= count:
         return rows
-    return rows.select(even_places(len(rows), count))
+    return rows.select(even_places(sources_of(rows), count))
 
 
-def even_places(total: int, count: int) -> list[int]:
-    """`count` of so many places, or all, from the first on and as far apart as can be."""
-    count = min(count, total)
-    return [k * total // count for k in range(count)]
+def sources_of(rows: datasets.Dataset) -> list[str | None]:
+    """The `source` of each row; None where rows have none."""
+    return list(rows["source"]) if "source" in rows.column_names else [None] * len(rows)
+
+
+def even_places(groups: Iterable[Hashable], count: int) -> list[int]:
+    """`count` of the places of which each is of a group, or all, as above: every so many-th of
+    them, group after group. (Of rows whose groups take turns, every second would be of some groups
+    and not of others.)"""
+    first: dict[Hashable, int] = {}
+    by_group = [(first.setdefault(group, place), place) for place, group in enumerate(groups)]
+    by_group.sort()
+    count = min(count, len(by_group))
+    return sorted(by_group[k * len(by_group) // count][1] for k in range(count))
 
 
 def _say(line: str) -> None:

@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import rewrite_logs
 from fmtrain.data.encode import Encoded
 from fmtrain.data.views import views
 from fmtrain.training.answers import Answered, Answers
-from fmtrain.training.rows import even_places
+from fmtrain.training.rows import even_places, sources_of
 
 
 class Sample(NamedTuple):
@@ -27,12 +27,13 @@ class Sample(NamedTuple):
 
 
 class Samples:
-    """`count` questions of each set of evaluation rows, evenly from all and the same ones at every
-    evaluation; tables grow by them."""
+    """`count` questions of each set of evaluation rows, of every source its share and the same ones
+    at every evaluation; tables grow by them."""
 
     def __init__(self, count: int):
         self.count = count
-        self._samples: dict[str, list[Sample]] = {}  # by the prefix of a set's metrics, as below
+        # by the prefix of a set's metrics, as below; with what they are of
+        self._samples: dict[str, tuple[Answers, list[Sample]]] = {}
         self._tables: dict[str, Any] = {}
         self._pictured: set[str] = set()
 
@@ -46,8 +47,9 @@ class Samples:
         to_wandb = "wandb" in trainer.args.report_to
         if not (trainer.is_world_process_zero() and self.count and (writers or to_wandb)):
             return
-        if prefix not in self._samples:
-            self._samples[prefix] = samples(answered.asked, self.count)
+        if prefix not in self._samples or self._samples[prefix][0] is not answered.asked:
+            self._samples[prefix] = answered.asked, samples(answered.asked, self.count)
+            self._pictured.discard(prefix)
         step, [name] = trainer.state.global_step, rewrite_logs({f"{prefix}_samples": None})
         for writer in writers:
             self._to_tensorboard(writer, answered, prefix, name, step)
@@ -62,7 +64,7 @@ class Samples:
         if prefix not in self._tables:
             columns = ["step", "id", "pictures", "prompt", "reference", *map(str, answered.texts)]
             self._tables[prefix] = wandb.Table(columns=columns, log_mode="INCREMENTAL")
-        for sample in self._samples[prefix]:
+        for sample in self._samples[prefix][1]:
             pictures = [wandb.Image(picture) for picture in sample.pictures]
             texts = [under[sample.number] for under in answered.texts.values()]
             self._tables[prefix].add_data(
@@ -74,7 +76,7 @@ class Samples:
         self, writer, answered: Answered, prefix: str, name: str, step: int
     ) -> None:
         """The pictures once, the texts at every step."""
-        for k, sample in enumerate(self._samples[prefix]):
+        for k, sample in enumerate(self._samples[prefix][1]):
             texts = {"prompt": sample.prompt, "reference": sample.reference}
             texts |= {str(mask): under[sample.number] for mask, under in answered.texts.items()}
             blocks = []
@@ -92,9 +94,9 @@ class Samples:
 
 
 def samples(asked: Answers, count: int) -> list[Sample]:
-    """`count` of the questions, evenly from all."""
-    taken = []
-    for number in even_places(len(asked.questions), count):
+    """`count` of the questions, of every source its share."""
+    taken, sources = [], sources_of(asked.rows)
+    for number in even_places([sources[question.row] for question in asked.questions], count):
         question = asked.questions[number]
         encoded = asked.prompt(question)
         shown = int(encoded.layout.image.max()) + 1

@@ -234,8 +234,16 @@ class SFTTrainer(trl.SFTTrainer):
             return super().train(resume_from_checkpoint=checkpoint, **others)
 
     def predict(self, test_dataset, *args, metric_key_prefix: str = "test", **kwargs):
+        asked = dict(self.answers)
         rows = self._to_evaluate(self._held_out(test_dataset), metric_key_prefix)
-        return super().predict(rows, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        try:
+            return super().predict(rows, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            self.answers = asked
+
+    def _wrap_model(self, model, *args, **kwargs):
+        trl_options.check_devices(self.args)
+        return super()._wrap_model(model, *args, **kwargs)
 
     def get_train_dataloader(self):
         """TRL's; its batches say which rows they are of."""
@@ -271,6 +279,7 @@ class SFTTrainer(trl.SFTTrainer):
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """TRL's. Draws no random number of training's; the loader of the evaluation rows would."""
+        asked = dict(self.answers)  # those of other rows than its own are forgotten afterwards
         given = self._to_evaluate(self._held_out(eval_dataset), metric_key_prefix)
         before, device = (random.getstate(), np.random.get_state()), self.args.device
         devices = [] if device.type == "cpu" else [device]
@@ -278,6 +287,7 @@ class SFTTrainer(trl.SFTTrainer):
             with torch.random.fork_rng(devices, device_type=device.type):
                 return super().evaluate(given, ignore_keys, metric_key_prefix)
         finally:
+            self.answers = asked
             random.setstate(before[0])
             np.random.set_state(before[1])
 

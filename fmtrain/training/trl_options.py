@@ -71,6 +71,16 @@ def check_script(args: SFTConfig, data_collator, train_dataset, others: dict) ->
     check("args", args, rows_streamed)
 
 
+def check_devices(args: SFTConfig) -> None:
+    """Raises `ValueError` for several GPUs in one process, over which transformers would run copies
+    of the model in threads (nn.DataParallel), which share what belongs to one batch."""
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs: a mask is trained with a process for each; start "
+            "with `fmtrain train` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES"
+        )
+
+
 def for_trl(args: SFTConfig, ordered: bool) -> SFTConfig:
     """The arguments without what TRL would do to rows, or refuse of images, and without what would
     hide the loss that ends a run. ordered: whether the rows have an order to keep."""

@@ -11,6 +11,7 @@ import datasets
 import pytest
 import torch
 import training
+import transformers
 import trl
 from safetensors.torch import load_file
 from statsmodels.stats.proportion import proportion_confint
@@ -18,6 +19,7 @@ from statsmodels.stats.proportion import proportion_confint
 import fmtrain
 from fmtrain import Mask, sft
 from fmtrain.training.arguments import EvaluationArguments, RowArguments
+from fmtrain.training.rows import evenly
 
 TOKENS = 5
 KEYS = {"eval_strategy": "steps", "eval_steps": 2, "eval_max_new_tokens": TOKENS}
@@ -166,6 +168,64 @@ def test_evaluation_rows_are_taken_evenly_and_by_themselves(folder):
     assert sft.main([str(recipe), *words, *out]) == 0
     assert logged(folder / "four", "eval_questions") == [4]
     assert logged(folder / "four", "eval_loss") == pytest.approx([some["eval_loss"]], rel=1e-5)
+
+
+def test_an_evaluation_of_other_rows_leaves_the_next_one_as_it_was(folder, monkeypatch):
+    """Answers, and the samples that TensorBoard gets of them, are of the rows of each."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rows = held_out(folder)
+    monkeypatch.chdir(folder)
+    few = [json.loads(json.dumps(row).replace("which digit?", "else?")) for row in rows[:2]]
+    changes = dict(report_to="tensorboard", learning_rate=0.0, prediction_loss_only=True)
+    answering = trainer(folder, rows, dict(eval_samples=4), **changes)
+    own = answering.evaluate()
+
+    class Between(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            assert answering.evaluate(datasets.Dataset.from_list(few))["eval_questions"] == 2
+            answering.predict(datasets.Dataset.from_list(few), metric_key_prefix="eval")
+            control.should_evaluate = True  # which the evaluation has taken back
+
+    answering.add_callback(Between())
+    answering.train()
+    after = [entry for entry in answering.state.log_history if "eval_loss" in entry][-1]
+    for key in ("eval_loss", "eval_exact_match", "eval_questions"):
+        assert after[key] == pytest.approx(own[key], rel=1e-6), key
+    [events] = folder.rglob("events.out.tfevents.*")
+    found = EventAccumulator(str(events.parent), size_guidance={"tensors": 0}).Reload()
+    texts = [
+        each.tensor_proto.string_val[0].decode()
+        for each in found.Tensors("eval/samples/0/text_summary")
+    ]
+    assert ["else?" in text for text in texts] == [True, True, False]
+
+
+@pytest.mark.parametrize("count", [1, 7, 20, 40, 59, 60, 90])
+@pytest.mark.parametrize(
+    "sources",
+    [
+        ["list", "read", "changed"] * 20,  # take turns: every second row would be of all, two of
+        ["a"] * 45 + ["b"] * 15,  # three of two alone
+        ["a", "a", "b"] * 20,
+        [None] * 60,
+        list(range(60)),
+    ],
+)
+def test_rows_of_every_source_are_taken_as_their_share(sources, count):
+    given = datasets.Dataset.from_list([{"source": s, "at": k} for k, s in enumerate(sources)])
+    taken, wanted = evenly(given, count), min(count, 60)
+    assert len(taken) == wanted and taken["at"] == sorted(set(taken["at"]))
+    for source in set(sources):
+        share = sources.count(source) * wanted / 60
+        assert abs(list(taken["source"]).count(source) - share) < 1, source
+    if len(set(sources)) in (1, 60):  # as far apart as can be
+        assert list(taken["at"]) == [k * 60 // wanted for k in range(wanted)]
+
+
+def test_rows_that_name_no_source_are_taken_evenly():
+    given = datasets.Dataset.from_list([{"at": k} for k in range(10)])
+    assert evenly(given, 4)["at"][:] == [0, 2, 5, 7] and evenly(given, None) is given
 
 
 def test_a_run_that_gets_no_better_is_stopped_and_stays_so(folder):

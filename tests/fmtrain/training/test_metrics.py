@@ -75,6 +75,14 @@ def test_relaxed_accuracy_leaves_numbers_five_percent(answer, reference, score):
         ("a cat", "A", 0),  # an article is no option
         ("A cat", "A", 0),
         ("I see two cats", "I", 0),
+        ("The answer is a cat", "A", 0),
+        ("My answer: a dog", "A", 0),
+        ("The answer is I do not know", "I", 0),
+        ("The answer is A because it is red", "A", 1),
+        ("the answer is b since it is red", "B", 1),
+        ("The answer is a", "A", 1),
+        ("A, B or C", "A", 0),  # no choice
+        ("A, because it is red", "A", 1),
         ("Because", "B", 0),
         ("", "B", 0),
     ],

@@ -346,3 +346,16 @@ def test_a_collator_whose_rows_lost_their_columns_says_why(folder, rows, tmp_pat
     trainer = Trainer(model, args, train_dataset=rows, data_collator=Collator(processor))
     with pytest.raises(ValueError, match="remove_unused_columns=False"):
         trainer.train()
+
+
+def test_several_gpus_in_one_process_are_refused(folder, rows, tmp_path):
+    """transformers would copy the model to each in threads of one process."""
+    args = config(tmp_path, max_steps=1)
+    trainer = fmtrain.SFTTrainer(
+        str(folder / "base"), args, train_dataset=rows, eval_dataset=rows, mask="v2v"
+    )
+    assert trainer.args.n_gpu <= 1
+    trainer.args._n_gpu = 2  # as where two are visible and nothing was launched
+    for run in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=r"one process sees 2 GPUs: .*`accelerate launch`"):
+            run()

@@ -131,3 +131,14 @@ def test_evaluation_is_no_part_of_the_speed(tmp_path, monkeypatch):
     counts = [0.0, *(entry["num_tokens"] for entry in logged(tmp_path))]
     for entry, before in zip(logged(tmp_path)[1:], counts[1:]):
         assert (entry["num_tokens"] - before) / entry["tokens_per_second"] < 2
+
+
+def test_the_log_of_an_epoch_has_the_figures(tmp_path):
+    training.workplace(tmp_path, rows=4)
+    words = ["--logging_strategy", "epoch", "--max_steps", "-1", "--num_train_epochs", "2"]
+    recipe = training.write_recipe(tmp_path, save_strategy="no", eval_strategy="no")
+    assert sft.run([str(recipe), "--use_cpu", "true", *words]) == 0
+    entries = logged(tmp_path)
+    assert [entry["epoch"] for entry in entries] == [1, 2]
+    assert all(KEYS <= entry.keys() for entry in entries)
+    assert entries[0]["minutes_left"] > 0 and entries[1]["minutes_left"] == 0

@@ -70,6 +70,25 @@ def test_packed_layers_compute_in_a_dtype_that_is_named(recipe):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"mask": ["v2v"]}, ["mask takes one value, not a list of 1"]),
+        ({"base_mask": ["v2v"]}, ["base_mask takes one value"]),
+        ({"dataset_name": ["a.jsonl", "b.jsonl"]}, ["dataset_name", "not a list of 2"]),
+        ({"learning_rate": [1]}, ["learning_rate takes one value"]),
+        ({"dataset_rows": -1}, ["dataset_rows -1 is less than 1"]),
+        ({"dataset_rows": 0}, ["dataset_rows 0 is less than 1"]),
+    ],
+)
+def test_values_that_would_be_taken_for_others(recipe, changes, words):
+    path = recipe(**changes)
+    with pytest.raises(ValueError) as error:
+        read(path)
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in (str(path), *words))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
         ({"mask": "v2v+merge", "merge_prefix": 0}, ["prefix 0", "1 or more"]),
         ({"mask": "v2v+merge", "merge_prefix": 1.5}, ["prefix 1.5", "at most 1.0"]),
         ({"mask": "v2v+merge", "merge_prefix": "some"}, ["'some'", "count"]),
