@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from collections import defaultdict
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -21,6 +22,10 @@ from documents import (
     table,
 )
 
+from eval.paired import QuestionsOfTask, compare, holm
+
+LOOKING = ("v2v", "future", "prefix_lm")  # from picture to picture
+
 
 def own_mask(comparison: dict) -> bool:
     """Whether it is of a row under the mask that it was trained with."""
@@ -34,8 +39,8 @@ def told_of_experiment(number: int) -> str:
 
 
 def student(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and 95 % interval over five or nine values; Student's t from a table."""
-    half = {5: 2.776, 9: 2.306}[len(values)] * values.std(ddof=1) / len(values) ** 0.5
+    """Mean and 95 % interval over five, seven or nine values; Student's t from a table."""
+    half = {5: 2.776, 7: 2.447, 9: 2.306}[len(values)] * values.std(ddof=1) / len(values) ** 0.5
     return values.mean(), values.mean() - half, values.mean() + half
 
 
@@ -78,6 +83,8 @@ def test_figures_of_learning_to_compare():
         for mask, cell in zip(results["masks"], cells, strict=True):
             assert shows(cell.strip("*"), 100 * scores[row, mask]), (name, mask)
     text, gains = " ".join(section.split()), {}
+    rest = apart_afterwards("learning", "changed", ("v2v", "v2v"), ("causal", "causal"), (2, 3, 4))
+    assert f"without those two `v2v` is ahead by {rest}" in told_of_experiment(1)
     for one in results["comparisons"]:
         if one["kind"] == "causal-causal":
             points = (rounded(100 * one[key], 1) for key in ("difference", "low", "high"))
@@ -112,7 +119,7 @@ def test_figures_of_more_steps(name, p):
     if name == "learning_confirmed":
         assert f"{signed(primary, 'difference')}, p {p}" in said
         readme = on_one_line("README.md")
-        assert f"in 900 `v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f}," in readme
+        assert f"in 900 `v2v` reaches {v2v / 100:.3f}, causal {causal / 100:.3f}." in readme
 
 
 def test_figures_of_the_curves():
@@ -155,7 +162,6 @@ def test_figures_of_two_hops():
         (8, "learning_ahead"),
         (8, "learning_question"),
         (11, "learning_dual"),
-        (14, "learning_scratch"),
         (16, "learning_dialogue"),
     ],
 )
@@ -245,6 +251,32 @@ def test_what_the_choice_of_a_mask_is_told_from():
     assert f"undecided](results.md): {value:+.0f} points, {low:.0f} to {high:.0f}" in said
 
 
+def seeds_of_task(matrix: str, task: str, mask: str) -> list[float]:
+    """Of each run the share of a task that is right, trained and run under a mask."""
+    [found] = [
+        cell["by_run"]
+        for cell in results_of(matrix)["cells"]
+        if (cell["row"], cell["mask"], cell["task"]) == (mask, mask, task)
+    ]
+    return found
+
+
+def apart_afterwards(
+    matrix: str, task: str, one: tuple[str, str], other: tuple[str, str], seeds=range(5)
+) -> str:
+    """A difference that no report has, of (row, mask in inference), from the stored answers."""
+    path, values = RESULTS / matrix / "answers.jsonl.gz", []
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        lines = [line["scores"] for line in map(json.loads, file) if line["task"] == task]
+    for seed in seeds:
+        (row, mask), (beside, under) = one, other
+        scores = [of[f"{row}-seed{seed}"][mask] - of[f"{beside}-seed{seed}"][under] for of in lines]
+        values.append(scores)
+    questions = QuestionsOfTask(task, np.arange(len(lines)))
+    found = compare([questions], {task: np.array(values, float)})
+    return signed(asdict(found), "difference")
+
+
 def test_figures_of_pictures_drawn_anew():
     said, told = told_of_experiment(12), on_one_line("docs/results.md")
     shares = {}
@@ -253,7 +285,11 @@ def test_figures_of_pictures_drawn_anew():
         shares[task] = {mask: f"{100 * scores[mask, mask]:.1f}" for mask in ("causal", "v2v")}
     first, then = shares["changed"], shares["redrawn"]
     assert f"`v2v` falls from {first['v2v']} to {then['v2v']} %" in said
-    assert f"causal training from {first['causal']} to {then['causal']} %" in said
+    assert f"causal training from {first['causal']} to {then['causal']} (" in said
+    for mask in ("v2v", "causal"):
+        of_runs = [seeds_of_task("learning_redrawn", task, mask) for task in shares]
+        lost = student(100 * np.subtract(*of_runs))
+        assert "(by {:.1f} [{:.1f}, {:.1f}])".format(*lost) in said
     assert f"answer {then['v2v']} % with `v2v` and {then['causal']} % causally" in told
     [found] = [each for each in comparisons_of("learning_redrawn", "redrawn") if own_mask(each)]
     assert signed(found, "difference") in said and signed(found, "difference") in told
@@ -264,6 +300,8 @@ def test_figures_of_two_masks_in_one_model():
     said, told = told_of_experiment(10), on_one_line("docs/results.md")
     scores = scores_of("learning_several", "changed", count=5 * 2)
     shares = {pair: f"{100 * score:.1f}" for pair, score in scores.items()}
+    both, alone = ("both_600", "v2v"), ("v2v", "v2v")
+    assert apart_afterwards("learning_several", "changed", both, alone) in said
     first, then = ([shares[f"both_{n}", mask] for mask in ("v2v", "causal")] for n in (300, 600))
     assert "{} % under `v2v` and {} % under `causal`".format(*first) in told
     assert "600 steps {} and {}.".format(*then) in told
@@ -298,7 +336,21 @@ def test_figures_of_depth():
         ends = [100 * base[key] for base in bases]
         assert f"{who} {min(ends):.1f} to {max(ends):.1f}" in told
     gains = np.array([100 * (base["trained"] - base["causal"]) for base in bases])
-    assert "ahead from nine bases of nine" in on_one_line("README.md")
+    own = {path.parent.name: path for path in (RESULTS / "learning_depth").glob("*/results.json")}
+    own = {name: scores_of(f"learning_depth/{name}", "changed", 6) for name in own}
+    ends = {m: sorted(each[m, m] for each in own.values()) for m in ("v2v", "causal")}
+    assert "`v2v` ends at {:.2f} to {:.2f}, causal training at {:.2f} to {:.2f}.".format(
+        *(ends[mask][at] for mask in ends for at in (0, -1))
+    ) in on_one_line("README.md")
+    best = sorted(own.values(), key=lambda each: each["causal", "causal"])[-2:]
+    for text in (said, told):
+        for mask, words in (("causal", "{:.1f} and {:.1f} %"), ("v2v", "`v2v` {:.1f} and {:.1f}")):
+            assert words.format(*(100 * each[mask, mask] for each in best)) in text
+    known = [(4, 0), (4, 1)]  # layers, seed
+    new = [g for g, base in zip(gains, bases) if (base["layers"], base["seed"]) not in known]
+    mean, low, high = student(np.array(new))
+    assert f"gain {mean:.1f} points [{low:.1f}, {high:.1f}]" in said
+    assert f"gain {mean:.1f} points [{low:.1f}, {high:.1f}]" in told
     assert gains.min() > 0 and bases[2]["seed"] == 2 and f"gains as much ({gains[2]:.1f})" in said
     mean, low, high = student(gains)
     interval = f"[{low:.1f}, {high:.1f}]"
@@ -356,8 +408,11 @@ def test_figures_of_bases_that_have_learnt_otherwise():
 
 def test_figures_from_random_weights():
     said, told = told_of_experiment(14), on_one_line("docs/results.md")
-    more = more_area("learning_scratch")
-    assert f"p {more['p']:.3f}; all five seeds" in said and min(more["by_run"]) > 0
+    assert f"`v2v` has {signed(more_area('learning_scratch'))}" in said
+    lines = results_of("learning_scratch")["curves"]["loss"]
+    [less] = [line["more_area"] for line in lines if line["more_area"]]
+    figures = [-less[key] for key in ("value", "high", "low")]
+    assert "{:.3f} nats a token less on average [{:.3f}, {:.3f}]".format(*figures) in said
     read, changed = (scores_of("learning_scratch", task, 3 * 2) for task in ("read", "changed"))
     ends = [100 * read[mask, mask] for mask in ("v2v", "causal")]
     assert "`read` ends at {:.1f} % with `v2v` and at {:.1f} causally".format(*ends) in said
@@ -473,3 +528,76 @@ def test_figures_of_the_light_forms():
     verdicts = on_one_line("docs/experiments.md")
     for name in light:
         assert apart["causal", name] in verdicts
+
+
+@pytest.mark.parametrize(
+    "matrix, start", [("learning_curves", "first"), ("learning_curves_1", "second")]
+)
+def test_figures_of_all_curves(matrix, start):
+    """A line for each mask: areas, held-out loss, steps to half, ends."""
+    section = TEXTS["docs/experiments.md"].split("\n## 17. ")[1].split("\n## ")[0]
+    results, scores = results_of(matrix), seeds_of(matrix)
+    shown = {line[0].strip("`"): line[1:] for line in table(section, f"from the {start} base")}
+    held_out = {line["row"]: line["more_area"] for line in results["curves"]["held_out"]}
+    assert list(shown) == [line["row"] for line in results["curves"]["exact"]]
+    for line in results["curves"]["exact"]:
+        row, steps = line["row"], [step for step in line["half"] if step is not None]
+        ends = sorted({f"{end(steps):.0f}" for end in (min, max)}) if steps else ["never"]
+        reached = " to ".join(ends)
+        never = f", {5 - len(steps)} never" if 0 < len(steps) < 5 else ""
+        expected = [f"{100 * line['area']['value']:.1f}", "–", "–", reached + never]
+        if row != "causal":
+            loss = "{:+.3f} [{:.3f}, {:.3f}]".format(
+                *(held_out[row][key] for key in ("value", "low", "high"))
+            )
+            expected[1:3] = [signed(line["more_area"]), loss]
+        assert shown[row] == [*expected, f"{100 * np.mean(scores[row, row]):.1f}"], row
+
+
+def test_verdicts_of_all_curves():
+    said, told = told_of_experiment(17), on_one_line("docs/results.md")
+    lines = {
+        (base, kind, line["row"]): line
+        for base in ("learning_curves", "learning_curves_1")
+        for kind, of_kind in results_of(base)["curves"].items()
+        for line in of_kind
+    }
+    more = {key: line["more_area"] for key, line in lines.items() if line["more_area"]}
+    asked = [(b, m) for b in ("learning_curves", "learning_curves_1") for m in LOOKING]
+    ps = holm([more[base, "exact", mask]["p"] for base, mask in asked])
+    corrected = {pair: f"{p:.2g}" for pair, p in zip(asked, ps, strict=True)}
+    assert corrected == {
+        ("learning_curves", "v2v"): "0.0015",
+        ("learning_curves", "future"): "0.0057",
+        ("learning_curves", "prefix_lm"): "0.0096",
+        ("learning_curves_1", "v2v"): "0.099",
+        ("learning_curves_1", "future"): "0.0057",
+        ("learning_curves_1", "prefix_lm"): "0.099",
+    }
+    for base, mask in asked:
+        value = signed(more[base, "exact", mask])
+        assert value.removeprefix("+") in told
+    for (base, kind, row), each in more.items():
+        if kind == "exact" and row not in LOOKING:
+            sure = base == "learning_curves" or row == "image"
+            assert (each["high"] < 0.05) == sure, (base, row)
+    half = [lines[base, "exact", "v2v"]["half"] for base, _ in asked[::3]]
+    assert sum(step is not None for each in half for step in each) == 9
+    assert all(lines[base, "exact", "causal"]["half"] == [None] * 5 for base, _ in asked)
+    switched = {
+        each["mask"]: each["high"]
+        for each in comparisons_of("learning_curves", "changed")
+        if each["row"] == "causal" and each["mask"].endswith("+merge")
+    }
+    shown = [f"{100 * high + 0:.1f}".replace("-0.0", "0.0") for high in switched.values()]
+    assert "end at {}, {}, {}, {}, {} and {} |".format(*shown) in said
+    losses = [more[base, "held_out", mask] for base, mask in (*asked[:3], asked[4])]
+    assert all(loss["high"] < 0 for loss in losses)
+    assert (
+        "{:.3f}, {:.3f} and {:.3f} from the first base, {:.3f} (`future`)".format(
+            *(loss["value"] for loss in losses)
+        )
+        in said
+    )
+    gain = gain_of("learning_curves", "changed", "v2v")
+    assert signed(gain, "difference") in said

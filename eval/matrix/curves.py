@@ -1,11 +1,12 @@
-"""What the runs of a matrix measured while they trained: exact answers and loss against steps.
+"""What the runs of a matrix measured while they trained: exact answers and losses against steps.
 
 The loss is that of training; where every row is read once, it is that of rows not seen before. A
 training recipe with `eval_strategy: steps` and `eval_dataset_name` also answers held-out questions
-every `eval_steps` under the mask in training. `curves.json` keeps what each run's
+every `eval_steps` under the mask in training, and takes the log-probability of their reference
+answers: the held-out loss is minus its mean over the tokens. `curves.json` keeps what each run's
 trainer_state.json says:
 
-    {run: {"exact": [[step, share], ..], "loss": [[step, nats a token], ..]}}
+    {run: {"exact": [[step, share], ..], "held_out": [[step, nats a token], ..], "loss": ..}}
 
 and from it are computed, for every row of the matrix, the mean and the range of its runs at each
 step, and
@@ -34,9 +35,15 @@ from fmtrain.command_line import write_whole
 from fmtrain.training.checkpoints import STATE
 
 NAME = "curves.json"
-LOGGED = {"exact": "eval_exact_match", "loss": "loss"}  # what a trainer's log calls them
-SCALES, DIGITS = {"exact": 100, "loss": 1}, {"exact": 1, "loss": 3}  # of the figures shown
-TITLES = {"exact": "exact answers, percent", "loss": "training loss, nats a token"}
+# what a trainer's log calls them
+LOGGED = {"exact": "eval_exact_match", "held_out": "eval_loss", "loss": "loss"}
+# of the figures shown
+SCALES, DIGITS = {"exact": 100, "held_out": 1, "loss": 1}, {"exact": 1, "held_out": 3, "loss": 3}
+TITLES = {
+    "exact": "exact answers, percent",
+    "held_out": "held-out loss, nats a token",
+    "loss": "training loss, nats a token",
+}
 HALF = 0.5
 
 # {run: {kind: [[step, value], ..]}}, without kinds of which a run measured nothing
@@ -172,7 +179,7 @@ def _panel(kind: str, lines: Sequence[dict]) -> dict:
     A loss is drawn from its second point on: in the first the form of an answer is learnt, which
     would leave no height for the rest.
     """
-    if kind == "loss":
+    if kind != "exact":
         lines = [_without_first(line) for line in lines]
     causal, figures = _of_causal(lines), []
     top = 1.0 if kind == "exact" else max(max(line["high"]) for line in lines)

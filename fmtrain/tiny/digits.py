@@ -118,7 +118,8 @@ def _changed(artist: Artist) -> list[Exchange]:
     return [Exchange([before, after], "Which digit changed?", change)]
 
 
-def _order(artist: Artist) -> list[Exchange]:
+def _order(artist: Artist, back: bool = False) -> list[Exchange]:
+    """Each picture shows a digit more than the one before it; back: than the one behind it."""
     cells, digits = (
         artist.rng.permutation(CELLS).tolist(),
         artist.rng.permutation(10)[:FRAMES].tolist(),
@@ -126,7 +127,11 @@ def _order(artist: Artist) -> list[Exchange]:
     frames = [artist.put({cells[0]: digits[0]})]
     for cell, digit in zip(cells[1:], digits[1:]):
         frames.append(artist.put({cell: digit}, on=frames[-1]))
-    return [Exchange(frames, "In what order do the digits appear?", " ".join(map(str, digits)))]
+    answer = " ".join(map(str, digits))
+    if back:
+        question = f"In what order do the digits appear from {FRAMES} to 1?"
+        return [Exchange(frames[::-1], question, answer)]
+    return [Exchange(frames, "In what order do the digits appear?", answer)]
 
 
 def _dialogue(artist: Artist) -> list[Exchange]:
@@ -224,6 +229,7 @@ PROBES: dict[str, Callable[[Artist], list[Exchange]]] = {
     "precedes": partial(_beside, step=-1, question_first=False),
     "follows_asked_first": partial(_beside, step=1, question_first=True),
     "precedes_asked_first": partial(_beside, step=-1, question_first=True),
+    "order_back": partial(_order, back=True),  # `order` with the pictures turned round
 }
 # All that there are. A row is drawn from its task's place among them: new ones come last.
 EVERY = TASKS | LESSONS | PROBES
@@ -244,6 +250,7 @@ CHANCE = {
     "precedes": 1 / 9,
     "follows_asked_first": 1 / 9,
     "precedes_asked_first": 1 / 9,
+    "order_back": 1 / 720,
 }
 
 

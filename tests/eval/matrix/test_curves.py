@@ -26,7 +26,7 @@ def log(run: str, steps=STEPS) -> list[dict]:
     """The history of a trainer's log: losses and evaluations are entries of their own."""
     history = [{"step": step, "loss": 2 - step / 300, "grad_norm": 1.0} for step in (150, 300)]
     for step, value in zip(steps, EXACT[run]):
-        history.append({"step": step, "eval_loss": 1.0, "eval_exact_match": value})
+        history.append({"step": step, "eval_loss": 2 - value, "eval_exact_match": value})
     return [*history, {"step": 300, "train_runtime": 9.0}]
 
 
@@ -69,18 +69,24 @@ def test_figures_are_those_of_the_logs(tmp_path):
     # both rows lose 1.5 and 1.0 nats at 150 and 300 steps
     assert [line["area"]["value"] for line in found["loss"]] == [1.25, 1.25]
     assert found["loss"][1]["more_area"]["by_run"] == [0, 0] and "half" not in found["loss"][1]
+    # logged as two less the share that is right: areas differ by as much, the other way
+    held_out = found["held_out"][1]
+    assert held_out["area"]["by_run"] == pytest.approx([2 - AREAS["v0"], 2 - AREAS["v1"]])
+    assert held_out["more_area"]["by_run"] == pytest.approx([-each for each in more])
+    assert "half" not in held_out
     lines = curves.table(found)
     assert lines[0][:2] == ["exact answers", "causal"]
     assert lines[0][3:] == ["–", "never never"]
     assert lines[1][4] == "140 80" and lines[1][2].startswith("54.2 [")
     loss = ["v2v", "1.250 [1.250, 1.250]", "+0.000 [+0.000, +0.000]", "–"]
-    assert lines[3] == ["training loss", *loss]
+    assert lines[5] == ["training loss", *loss]
+    assert lines[3][:2] == ["held-out loss", "v2v"] and lines[3][2].startswith("1.458 [")
 
 
-def test_runs_that_answered_nothing_have_the_curve_of_their_loss(tmp_path):
+def test_runs_that_evaluated_nothing_have_the_curve_of_their_loss(tmp_path):
     runs = plan(tmp_path)
     for run in runs:
-        history = [entry for entry in log("v0") if "eval_exact_match" not in entry]
+        history = [entry for entry in log("v0") if "eval_loss" not in entry]
         (run.folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     found = curves.results(ROWS, curves.of_runs(runs))["curves"]
     assert list(found) == ["loss"] and [line["row"] for line in found["loss"]] == ["causal", "v2v"]

@@ -84,8 +84,9 @@ def solve(question: str, shown: list[list[int | None]]) -> str:
         return str(odd)
     if question == "Which digit changed?":
         return change(*shown)
-    if question == "In what order do the digits appear?":
-        frames = [{digit for digit in frame if digit is not None} for frame in shown]
+    if order := re.fullmatch(r"In what order do the digits appear( from 3 to 1)?\?", question):
+        read = shown[::-1] if order[1] else shown
+        frames = [{digit for digit in frame if digit is not None} for frame in read]
         return " ".join(str(*(now - before)) for before, now in zip([set(), *frames], frames))
     assert question == "What do you see?"
     return " ".join(str(digit) for digit in shown[-1] if digit is not None)
