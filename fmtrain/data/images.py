@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import re
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,8 @@ def _read(source: Any, root: str | os.PathLike, max_pixels: int, use):
     embedded = isinstance(source, dict) and source.get("bytes") is not None
     file = io.BytesIO(source["bytes"]) if embedded else resolve(name, root)
     try:
-        with warnings.catch_warnings(), _whole_files_only():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            with Image.open(file, formats=_formats()) as image:
-                return use(_limited(image, repr(name), max_pixels), repr(name))
+        with _WHOLE_FILES_ONLY, Image.open(file, formats=_formats()) as image:
+            return use(_limited(image, repr(name), max_pixels), repr(name))
     except Image.DecompressionBombError as error:
         raise ValueError(f"image {name!r} is too large: {error}") from error
     except UnidentifiedImageError as error:
@@ -100,14 +99,33 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-@contextlib.contextmanager
-def _whole_files_only():
-    """Some packages tell Pillow, for the whole process, to fill up truncated images with grey."""
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
-    try:
-        yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+class _WholeFilesOnly:
+    """While any thread is inside, Pillow refuses truncated images, which some packages tell it, for
+    the whole process, to fill up with grey; and it is silent about large ones, for which there is a
+    limit of our own."""
+
+    def __init__(self):
+        self._lock, self._inside = threading.Lock(), 0
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:  # one thread's restoring must not reach into another's reading
+            if not self._inside:
+                self._undo.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                before = ImageFile.LOAD_TRUNCATED_IMAGES
+                self._undo.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", before)
+                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            self._inside += 1
+
+    def __exit__(self, *_) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._undo.close()
+
+
+_WHOLE_FILES_ONLY = _WholeFilesOnly()
 
 
 def _limited(image: Image.Image, name: str, max_pixels: int) -> Image.Image:

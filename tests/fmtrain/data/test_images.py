@@ -2,15 +2,17 @@
 
 import io
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import families
 import numpy as np
 import pytest
 from families import IMAGE, assistant, photo, user
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fmtrain.data.collator import Collator
-from fmtrain.data.images import image_size, open_image
+from fmtrain.data.images import MAX_PIXELS, _read, image_size, open_image
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 GRAY = np.rint(RAMP * 255).astype(np.uint8)
@@ -89,3 +91,28 @@ def test_postscript_is_never_run(tmp_path, monkeypatch, read):
 def test_formats_of_training_sets(kind):
     image = Image.fromarray(np.stack([GRAY] * 3, axis=-1))
     assert open_image(stored(image, kind)).size == (16, 16)
+
+
+def test_a_truncated_picture_is_refused_while_another_thread_reads(monkeypatch):
+    """The thread that came first leaves in between."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as some packages do
+    whole = stored(photo(0), "PNG")
+    cut = {"path": None, "bytes": whole["bytes"][: len(whole["bytes"]) // 2]}
+    came, followed, left = Event(), Event(), Event()
+
+    def first(image, name):
+        came.set()
+        assert followed.wait(60)
+
+    def second(image, name):
+        followed.set()
+        assert left.wait(60)
+        image.load()
+
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(_read, whole, ".", MAX_PIXELS, first)
+        reading.add_done_callback(lambda _: left.set())
+        assert came.wait(60)
+        with pytest.raises(ValueError, match="cannot be read: image file is truncated"):
+            pool.submit(_read, cut, ".", MAX_PIXELS, second).result()
+    assert ImageFile.LOAD_TRUNCATED_IMAGES  # as it was for everybody else
