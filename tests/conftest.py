@@ -63,8 +63,25 @@ def _model(family: str, lora: bool):
     return model.eval()
 
 
-@pytest.fixture(scope="session")
+@functools.cache
+def _weights(family: str, lora: bool) -> dict[str, torch.Tensor]:
+    """Those that `_model` was made with: a copy."""
+    return {name: each.clone() for name, each in _model(family, lora).state_dict().items()}
+
+
+@pytest.fixture
 def model_of():
     """`model_of(family, lora=False)`: one random model for the whole session. Attach in a `with`,
-    leave it as it was."""
-    return lambda family, lora=False: _model(family, lora)
+    leave it as it was: a test that leaves other weights fails."""
+    used = set()
+
+    def model(family: str, lora: bool = False):
+        used.add((family, lora))
+        _weights(family, lora)
+        return _model(family, lora)
+
+    yield model
+    for which in used:
+        before, after = _weights(*which), _model(*which).state_dict()
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        assert before.keys() == after.keys() and not changed, f"{which} has changed: {changed[:3]}"

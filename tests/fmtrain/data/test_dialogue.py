@@ -59,13 +59,12 @@ def test_what_is_malformed_says_its_kind(messages, images, kind, words):
     assert error.value.kind == kind and "\n" not in str(error.value)
 
 
-def test_encoded_unpacks_moves_and_names_its_keywords(family, model_of):
-    model, processor = model_of(family), families.processor(family)
+def test_encoded_unpacks_moves_and_names_its_keywords(family):
+    processor = families.processor(family)
     encoded = encode_row(processor, ROW)
     inputs, layout = encoded
     assert isinstance(encoded, Encoded) and inputs is encoded.inputs and layout is encoded.layout
-    half = encoded.to(model.to(torch.float16))
-    model.float()
+    half = encoded.to(families.model(family).to(torch.float16))
     assert half.inputs["pixel_values"].dtype == torch.float16
     assert half.inputs["input_ids"].dtype == torch.long
     assert encoded.kwargs().keys() == inputs.keys() | layout.model_inputs().keys()
