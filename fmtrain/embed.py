@@ -34,6 +34,7 @@ MODULES = (
     "attention.sdpa",
     "attention",
     "infer",
+    "kv_cache",
     "host",
     "patch",
 )

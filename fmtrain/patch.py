@@ -30,6 +30,7 @@ from fmtrain.host import (
     unwrap,
 )
 from fmtrain.infer import Markers, check_media, check_padding, infer, padded, repeated
+from fmtrain.kv_cache import cached, remember
 from fmtrain.layout import PREFIX, Layout
 from fmtrain.masks import Mask, cut
 from fmtrain.merge import Merge
@@ -170,7 +171,11 @@ class Handle:
             inner.set_attn_implementation({"text_config": ATTENTION})
         # Out of a compiled graph: it asks tensors for numbers, and decides by them.
         plan: Any = torch.compiler.disable(self._before_forward)
-        self._hooks = [inner.base_model.register_forward_pre_hook(plan, with_kwargs=True)]
+        done: Any = torch.compiler.disable(self._after_forward)
+        self._hooks = [
+            inner.base_model.register_forward_pre_hook(plan, with_kwargs=True),
+            inner.base_model.register_forward_hook(done),
+        ]
         if not self.host:
             self._hooks.append(inner.register_forward_pre_hook(self._before_loss, with_kwargs=True))
         self._overridden: dict[str, Any] = {}
@@ -256,7 +261,7 @@ class Handle:
             kwargs = dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs
         layout = Layout.from_model_inputs(kwargs)
         cache = kwargs.get("past_key_values")
-        seen = 0 if cache is None else int(cache.get_seq_length())
+        seen = cached(cache, self.mask)
         if layout is not None:
             check_padding(layout, kwargs.get("attention_mask"))
         if self.host:
@@ -305,6 +310,9 @@ class Handle:
             kwargs["position_ids"] = layout.positions()[:, seen:]
         kwargs[PLAN] = attention.plan(layout, self.mask, self.backend, start=seen)
         return (), kwargs
+
+    def _after_forward(self, module: nn.Module, args: tuple, out) -> None:
+        remember(out, self.mask)
 
     def _layout_of(self, kwargs: dict, rows: int, length: int, seen: int) -> Layout:
         """The layout that `generate` was given, or else the one that the ids show."""

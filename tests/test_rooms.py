@@ -15,7 +15,7 @@ FLOORS = [
     ["fmtrain.merge"],
     ["fmtrain.masks"],
     ["fmtrain.attention"],
-    ["fmtrain.infer", "fmtrain.host"],
+    ["fmtrain.infer", "fmtrain.kv_cache", "fmtrain.host"],
     ["fmtrain.patch", "fmtrain.sharded"],
     ["fmtrain.data"],
     ["fmtrain.checkpoint"],

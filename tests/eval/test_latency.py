@@ -55,14 +55,8 @@ def test_the_cache_of_a_merged_prefill_is_one_of_ordinary_decoding(family, name,
         plain = model(**copy.deepcopy(encoded.inputs), use_cache=True)
         with attach(model, name, "sdpa", Merge()):
             light = model(**copy.deepcopy(encoded.kwargs()), use_cache=True)
-            on_plain, on_light = (
-                copy.deepcopy(plain.past_key_values),
-                copy.deepcopy(light.past_key_values),
-            )
-            served, served_on_plain = (
-                decode(model, answer, on_light),
-                decode(model, answer, on_plain),
-            )
+            on_light = copy.deepcopy(light.past_key_values)
+            served = decode(model, answer, on_light)
     assert type(light.past_key_values) is type(plain.past_key_values) is DynamicCache
     layers = [
         (ours, theirs)
@@ -79,10 +73,8 @@ def test_the_cache_of_a_merged_prefill_is_one_of_ordinary_decoding(family, name,
     assert answer.shape[1] > 2
     ordinary = decode(model, answer, light.past_key_values)
     assert torch.allclose(served, ordinary, rtol=0, atol=1e-5)
-    assert torch.allclose(
-        served_on_plain, decode(model, answer, plain.past_key_values), rtol=0, atol=1e-5
-    )
-    assert not torch.allclose(ordinary, served_on_plain, rtol=0, atol=1e-3)
+    on_plain = decode(model, answer, plain.past_key_values)
+    assert not torch.allclose(ordinary, on_plain, rtol=0, atol=1e-3)
     grown = zip(on_light.layers, light.past_key_values.layers)
     assert all(torch.allclose(ours.keys, theirs.keys, rtol=0, atol=1e-5) for ours, theirs in grown)
 

@@ -324,9 +324,9 @@ def test_adapters_in_memory_that_add_positions_are_refused(kind, first):
         return
     with attach(model, "v2v"):
         wrapped = peft.get_peft_model(model, config)
-        with pytest.raises(ValueError, match="prompt and prefix tuning add tokens"):
+        with pytest.raises(ValueError, match=r"prefix tuning(, whose| add) tokens"):
             wrapped(**encoded.kwargs())
-        with pytest.raises(ValueError, match=r"the layout has|tokens arrive on a cache of 3"):
+        with pytest.raises(ValueError, match=r"the layout has|the cache of 3 tokens was not"):
             wrapped.generate(**prompt_of(1).kwargs(), max_new_tokens=2)
 
 

@@ -604,6 +604,37 @@ def test_a_prefill_cut_in_two_is_refused_with_the_layout_of_the_whole_row_too(
     assert later in served and len(served) < length - 1
 
 
+@pytest.mark.parametrize("filled", ["plain", "causal", "v2t", "v2v+merge"])
+def test_a_cache_goes_on_under_the_mask_that_filled_it(filled, model_of):
+    """What is cached has seen what another mask let it see; so have all that read it."""
+    model, (inputs, layout) = model_of("llava"), prompt("llava")
+    longer = Layout.cat([layout, Layout.parse("A")], dim=1)
+    token = {"input_ids": inputs["input_ids"][:, -1:]}
+    with torch.no_grad():
+        if filled == "plain":
+            cache = model(**inputs, use_cache=True).past_key_values
+        else:
+            with attach(model, "v2v") as handle, handle.under(filled):
+                cache = model(**inputs, **layout.model_inputs(), use_cache=True).past_key_values
+        was = "causal" if filled == "plain" else filled
+        for mask in ("v2v", "causal"):
+            for backend in ("auto", "sdpa"):
+                for more in ({}, longer.model_inputs()):
+                    given = {**token, **more, "past_key_values": copy.deepcopy(cache)}
+                    with attach(model, mask, backend):
+                        if mask == was:
+                            model(**given)
+                            continue
+                        with pytest.raises(ValueError) as error:
+                            model(**given)
+                        by = "without a mask" if filled == "plain" else f"under '{filled}'"
+                        one_line(error, f"not filled under the mask '{mask}' but", by)
+        with attach(model, "v2v") as handle, handle.under(was):
+            served = model(**token, past_key_values=copy.deepcopy(cache))
+            served = model(**token, past_key_values=served.past_key_values)
+            assert served.past_key_values.get_seq_length() == layout.shape[1] + 2
+
+
 @pytest.mark.parametrize("name, merge", VARIANTS[1:], ids=label)
 def test_training_without_a_layout_is_refused(family, name, merge, model_of):
     """Read as one prefill, the answers would be seen by the images."""
