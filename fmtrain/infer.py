@@ -89,11 +89,26 @@ def check_padding(layout: Layout, mask: torch.Tensor | None) -> None:
         )
 
 
-def check_media(kwargs: dict, config, mask: Mask, layout: Layout) -> None:
-    """Raises `ValueError` for a forward with videos or sounds under a mask that looks ahead, which
-    would take them for text; `layout` is that of the forward's own tokens."""
-    if not mask.looks_ahead:
+def check_inputs(kwargs: dict, config, mask: Mask, layout: Layout) -> None:
+    """Raises `ValueError` for keywords of a forward that the layout of its own tokens does not fit:
+    images at other places and, under a mask that looks ahead and would take them for text, videos
+    and sounds."""
+    if mask.looks_ahead:
+        _check_media(kwargs, config, mask, layout)
+    ids = kwargs.get("input_ids")
+    if ids is None:
         return
+    wrong = ((ids == config.image_token_id) != layout.visual) & layout.real & ~layout.answer
+    if bool(wrong.any()):
+        row, token = wrong.nonzero()[0].tolist()
+        only = "the layout alone shows" if layout.visual[row, token] else "the ids alone show"
+        raise ValueError(
+            f"row {row}, token {token}: {only} an image there ({int(wrong.sum())} such tokens in "
+            "all): the layout is that of another row"
+        )
+
+
+def _check_media(kwargs: dict, config, mask: Mask, layout: Layout) -> None:
     given = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor)]
     ahead = kwargs.get("mm_encoder_outputs") or {}  # computed ahead, as `generate` does
     given += [f"{name} features" for name, value in ahead.items() if value is not None]

@@ -29,7 +29,7 @@ from fmtrain.host import (
     check_wrapper,
     unwrap,
 )
-from fmtrain.infer import Markers, check_media, check_padding, infer, padded, repeated
+from fmtrain.infer import Markers, check_inputs, check_padding, infer, padded, repeated
 from fmtrain.kv_cache import cached, remember
 from fmtrain.layout import PREFIX, Layout
 from fmtrain.masks import Mask, cut
@@ -305,7 +305,7 @@ class Handle:
                 f"a prefill is cut after {seen} tokens: under the mask '{self.mask}' some of those "
                 f"in the cache depend on the {new} new ones; prefill it in one go"
             )
-        check_media(kwargs, self._inner.config, self.mask, layout[:, seen:])
+        check_inputs(kwargs, self._inner.config, self.mask, layout[:, seen:])
         if kwargs.get("position_ids") is None and layout.packed:
             kwargs["position_ids"] = layout.positions()[:, seen:]
         kwargs[PLAN] = attention.plan(layout, self.mask, self.backend, start=seen)

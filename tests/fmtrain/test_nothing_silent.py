@@ -107,6 +107,24 @@ def test_a_layout_that_contradicts_the_padding_mask_is_refused(model, rows, mask
         model(**inputs)
 
 
+@pytest.mark.parametrize("generating", [False, True])
+def test_a_layout_of_another_row_is_refused(model, generating):
+    """Of as many tokens, with the picture at another place."""
+    prompt = prompt_of(1)
+    first = int(prompt.layout.visual[0].nonzero()[0])
+    order = [first - 1, *range(first - 1), *range(first, prompt.layout.shape[1])]
+    moved = prompt.layout[:, torch.tensor(order)]
+    moved = Layout.cat([moved[:, 1:], moved[:, :1]], dim=1)
+    given = {**prompt.inputs, **moved.model_inputs()}
+    with attach(model, "v2v"), pytest.raises(ValueError) as error:
+        if generating:
+            model.generate(**given, max_new_tokens=2)
+        else:
+            model(**given)
+    assert f"row 0, token {first - 1}: the layout alone shows" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_a_mask_of_four_dimensions_beside_a_layout_is_refused(model, rows):
     length = rows.layout.shape[1]
     inputs = rows.kwargs() | {"attention_mask": torch.zeros(3, 1, length, length)}

@@ -405,15 +405,15 @@ def test_the_layout_of_one_call_does_not_stay_for_the_next(model_of):
     """Of a `generate` that answers or fails, for one of another length, or a plain forward of the
     same."""
     model, (inputs, layout), other = model_of("llava"), prompt("llava"), prompt("llava", OTHER)
-    texts = replace(layout, role=torch.where(layout.visual, int(Role.TEXT), layout.role))
+    blind = replace(layout, prefill=torch.where(layout.visual, torch.arange(layout.shape[1]), 0))
     with attach(model, "v2v"), torch.no_grad():
         expected, plain = greedy(model, other[0]), model(**inputs).logits
-        lawless = greedy(model, {**inputs, **texts.model_inputs()})
+        lawless = greedy(model, {**inputs, **blind.model_inputs()})
         assert not torch.allclose(lawless.logits[0], plain[:, -1], **NEAR)
         assert torch.equal(model(**inputs).logits, plain)
         same(greedy(model, other[0]), expected)
         with pytest.raises(ValueError):
-            greedy(model, {**other[0], **texts.model_inputs()})
+            greedy(model, {**other[0], **blind.model_inputs()})
         assert torch.equal(model(**inputs).logits, plain)
         same(greedy(model, other[0]), expected)
 
