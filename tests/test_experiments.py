@@ -163,6 +163,7 @@ def test_figures_of_two_hops():
         (8, "learning_question"),
         (11, "learning_dual"),
         (16, "learning_dialogue"),
+        (19, "learning_total"),
     ],
 )
 def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
@@ -601,3 +602,23 @@ def test_verdicts_of_all_curves():
     )
     gain = gain_of("learning_curves", "changed", "v2v")
     assert signed(gain, "difference") in said
+
+
+def test_figures_of_counts_over_three_pictures():
+    said, told = told_of_experiment(19), on_one_line("docs/results.md")
+    results = results_of("learning_total")
+    scores = scores_of("learning_total", "total", count=5 * 4)
+    apart = {(each["row"], each["mask"]): each for each in comparisons_of("learning_total", "total")}
+    for mask in ("v2v", "v2t", "future"):
+        switched = signed(apart["causal", mask], "difference")
+        assert f"`{mask}` {switched}" in said and apart["causal", mask]["high"] < 0.05
+        assert scores[mask, mask] - scores[mask, "causal"] < 0.005
+    for mask in ("v2t", "future"):
+        assert f"`{mask}` {signed(apart[mask, mask], 'difference')}" in said
+        assert apart[mask, mask]["low"] < 0
+    assert f"causal training is at {100 * scores['causal', 'causal']:.1f} %" in said
+    first = [line["half"] for line in results["curves"]["exact"]]
+    assert first == [[30.0] * 5] * 4
+    more = [line["more_area"] for line in results["curves"]["exact"] if line["more_area"]]
+    assert all(each["high"] < 0.05 and each["low"] < 0 for each in more)
+    assert f"({signed(more[1])} of area" in told
