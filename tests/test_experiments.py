@@ -163,6 +163,8 @@ def test_figures_of_two_hops():
         (8, "learning_question"),
         (11, "learning_dual"),
         (16, "learning_dialogue"),
+        (18, "learning_order"),
+        (18, "learning_order_back"),
         (19, "learning_total"),
     ],
 )
@@ -608,7 +610,9 @@ def test_figures_of_counts_over_three_pictures():
     said, told = told_of_experiment(19), on_one_line("docs/results.md")
     results = results_of("learning_total")
     scores = scores_of("learning_total", "total", count=5 * 4)
-    apart = {(each["row"], each["mask"]): each for each in comparisons_of("learning_total", "total")}
+    apart = {
+        (each["row"], each["mask"]): each for each in comparisons_of("learning_total", "total")
+    }
     for mask in ("v2v", "v2t", "future"):
         switched = signed(apart["causal", mask], "difference")
         assert f"`{mask}` {switched}" in said and apart["causal", mask]["high"] < 0.05
@@ -622,3 +626,46 @@ def test_figures_of_counts_over_three_pictures():
     more = [line["more_area"] for line in results["curves"]["exact"] if line["more_area"]]
     assert all(each["high"] < 0.05 and each["low"] < 0 for each in more)
     assert f"({signed(more[1])} of area" in told
+
+
+def apart_by_seed(matrix: str, kind: str) -> np.ndarray:
+    """The areas of a curve with `v2v` less those causally, seed by seed."""
+    lines = results_of(matrix)["curves"][kind]
+    areas = {line["row"]: np.array(line["area"]["by_run"]) for line in lines}
+    return areas["v2v"] - areas["causal"]
+
+
+def test_figures_of_the_order_of_three_pictures():
+    said, told = told_of_experiment(18), on_one_line("docs/results.md")
+    lost, tasks = {}, {"order": "learning_order", "order_back": "learning_order_back"}
+    for task, matrix in tasks.items():
+        more = more_area(matrix)
+        assert signed(more) in told and more["high"] < 0.05 and more["low"] < 0
+        runs = {
+            cell["mask"]: np.array(cell["by_run"])
+            for cell in results_of(matrix)["cells"]
+            if cell["row"] == "v2v"
+        }
+        lost[task] = 100 * (runs["v2v"] - runs["causal"])
+    means = [f"{each.mean():.1f}".replace("-0.0", "0.0") for each in lost.values()]
+    more = "{:+.1f} [{:.1f}, {:.1f}]".format(*student(lost["order_back"] - lost["order"]))
+    assert "{} points lost of `order`, {} of `order_back`; ".format(*means) + f"{more} more" in said
+    assert f"loses {max(lost['order_back']):.1f} points of `order_back`" in said
+    gains = [100 * apart_by_seed(matrix, "exact") for matrix in tasks.values()]
+    assert "differ by {:+.1f} [{:.1f}, {:.1f}]".format(*student(gains[1] - gains[0])) in said
+    forth, back = (student(apart_by_seed(matrix, "loss")) for matrix in tasks.values())
+    assert "{:.3f} nats a token higher for `order` [{:.3f}, {:.3f}]".format(*forth) in said
+    figures = [-back[k] for k in (0, 2, 1)]
+    assert "{:.3f} lower for `order_back` [{:.3f}, {:.3f}]".format(*figures) in said
+    ends = []
+    for task, matrix in tasks.items():
+        scores = scores_of(matrix, task, count=3 * 2)
+        ends += [f"{100 * scores[mask, mask]:.1f}" for mask in ("causal", "v2v")]
+    assert "At the end {} and {} % of `order` are right, {} and {} of".format(*ends) in said
+    half = [
+        step
+        for matrix in tasks.values()
+        for line in results_of(matrix)["curves"]["exact"]
+        for step in line["half"]
+    ]
+    assert f"after {int(min(half))} to {int(np.ceil(max(half)))} steps" in said
