@@ -633,6 +633,10 @@ def test_a_cache_goes_on_under_the_mask_that_filled_it(filled, model_of):
             served = model(**token, past_key_values=copy.deepcopy(cache))
             served = model(**token, past_key_values=served.past_key_values)
             assert served.past_key_values.get_seq_length() == layout.shape[1] + 2
+            kwargs = {**inputs, **layout.model_inputs(), "use_cache": True}
+            out = model.base_model(**kwargs, return_dict=False)
+            [made] = [each for each in out if isinstance(each, DynamicCache)]
+            model(**token, past_key_values=made)
 
 
 @pytest.mark.parametrize("name, merge", VARIANTS[1:], ids=label)
