@@ -162,6 +162,7 @@ def test_figures_of_two_hops():
         (8, "learning_ahead"),
         (8, "learning_question"),
         (11, "learning_dual"),
+        (14, "learning_scratch"),
         (16, "learning_dialogue"),
         (18, "learning_order"),
         (18, "learning_order_back"),
@@ -411,20 +412,24 @@ def test_figures_of_bases_that_have_learnt_otherwise():
 
 def test_figures_from_random_weights():
     said, told = told_of_experiment(14), on_one_line("docs/results.md")
-    assert f"`v2v` has {signed(more_area('learning_scratch'))}" in said
-    lines = results_of("learning_scratch")["curves"]["loss"]
-    [less] = [line["more_area"] for line in lines if line["more_area"]]
-    figures = [-less[key] for key in ("value", "high", "low")]
-    assert "{:.3f} nats a token less on average [{:.3f}, {:.3f}]".format(*figures) in said
+    area = more_area("learning_scratch")
+    assert f"{signed(area)}, p {area['p']:.4f} |" in said
+    assert (
+        "{:.1f} points larger [{:.1f}, {:.1f}]".format(
+            *(100 * area[key] for key in ("value", "low", "high"))
+        )
+        in told
+    )
     read, changed = (scores_of("learning_scratch", task, 3 * 2) for task in ("read", "changed"))
     ends = [100 * read[mask, mask] for mask in ("v2v", "causal")]
-    assert "`read` ends at {:.1f} % with `v2v` and at {:.1f} causally".format(*ends) in said
+    assert "`read` ends at {:.1f} with `v2v` and at {:.1f} causally".format(*ends) in said
     ends = [100 * changed[mask, mask] for mask in ("v2v", "causal")]
     assert "{:.1f} against {:.1f} % at the end".format(*ends) in said
     assert "`changed` ends at {:.1f} with `v2v` and at {:.1f} causally".format(*ends) in told
+    assert f"ends {ends[0] - ends[1]:.0f} points higher" in on_one_line("docs/experiments.md")
     apart = gain_of("learning_scratch", "changed", "v2v")
     assert signed(apart, "difference") in said and signed(apart, "difference") in told
-    assert f"p {apart['p']:.3f})" in said
+    assert f"p {apart['p']:.4f})" in said
     lost = lost_without("learning_scratch", "changed", "v2v").replace(" points", "")
     assert f"lose {lost} of `changed`" in said
     assert f"fall to {100 * changed['v2v', 'causal']:.1f} %" in said
