@@ -5,8 +5,9 @@ such a `config.json` beside it.
 """
 
 import json
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -138,18 +139,17 @@ def load(
     return model, processor
 
 
-def weights_of(name: str, **kwargs):
-    """The model of a checkpoint, with keywords of `from_pretrained`. Raises `ValueError` for a file
-    that is cut, and for weights that are missing or of another shape, which transformers would
-    leave at random with a warning."""
+def weights_of(name: str, kind: Any = AutoModelForImageTextToText, **kwargs):
+    """The model of a checkpoint, of a class and with keywords of its `from_pretrained`. Raises
+    `ValueError` for a file that is cut, and for weights that are missing or of another shape, which
+    transformers would leave at random with a warning."""
+    asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            name, output_loading_info=True, **{"ignore_mismatched_sizes": True, **kwargs}
-        )
+        model, found = kind.from_pretrained(name, **{**kwargs, **asked})
     except SafetensorError as error:
         raise ValueError(f"{name}: its weights cannot be read: {one_line(error)}") from error
     wrong = {"its files lack": found["missing_keys"]}
-    if "ignore_mismatched_sizes" not in kwargs:
+    if not kwargs.get("ignore_mismatched_sizes"):
         unlike = [key for key, *_ in found["mismatched_keys"]]
         wrong["its config.json gives another shape to"] = unlike
     for which, keys in wrong.items():
@@ -175,6 +175,20 @@ def _adapter(path: str | Path) -> "PeftConfig":
     return config
 
 
+def _with_adapter(model, path: str | Path):
+    """Raises `ValueError` for a file that is cut, and for weights that are missing, which PEFT
+    would leave at zero with a warning."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, str(path))
+        except (SafetensorError, UserWarning) as error:
+            reason = one_line(error)[:400]
+            raise ValueError(f"{path}: its weights cannot be read: {reason}") from error
+
+
 def load_plain(path: str | Path, dtype: str | torch.dtype = "auto", **kwargs):
     """(model, processor) of a checkpoint or of a run with an adapter, with nothing attached;
     keywords as in `load`, those about the hub for the base of an adapter."""
@@ -188,7 +202,5 @@ def load_plain(path: str | Path, dtype: str | torch.dtype = "auto", **kwargs):
     if embedded is not None:  # by code in the checkpoint, with `trust_remote_code`
         embedded.detach()
     if is_adapter(path):
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(path))
+        model = _with_adapter(model, path)
     return model.eval(), load_processor(str(path), model.config, **hub)

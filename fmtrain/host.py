@@ -125,13 +125,18 @@ class _Probe:
 
 
 def check_model(inner: PreTrainedModel) -> None:
-    """Raises `ValueError` for a model without a head, and for layers on several devices."""
+    """Raises `ValueError` for a model without a head."""
     if not inner.can_generate():
         raise ValueError(
             f"{type(inner).__name__} cannot generate: attach to the model that holds it with a "
             "language model head, ..ForConditionalGeneration"
         )
-    devices = {*map(str, getattr(inner, "hf_device_map", {}).values())} - {"cpu", "disk"}
+
+
+def _check_devices(model: PreTrainedModel) -> None:
+    placed = getattr(model, "hf_device_map", {}).values()
+    devices = {f"cuda:{each}" if isinstance(each, int) else str(each) for each in placed}
+    devices -= {"cpu", "disk"}
     if len(devices) > 1:
         raise ValueError(
             f"the model's layers are on the devices {', '.join(sorted(devices))}: a mask is made "
@@ -140,7 +145,8 @@ def check_model(inner: PreTrainedModel) -> None:
 
 
 def check_layers(model: PreTrainedModel) -> None:
-    """Raises `ValueError`, by name, for a model with layers that would not run under a mask.
+    """Raises `ValueError`, by name, for a model with layers that would not run under a mask, or on
+    several devices.
 
     A copy of its language model without weights (on the meta device) reads two embeddings; every
     layer must call the attention function once, with no keyword that changes what it computes.
@@ -149,6 +155,7 @@ def check_layers(model: PreTrainedModel) -> None:
     language_model = getattr(model.base_model, "language_model", None)
     if language_model is None:
         raise ValueError(f"{name} has no language_model that a mask could be attached to")
+    _check_devices(model)
     if language_model in _served:
         return
     config = copy.deepcopy(language_model.config)

@@ -124,12 +124,17 @@ def attach(
     return Handle(inner, mask, backend, known, packed)
 
 
+def _twins(inner: PreTrainedModel) -> list["Handle"]:
+    """Those of models with the same config object."""
+    config = inner.config.get_text_config()
+    return [each for each in [*_HANDLES] if each._inner.config.get_text_config() is config]
+
+
 def _check_config(inner: PreTrainedModel, mask: Mask) -> None:
     """Raises `ValueError` where a model with another mask has the same config object, which records
     one mask."""
-    config = inner.config.get_text_config()
     for _ in range(2):
-        others = [each.mask for each in [*_HANDLES] if each.shares(config) and each.mask != mask]
+        others = [each._mask for each in _twins(inner) if each._mask != mask]
         if not others:
             return
         gc.collect()  # a model that is gone may not have been collected yet
@@ -164,17 +169,17 @@ class Handle:
         self.host = backend == "auto" and not mask.looks_ahead and own and not packed
         self.backend = attention.get_backend(backend)
         self._inner = inner
-        self._before = inner.config.get_text_config()._attn_implementation
+        text, twins = inner.config.get_text_config(), _twins(inner)
+        self._before = twins[0]._before if twins else text._attn_implementation
         check_implementation(mask, self._before or "")
         if not self.host:
             check_layers(inner)
             inner.set_attn_implementation({"text_config": ATTENTION})
         # Out of a compiled graph: it asks tensors for numbers, and decides by them.
-        plan: Any = torch.compiler.disable(self._before_forward)
-        done: Any = torch.compiler.disable(self._after_forward)
+        out: Any = torch.compiler.disable
         self._hooks = [
-            inner.base_model.register_forward_pre_hook(plan, with_kwargs=True),
-            inner.base_model.register_forward_hook(done),
+            inner.base_model.register_forward_pre_hook(out(self._before_forward), with_kwargs=True),
+            inner.base_model.register_forward_hook(out(self._after_forward), with_kwargs=True),
         ]
         if not self.host:
             self._hooks.append(inner.register_forward_pre_hook(self._before_loss, with_kwargs=True))
@@ -182,7 +187,7 @@ class Handle:
         self._override("generate", self._generate)
         for name in BATCHERS:
             self._override(name, functools.partial(self._refuse, name))
-        self._had_section = getattr(inner.config, SECTION, None)
+        self._had_section = twins[0]._had_section if twins else getattr(inner.config, SECTION, None)
         known = {} if markers is None else {MARKERS: markers.record()}
         setattr(inner.config, SECTION, mask.record() | known)
         vars(inner)[HANDLE] = self
@@ -202,10 +207,6 @@ class Handle:
             "first, or save it with save_pretrained"
         )
 
-    def shares(self, config) -> bool:
-        """Whether its model's text config is this very one."""
-        return self._inner.config.get_text_config() is config
-
     @property
     def mask(self) -> Mask:
         """What the model runs under, in this thread."""
@@ -217,14 +218,16 @@ class Handle:
             return
         for hook in self._hooks:
             hook.remove()
-        if not self.host:
-            inner.set_attn_implementation({"text_config": self._before})
         del vars(inner)[HANDLE]
         _HANDLES.discard(self)
         for name, before in self._overridden.items():
             del vars(inner)[name]
             if before is not None:
                 vars(inner)[name] = before
+        if _twins(inner):
+            return  # the last one leaves their config as it was
+        if not self.host:
+            inner.set_attn_implementation({"text_config": self._before})
         delattr(inner.config, SECTION)
         if self._had_section is not None:
             setattr(inner.config, SECTION, self._had_section)
@@ -311,8 +314,8 @@ class Handle:
         kwargs[PLAN] = attention.plan(layout, self.mask, self.backend, start=seen)
         return (), kwargs
 
-    def _after_forward(self, module: nn.Module, args: tuple, out) -> None:
-        remember(out, self.mask)
+    def _after_forward(self, module: nn.Module, args: tuple, kwargs: dict, out) -> None:
+        remember(kwargs.get("past_key_values"), out, self.mask)
 
     def _layout_of(self, kwargs: dict, rows: int, length: int, seen: int) -> Layout:
         """The layout that `generate` was given, or else the one that the ids show."""

@@ -6,11 +6,11 @@ would unpack to more than `MAX_PIXELS` is refused before it is decoded.
 """
 
 import contextlib
+import functools
 import io
 import os
 import re
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +75,24 @@ def image_size(
 
 def _read(source: Any, root: str | os.PathLike, max_pixels: int, use):
     if isinstance(source, Image.Image):
-        return use(_limited(source, "a PIL image", max_pixels), "a PIL image")
-    name = source.get("path") or "embedded image" if isinstance(source, dict) else source
-    embedded = isinstance(source, dict) and source.get("bytes") is not None
-    file = io.BytesIO(source["bytes"]) if embedded else resolve(name, root)
+        shown, opened = "a PIL image", functools.partial(contextlib.nullcontext, source)
+    else:
+        name = source.get("path") or "embedded image" if isinstance(source, dict) else source
+        embedded = isinstance(source, dict) and source.get("bytes") is not None
+        file = io.BytesIO(source["bytes"]) if embedded else resolve(name, root)
+        shown, opened = repr(name), functools.partial(Image.open, file, formats=_formats())
     try:
-        with _WHOLE_FILES_ONLY, Image.open(file, formats=_formats()) as image:
-            return use(_limited(image, repr(name), max_pixels), repr(name))
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"image {name!r} is too large: {error}") from error
+        with _WHOLE_FILES_ONLY, opened() as image:
+            return use(_limited(image, shown, max_pixels), shown)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ValueError(f"image {shown} is too large: {error}") from error
     except UnidentifiedImageError as error:
         raise ValueError(
-            f"image {name!r} cannot be read: not an image in a format of {', '.join(_FORMATS)}"
+            f"image {shown} cannot be read: not an image in a format of {', '.join(_FORMATS)}"
         ) from error
     except (OSError, SyntaxError, EOFError) as error:  # Pillow's decoders, of broken data
         reason = str(error).split("\n")[0]
-        raise ValueError(f"image {name!r} cannot be read: {reason}") from error
+        raise ValueError(f"image {shown} cannot be read: {reason}") from error
 
 
 def _formats() -> list[str]:
@@ -101,31 +103,27 @@ def _formats() -> list[str]:
 
 class _WholeFilesOnly:
     """While any thread is inside, Pillow refuses truncated images, which some packages tell it, for
-    the whole process, to fill up with grey; and it is silent about large ones, for which there is a
-    limit of our own."""
+    the whole process, to fill up with grey."""
 
     def __init__(self):
-        self._lock, self._inside = threading.Lock(), 0
-        self._undo = contextlib.ExitStack()
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
 
     def __enter__(self) -> None:
         with self._lock:  # one thread's restoring must not reach into another's reading
-            if not self._inside:
-                self._undo.enter_context(warnings.catch_warnings())
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                before = ImageFile.LOAD_TRUNCATED_IMAGES
-                self._undo.callback(setattr, ImageFile, "LOAD_TRUNCATED_IMAGES", before)
-                ImageFile.LOAD_TRUNCATED_IMAGES = False
+            if ImageFile.LOAD_TRUNCATED_IMAGES or not self._inside:
+                self._before = ImageFile.LOAD_TRUNCATED_IMAGES
+            ImageFile.LOAD_TRUNCATED_IMAGES = False
             self._inside += 1
 
     def __exit__(self, *_) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                self._undo.close()
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._before
 
 
 _WHOLE_FILES_ONLY = _WholeFilesOnly()
+os.register_at_fork(after_in_child=_WHOLE_FILES_ONLY.__init__)  # where those threads are not
 
 
 def _limited(image: Image.Image, name: str, max_pixels: int) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 from accelerate import PartialState
 from transformers import AutoConfig
@@ -65,13 +67,15 @@ def load_weights(recipe: Recipe):
 
 
 def load_named(name: str, args: SFTConfig, quantization_config):
-    """The model as TRL loads it from a name."""
+    """The model as TRL loads it from a name, with all its weights."""
     keys = dict(args.model_init_kwargs or {})
     if quantization_config is not None:
         keys["quantization_config"] = quantization_config
     if args.world_size > 1:
         keys["device_map"] = None
-    return create_model_from_path(name, **{"trust_remote_code": args.trust_remote_code, **keys})
+    whole: Any = SimpleNamespace(from_pretrained=weights_of)
+    keys = {"trust_remote_code": args.trust_remote_code, **keys}
+    return create_model_from_path(name, architecture=whole, **keys)
 
 
 def _hub(recipe: Recipe) -> dict:

@@ -158,7 +158,7 @@ def to_evaluate(how: RowArguments) -> RowArguments:
 
 def evenly(rows, count: int | None):
     """`count` of the rows (None: all) of a `Dataset`, or of `Rows` that hold one: of every `source`
-    its share, from its first row on and as far apart as can be."""
+    its share, as far apart as can be."""
     if isinstance(rows, Rows):
         return replace(rows, rows=evenly(rows.rows, count))
     if count is None or not isinstance(rows, datasets.Dataset) or len(rows) <= count:
@@ -166,9 +166,9 @@ def evenly(rows, count: int | None):
     return rows.select(even_places(sources_of(rows), count))
 
 
-def sources_of(rows: datasets.Dataset) -> list[str | None]:
-    """The `source` of each row; None where rows have none."""
-    return list(rows["source"]) if "source" in rows.column_names else [None] * len(rows)
+def sources_of(rows: datasets.Dataset) -> list[str]:
+    """The `source` of each row, as text: rows are checked later. Empty where rows have none."""
+    return [*map(str, rows["source"])] if "source" in rows.column_names else [""] * len(rows)
 
 
 def even_places(groups: Iterable[Hashable], count: int) -> list[int]:

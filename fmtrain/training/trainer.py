@@ -18,7 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTConfig
 
 from fmtrain.attention import kernels
-from fmtrain.checkpoint import check_base_mask, complete, is_adapter
+from fmtrain.checkpoint import check_base_mask, complete, is_adapter, weights_of
 from fmtrain.data import noise
 from fmtrain.data.collator import NAMES, Collator, Named, encode_row
 from fmtrain.data.encode import IGNORED
@@ -319,7 +319,7 @@ class SFTTrainer(trl.SFTTrainer):
         target = unwrap(model or self.model)
         if is_adapter(resume_from_checkpoint) or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(target).from_pretrained(resume_from_checkpoint, dtype=target.dtype)
+        saved = weights_of(resume_from_checkpoint, type(target), dtype=target.dtype)
         target.load_state_dict(saved.state_dict())
 
     def _load_best_model(self) -> None:

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import training
+import trl
 from safetensors.torch import load_file, save_file
 
 import fmtrain
@@ -41,9 +42,15 @@ def of_other_shapes(weights: dict) -> dict:
 
 
 def refused(folder, *named: str) -> None:
-    """By `load`, and by a run, each in one line that names the checkpoint."""
+    """By `load`, by a run, and by a script that names it: each in one line that does so too."""
     words = [str(folder / "recipe.yaml"), "--max_steps", "1"]
-    for serve in (lambda: fmtrain.load(folder / "base", mask="v2v"), lambda: sft.main(words)):
+    args = trl.SFTConfig(str(folder / "script"), use_cpu=True, max_length=None, report_to="none")
+    rows = training.read_rows(folder)
+    for serve in (
+        lambda: fmtrain.load(folder / "base", mask="v2v"),
+        lambda: sft.main(words),
+        lambda: fmtrain.SFTTrainer(str(folder / "base"), args, train_dataset=rows, mask="v2v"),
+    ):
         with pytest.raises(ValueError) as error:
             serve()
         message = str(error.value)
@@ -66,6 +73,25 @@ def test_a_file_of_weights_that_was_cut(folder):
     path = folder / "base" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     refused(folder, "cannot be read")
+
+
+@pytest.mark.parametrize("lack", [True, False], ids=["lacking", "cut"])
+def test_an_adapter_without_all_its_weights(lack, folder):
+    words = ["--max_steps", "1", "--use_peft", "true", "--lora_r", "2"]
+    assert sft.main([str(folder / "recipe.yaml"), *words]) == 0
+    path = folder / "out" / "adapter_model.safetensors"
+    if lack:
+        weights = load_file(path)
+        kept = {name: each for name, each in weights.items() if "layers.0" not in name}
+        save_file(kept, path, {"format": "pt"})
+        assert 0 < len(kept) < len(weights)
+    else:
+        path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="its weights cannot be read") as error:
+        fmtrain.load(folder / "out")
+    message = str(error.value)
+    assert str(folder / "out") in message and "\n" not in message
+    assert ("missing adapter keys" in message) == lack
 
 
 @pytest.mark.parametrize("value", [{}, {"base_model_name_or_path": None}], ids=["without", "null"])

@@ -107,21 +107,23 @@ def test_a_layout_that_contradicts_the_padding_mask_is_refused(model, rows, mask
         model(**inputs)
 
 
+@pytest.mark.parametrize("mask", ["v2v", "causal"])
 @pytest.mark.parametrize("generating", [False, True])
-def test_a_layout_of_another_row_is_refused(model, generating):
-    """Of as many tokens, with the picture at another place."""
+@pytest.mark.parametrize(
+    "moved, alone", [(-1, "the layout alone shows"), (1, "the ids alone show")]
+)
+def test_a_layout_of_another_row_is_refused(model, mask, generating, moved, alone):
+    """Of as many tokens, with the picture a place further on or back."""
     prompt = prompt_of(1)
     first = int(prompt.layout.visual[0].nonzero()[0])
-    order = [first - 1, *range(first - 1), *range(first, prompt.layout.shape[1])]
-    moved = prompt.layout[:, torch.tensor(order)]
-    moved = Layout.cat([moved[:, 1:], moved[:, :1]], dim=1)
-    given = {**prompt.inputs, **moved.model_inputs()}
-    with attach(model, "v2v"), pytest.raises(ValueError) as error:
+    order = torch.arange(prompt.layout.shape[1]).roll(moved)
+    given = {**prompt.inputs, **prompt.layout[:, order].model_inputs()}
+    with attach(model, mask, "sdpa"), pytest.raises(ValueError) as error:
         if generating:
             model.generate(**given, max_new_tokens=2)
         else:
             model(**given)
-    assert f"row 0, token {first - 1}: the layout alone shows" in str(error.value)
+    assert f"row 0, token {min(first, first + moved)}: {alone} an image" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -342,7 +344,7 @@ def test_adapters_in_memory_that_add_positions_are_refused(kind, first):
         return
     with attach(model, "v2v"):
         wrapped = peft.get_peft_model(model, config)
-        with pytest.raises(ValueError, match=r"prefix tuning(, whose| add) tokens"):
+        with pytest.raises(ValueError, match=r"by prefix tuning,|and prefix tuning add tokens"):
             wrapped(**encoded.kwargs())
         with pytest.raises(ValueError, match=r"the layout has|the cache of 3 tokens was not"):
             wrapped.generate(**prompt_of(1).kwargs(), max_new_tokens=2)

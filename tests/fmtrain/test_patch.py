@@ -605,18 +605,18 @@ def test_a_prefill_cut_in_two_is_refused_with_the_layout_of_the_whole_row_too(
 
 
 @pytest.mark.parametrize("filled", ["plain", "causal", "v2t", "v2v+merge"])
-def test_a_cache_goes_on_under_the_mask_that_filled_it(filled, model_of):
+def test_a_cache_goes_on_under_the_mask_that_filled_it(family, filled, model_of):
     """What is cached has seen what another mask let it see; so have all that read it."""
-    model, (inputs, layout) = model_of("llava"), prompt("llava")
+    model, (inputs, layout) = model_of(family), prompt(family)
     longer = Layout.cat([layout, Layout.parse("A")], dim=1)
     token = {"input_ids": inputs["input_ids"][:, -1:]}
+    was, cache = "causal" if filled == "plain" else filled, DynamicCache()
     with torch.no_grad():
         if filled == "plain":
-            cache = model(**inputs, use_cache=True).past_key_values
+            model(**inputs, past_key_values=cache)
         else:
-            with attach(model, "v2v") as handle, handle.under(filled):
-                cache = model(**inputs, **layout.model_inputs(), use_cache=True).past_key_values
-        was = "causal" if filled == "plain" else filled
+            with attach(model, "v2v") as handle, handle.under(filled):  # filled, not given back
+                model(**inputs, **layout.model_inputs(), past_key_values=cache, use_cache=False)
         for mask in ("v2v", "causal"):
             for backend in ("auto", "sdpa"):
                 for more in ({}, longer.model_inputs()):
@@ -637,6 +637,31 @@ def test_a_cache_goes_on_under_the_mask_that_filled_it(filled, model_of):
             out = model.base_model(**kwargs, return_dict=False)
             [made] = [each for each in out if isinstance(each, DynamicCache)]
             model(**token, past_key_values=made)
+            made.crop(-1)
+            model(**token, past_key_values=made)
+
+
+def test_a_cache_that_a_model_without_a_mask_went_on_with_is_refused(model_of):
+    model, (inputs, layout) = model_of("llava"), prompt("llava")
+    token = {"input_ids": inputs["input_ids"][:, -1:]}
+    with torch.no_grad():
+        with attach(model, "v2v"):
+            kwargs = {**inputs, **layout.model_inputs(), "use_cache": True}
+            cache = model(**kwargs).past_key_values
+        model(**token, past_key_values=cache)
+        with attach(model, "v2v"), pytest.raises(ValueError) as error:
+            model(**token, past_key_values=cache)
+        one_line(error, f"{layout.shape[1] + 1} tokens", "'v2v'", "without a mask")
+
+
+def test_masks_of_other_names_that_see_the_same_go_on_with_a_cache(model_of):
+    model, (inputs, _) = model_of("llava"), prompt("llava")
+    token = {"input_ids": inputs["input_ids"][:, -1:]}
+    same = replace(POLICIES["v2v"], name="mine")
+    with attach(model, "v2v") as handle, torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        with handle.under(same):
+            model(**token, past_key_values=cache)
 
 
 @pytest.mark.parametrize("name, merge", VARIANTS[1:], ids=label)
@@ -773,8 +798,9 @@ def test_layers_on_several_devices_are_refused(model_of):
     try:
         with pytest.raises(ValueError) as error:
             attach(model, "v2v")
-        one_line(error, "devices 0, 1", "device_map")
-        model.hf_device_map = {"model": 0, "lm_head": "cpu"}  # which is brought to 0
+        one_line(error, "devices cuda:0, cuda:1", "device_map")
+        attach(model, "causal").detach()  # the model's own attention, which needs no mask
+        model.hf_device_map = {"model": 0, "embed": "cuda:0", "lm_head": "cpu"}  # brought to 0
         attach(model, "v2v").detach()
     finally:
         del model.hf_device_map
@@ -792,6 +818,25 @@ def test_two_models_of_one_config_carry_no_two_masks():
             assert (model.config.fmtrain["policy"], own.config.fmtrain["policy"]) == (
                 *("v2v", "causal"),
             )
+        with fmtrain.attached(model).under("causal"), pytest.raises(ValueError):
+            attach(twin, "causal")  # what is recorded counts
     with attach(twin, "causal"):
         pass
     attach(model, "v2v").detach()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_models_of_one_config_carry_one_mask(order):
+    """As one that was built of another's config; the last to be detached leaves it as it was."""
+    model = families.model("llava")
+    models, before = [model, type(model)(model.config)], model.config.to_dict()
+    implementation = model.config.get_text_config()._attn_implementation
+    handles = [attach(each, "v2v") for each in models]
+    for k in order:
+        assert model.config.fmtrain["policy"] == "v2v"
+        handles[k].detach()
+    assert model.config.to_dict() == before
+    assert model.config.get_text_config()._attn_implementation == implementation
+    inputs, _ = prompt("llava")
+    for each in models:
+        each(**inputs)

@@ -1,7 +1,10 @@
 """Pictures of unusual depth and of formats that are none of a training set's."""
 
 import io
+import multiprocessing
+import os
 import subprocess
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
@@ -11,6 +14,7 @@ import pytest
 from families import IMAGE, assistant, photo, user
 from PIL import Image, ImageFile
 
+from fmtrain.data import images
 from fmtrain.data.collator import Collator
 from fmtrain.data.images import MAX_PIXELS, _read, image_size, open_image
 
@@ -93,11 +97,19 @@ def test_formats_of_training_sets(kind):
     assert open_image(stored(image, kind)).size == (16, 16)
 
 
-def test_a_truncated_picture_is_refused_while_another_thread_reads(monkeypatch):
-    """The thread that came first leaves in between."""
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as some packages do
+@pytest.fixture
+def cut(monkeypatch) -> dict:
+    """A truncated picture, where a package has told Pillow to fill up such ones."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     whole = stored(photo(0), "PNG")
-    cut = {"path": None, "bytes": whole["bytes"][: len(whole["bytes"]) // 2]}
+    return {"path": None, "bytes": whole["bytes"][: len(whole["bytes"]) // 2]}
+
+
+TRUNCATED = "cannot be read: image file is truncated"
+
+
+def test_a_truncated_picture_is_refused_while_another_thread_reads(cut):
+    """The thread that came first leaves in between."""
     came, followed, left = Event(), Event(), Event()
 
     def first(image, name):
@@ -110,9 +122,51 @@ def test_a_truncated_picture_is_refused_while_another_thread_reads(monkeypatch):
         image.load()
 
     with ThreadPoolExecutor(2) as pool:
-        reading = pool.submit(_read, whole, ".", MAX_PIXELS, first)
+        reading = pool.submit(_read, stored(photo(0), "PNG"), ".", MAX_PIXELS, first)
         reading.add_done_callback(lambda _: left.set())
         assert came.wait(60)
-        with pytest.raises(ValueError, match="cannot be read: image file is truncated"):
+        with pytest.raises(ValueError, match=TRUNCATED):
             pool.submit(_read, cut, ".", MAX_PIXELS, second).result()
     assert ImageFile.LOAD_TRUNCATED_IMAGES  # as it was for everybody else
+
+
+def test_a_package_that_is_imported_while_a_thread_reads_changes_nothing(cut):
+    def reads(image, name):
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+        with pytest.raises(ValueError, match=TRUNCATED):
+            open_image(cut)
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    _read(stored(photo(0), "PNG"), ".", MAX_PIXELS, reads)
+    assert ImageFile.LOAD_TRUNCATED_IMAGES  # as that package wants it
+
+
+def test_a_truncated_picture_in_memory_is_refused(cut):
+    with pytest.raises(ValueError, match=TRUNCATED):
+        open_image(Image.open(io.BytesIO(cut["bytes"])))
+
+
+def test_a_process_that_is_forked_while_a_thread_reads_can_read(cut):
+    """Whose thread, and the lock that it holds, are not there."""
+
+    def reads(image, name):
+        process = multiprocessing.get_context("fork").Process(target=_child, args=(cut,))
+        with images._WHOLE_FILES_ONLY._lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork
+            process.start()
+        process.join(30)
+        process.kill()
+        return process.exitcode
+
+    with ThreadPoolExecutor(1) as pool:
+        whole = stored(photo(0), "PNG")
+        assert pool.submit(_read, whole, ".", MAX_PIXELS, reads).result() == 7
+
+
+def _child(cut: dict) -> None:
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    try:
+        open_image(cut)
+    except ValueError:
+        os._exit(7)
+    os._exit(1)
