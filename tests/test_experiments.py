@@ -21,10 +21,12 @@ from documents import (
     signed,
     table,
 )
+from scipy.stats import ttest_1samp
 
 from eval.paired import QuestionsOfTask, compare, holm
 
 LOOKING = ("v2v", "future", "prefix_lm")  # from picture to picture
+SEEDS = range(10, 15)  # of experiments 17 to 20
 
 
 def own_mask(comparison: dict) -> bool:
@@ -167,6 +169,7 @@ def test_figures_of_two_hops():
         (18, "learning_order"),
         (18, "learning_order_back"),
         (19, "learning_total"),
+        (20, "learning_odd"),
     ],
 )
 def test_areas_under_the_curves_are_those_of_the_files(number, matrix):
@@ -674,3 +677,48 @@ def test_figures_of_the_order_of_three_pictures():
         for step in line["half"]
     ]
     assert f"after {int(min(half))} to {int(np.ceil(max(half)))} steps" in said
+
+
+def shares_of_odd(row: str) -> np.ndarray:
+    """Exact answers in percent of a row's runs under its own mask [5 seeds, 4 pictures, of which
+    one is the odd one], and in a last column of all but the first."""
+    asked = defaultdict(list)
+    with gzip.open(RESULTS / "learning_odd" / "answers.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in map(json.loads, file):
+            asked[line["reference"]].append([line["scores"][f"{row}-seed{s}"][row] for s in SEEDS])
+    columns = [asked[str(picture)] for picture in (1, 2, 3, 4)]
+    columns.append([scores for each in columns[1:] for scores in each])
+    return np.stack([100 * np.mean(each, axis=0) for each in columns], axis=1)
+
+
+def test_figures_of_the_odd_one_of_four():
+    said, told = told_of_experiment(20), on_one_line("docs/results.md")
+    lines = results_of("learning_odd")["curves"]["exact"]
+    more = {line["row"]: line["more_area"] for line in lines if line["more_area"]}
+    for mask, each in more.items():
+        assert each["low"] < 0 and each["high"] > 0.05  # undecided
+        value = signed(each)
+        assert f"`{mask}` {value.replace(' [', ' of area [' if mask == 'v2v' else ' [')}" in told
+    assert f"p {more['v2v']['p']:.2f}: no gain is shown" in said
+    shares = {row: shares_of_odd(row) for row in ("causal", "v2v", "future")}
+    hard = {row: each[:, 0] - each[:, 4] for row, each in shares.items()}
+    first, gained = student(hard["causal"]), student(hard["v2v"] - hard["causal"])
+    assert "{:+.1f} [{:.1f}, {:.1f}]".format(*first) in said and first[2] < 0
+    assert "{:+.1f} [{:.1f}, {:.1f}]".format(*gained) in said and gained[1] < 0
+    ps = [ttest_1samp(each, 0).pvalue for each in (hard["causal"], hard["v2v"] - hard["causal"])]
+    assert f"(p {holm(ps)[0]:.3f}, Holm)" in said
+    lost = lost_without("learning_odd", "odd4", "v2v")
+    assert f"lose {lost}" in said
+    scores = scores_of("learning_odd", "odd4", count=4 * 3)
+    ends = [100 * scores[mask, mask] for mask in ("causal", "v2v", "future")]
+    assert (
+        "causal training ends at {:.1f}, `v2v` at {:.1f} and `future` at {:.1f}".format(*ends)
+        in said
+    )
+    runs = 100 * np.array([seeds_of_task("learning_odd", "odd4", mask) for mask in shares])
+    at_chance, learnt = runs[:, 1], np.delete(runs, 1, axis=1)
+    assert f"({at_chance.min():.1f} to {at_chance.max():.1f} %)" in said
+    assert f"end at {learnt.min():.0f} to {learnt.max():.0f} %" in said
+    turned = shares["v2v"][3]
+    assert f"in {turned[0]:.1f} % and a third in {turned[2]:.1f}" in said
+    assert all(shares["v2v"][k, :4].argmax() == 2 for k in (0, 2, 4))
