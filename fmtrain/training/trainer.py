@@ -204,13 +204,20 @@ class SFTTrainer(trl.SFTTrainer):
             return {name: self._to_evaluate(one, f"{prefix}_{name}") for name, one in rows.items()}
         if rows is None or isinstance(rows, str | Packs):
             return rows
-        pixels = self._row_arguments.max_pixels
-        answers = answers_of(
-            self._asked, self._evaluation, self.mask, pixels, self._processor, rows
-        )
+        asked, pixels = self._asked, self._row_arguments.max_pixels
+        answers = answers_of(asked, self._evaluation, self.mask, pixels, self._processor, rows)
         if answers is not None:
             self.answers[prefix] = answers
-        return packing.evaluation_packs(self._asked, rows)
+        return packing.evaluation_packs(asked, rows)
+
+    @contextlib.contextmanager
+    def _answering(self, rows, prefix: str):
+        """Rows to evaluate; what is answered of others than its own is forgotten afterwards."""
+        own = dict(self.answers)
+        try:
+            yield self._to_evaluate(self._held_out(rows), prefix)
+        finally:
+            self.answers = own
 
     # --- training and evaluation ------------------------------------------------------------------
 
@@ -234,12 +241,8 @@ class SFTTrainer(trl.SFTTrainer):
             return super().train(resume_from_checkpoint=checkpoint, **others)
 
     def predict(self, test_dataset, *args, metric_key_prefix: str = "test", **kwargs):
-        asked = dict(self.answers)
-        rows = self._to_evaluate(self._held_out(test_dataset), metric_key_prefix)
-        try:
+        with self._answering(test_dataset, metric_key_prefix) as rows:
             return super().predict(rows, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        finally:
-            self.answers = asked
 
     def _wrap_model(self, model, *args, **kwargs):
         trl_options.check_devices(self.args)
@@ -279,17 +282,15 @@ class SFTTrainer(trl.SFTTrainer):
         self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """TRL's. Draws no random number of training's; the loader of the evaluation rows would."""
-        asked = dict(self.answers)  # those of other rows than its own are forgotten afterwards
-        given = self._to_evaluate(self._held_out(eval_dataset), metric_key_prefix)
-        before, device = (random.getstate(), np.random.get_state()), self.args.device
-        devices = [] if device.type == "cpu" else [device]
-        try:
-            with torch.random.fork_rng(devices, device_type=device.type):
-                return super().evaluate(given, ignore_keys, metric_key_prefix)
-        finally:
-            self.answers = asked
-            random.setstate(before[0])
-            np.random.set_state(before[1])
+        with self._answering(eval_dataset, metric_key_prefix) as rows:
+            before, device = (random.getstate(), np.random.get_state()), self.args.device
+            devices = [] if device.type == "cpu" else [device]
+            try:
+                with torch.random.fork_rng(devices, device_type=device.type):
+                    return super().evaluate(rows, ignore_keys, metric_key_prefix)
+            finally:
+                random.setstate(before[0])
+                np.random.set_state(before[1])
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """The loss is the mean over all answer tokens; transformers' is one over batches, whose
