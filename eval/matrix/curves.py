@@ -22,6 +22,7 @@ the same under every mask; rows of files are the same for all.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from markupsafe import Markup
@@ -35,16 +36,23 @@ from fmtrain.command_line import write_whole
 from fmtrain.training.checkpoints import STATE
 
 NAME = "curves.json"
-# what a trainer's log calls them
-LOGGED = {"exact": "eval_exact_match", "held_out": "eval_loss", "loss": "loss"}
-# of the figures shown
-SCALES, DIGITS = {"exact": 100, "held_out": 1, "loss": 1}, {"exact": 1, "held_out": 3, "loss": 3}
-TITLES = {
-    "exact": "exact answers, percent",
-    "held_out": "held-out loss, nats a token",
-    "loss": "training loss, nats a token",
-}
 HALF = 0.5
+
+
+class Kind(NamedTuple):
+    """What a curve is of."""
+
+    logged: str  # what a trainer's log calls it
+    title: str  # with its unit
+    scale: int  # of the figures shown
+    digits: int  # of them
+
+
+KINDS = {
+    "exact": Kind("eval_exact_match", "exact answers, percent", 100, 1),
+    "held_out": Kind("eval_loss", "held-out loss, nats a token", 1, 3),
+    "loss": Kind("loss", "training loss, nats a token", 1, 3),
+}
 
 # {run: {kind: [[step, value], ..]}}, without kinds of which a run measured nothing
 Raw = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
@@ -58,7 +66,7 @@ def of_runs(plan: Iterable[MatrixRun]) -> Raw:
         if run.recipe is None or not path.is_file():
             continue
         log, of_run = json.loads(path.read_text(encoding="utf-8"))["log_history"], {}
-        for kind, key in LOGGED.items():
+        for kind, (key, *_) in KINDS.items():
             points = [[entry["step"], entry[key]] for entry in log if key in entry]
             of_run |= {kind: points} if points else {}
         curves |= {run.name: of_run} if of_run else {}
@@ -104,7 +112,7 @@ def results(rows: Sequence[MatrixRow], raw: Raw) -> dict:
     Raises `ValueError` where the runs of a row were not all measured at the same steps.
     """
     curves = {}
-    for kind in LOGGED:
+    for kind in KINDS:
         lines = [_line(row, kind, raw) for row in rows if _measured(row, kind, raw)]
         for line in lines:
             line["more_area"] = _more(line, _of_causal(lines))
@@ -124,7 +132,7 @@ def _line(row: MatrixRow, kind: str, raw: Raw) -> dict:
     """The mean and the range of a row's runs, and the figures of each run."""
     for run in row.runs:
         if kind not in raw.get(run, {}):
-            raise ValueError(f"row {row.name!r}: {run} has no curve of {TITLES[kind]}")
+            raise ValueError(f"row {row.name!r}: {run} has no curve of {KINDS[kind].title}")
     steps = [[step for step, _ in raw[run][kind]] for run in row.runs]
     for run, of_run in zip(row.runs, steps):
         if of_run != steps[0]:
@@ -189,10 +197,10 @@ def _panel(kind: str, lines: Sequence[dict]) -> dict:
         series = {"trained": line}
         if causal not in (None, line):
             series = {"reference": causal, "trained": line}
-        title = f"{line['row']}: {TITLES[kind]}"
-        chart = Markup(charts.curves(series, top, SCALES[kind], title))
+        title = f"{line['row']}: {KINDS[kind].title}"
+        chart = Markup(charts.curves(series, top, KINDS[kind].scale, title))
         figures.append({"name": line["row"], "chart": chart})
-    return {"title": TITLES[kind], "figures": figures}
+    return {"title": KINDS[kind].title, "figures": figures}
 
 
 def _without_first(line: dict) -> dict:
@@ -207,18 +215,16 @@ def table(curves: dict) -> list[list[str]]:
         for line in lines:
             more = _told(line["more_area"], kind, "+") if line["more_area"] else "–"
             steps = ["never" if step is None else f"{step:.0f}" for step in line.get("half", [])]
-            height = _told(line["area"], kind)
-            rows.append(
-                [TITLES[kind].partition(",")[0], line["row"], height, more, " ".join(steps) or "–"]
-            )
+            height, name = _told(line["area"], kind), KINDS[kind].title.partition(",")[0]
+            rows.append([name, line["row"], height, more, " ".join(steps) or "–"])
     return rows
 
 
 def _told(mean: dict, kind: str, sign: str = "") -> str:
     """A mean and its interval, if it has one."""
-    digits, texts = DIGITS[kind], []
+    digits, texts = KINDS[kind].digits, []
     for key in ("value", "low", "high"):
         if key in mean:
-            figure = round(SCALES[kind] * mean[key], digits) + 0.0  # no -0
+            figure = round(KINDS[kind].scale * mean[key], digits) + 0.0  # no -0
             texts.append(f"{figure:{sign}.{digits}f}".replace("-", "\N{MINUS SIGN}"))
     return texts[0] if len(texts) == 1 else f"{texts[0]} [{texts[1]}, {texts[2]}]"
