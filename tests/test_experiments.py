@@ -1,6 +1,5 @@
 """Every figure of docs/experiments.md is that of a file in eval/results."""
 
-import gzip
 import json
 import re
 from collections import defaultdict
@@ -23,6 +22,7 @@ from documents import (
 )
 from scipy.stats import ttest_1samp
 
+from eval.matrix import answers
 from eval.paired import QuestionsOfTask, compare, holm
 
 LOOKING = ("v2v", "future", "prefix_lm")  # from picture to picture
@@ -44,6 +44,11 @@ def student(values: np.ndarray) -> tuple[float, float, float]:
     """Mean and 95 % interval over five, seven or nine values; Student's t from a table."""
     half = {5: 2.776, 7: 2.447, 9: 2.306}[len(values)] * values.std(ddof=1) / len(values) ** 0.5
     return values.mean(), values.mean() - half, values.mean() + half
+
+
+def with_interval(values: np.ndarray) -> str:
+    """The same of differences in points, as the documents write it."""
+    return "{:+.1f} [{:.1f}, {:.1f}]".format(*student(values))
 
 
 def more_area(matrix: str) -> dict:
@@ -258,29 +263,18 @@ def test_what_the_choice_of_a_mask_is_told_from():
     assert f"undecided](results.md): {value:+.0f} points, {low:.0f} to {high:.0f}" in said
 
 
-def seeds_of_task(matrix: str, task: str, mask: str) -> list[float]:
-    """Of each run the share of a task that is right, trained and run under a mask."""
-    [found] = [
-        cell["by_run"]
-        for cell in results_of(matrix)["cells"]
-        if (cell["row"], cell["mask"], cell["task"]) == (mask, mask, task)
-    ]
-    return found
-
-
 def apart_afterwards(
     matrix: str, task: str, one: tuple[str, str], other: tuple[str, str], seeds=range(5)
 ) -> str:
     """A difference that no report has, of (row, mask in inference), from the stored answers."""
-    path, values = RESULTS / matrix / "answers.jsonl.gz", []
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        lines = [line["scores"] for line in map(json.loads, file) if line["task"] == task]
+    found = answers.read(RESULTS / matrix)
+    of_task = [question.task == task for question in found.questions]
+    values = []
     for seed in seeds:
-        (row, mask), (beside, under) = one, other
-        scores = [of[f"{row}-seed{seed}"][mask] - of[f"{beside}-seed{seed}"][under] for of in lines]
-        values.append(scores)
-    questions = QuestionsOfTask(task, np.arange(len(lines)))
-    found = compare([questions], {task: np.array(values, float)})
+        pair = (found.scores[f"{row}-seed{seed}", mask] for row, mask in (one, other))
+        values.append(np.subtract(*(np.array(scores, float)[of_task] for scores in pair)))
+    questions = QuestionsOfTask(task, np.arange(sum(of_task)))
+    found = compare([questions], {task: np.array(values)})
     return signed(asdict(found), "difference")
 
 
@@ -294,7 +288,7 @@ def test_figures_of_pictures_drawn_anew():
     assert f"`v2v` falls from {first['v2v']} to {then['v2v']} %" in said
     assert f"causal training from {first['causal']} to {then['causal']} (" in said
     for mask in ("v2v", "causal"):
-        of_runs = [seeds_of_task("learning_redrawn", task, mask) for task in shares]
+        of_runs = [seeds_of("learning_redrawn", task)[mask, mask] for task in shares]
         lost = student(100 * np.subtract(*of_runs))
         assert "(by {:.1f} [{:.1f}, {:.1f}])".format(*lost) in said
     assert f"answer {then['v2v']} % with `v2v` and {then['causal']} % causally" in told
@@ -318,7 +312,8 @@ def test_figures_of_two_masks_in_one_model():
     for each in comparisons_of("learning_several", "changed"):
         if (each["row"], each["mask"]) in asked:
             assert signed(each, "difference") in said
-    again, first = seeds_of("learning"), seeds_of("learning_several")  # the same runs once more
+    # the same runs once more
+    again, first = (seeds_of(name, "changed") for name in ("learning", "learning_several"))
     for pair in (("causal", "causal"), ("causal", "v2v"), ("v2v", "causal"), ("v2v", "v2v")):
         assert first[pair] == again[pair]
 
@@ -463,14 +458,12 @@ def test_figures_of_all_weights():
 
 def questions_of_dialogues(matrix: str) -> dict[tuple[str, str, str], float]:
     """Exact answers in percent by (run, mask in inference, "first" or "second" question)."""
-    asked = defaultdict(list)
-    with gzip.open(RESULTS / matrix / "answers.jsonl.gz", "rt", encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            if line["task"] == "dialogue":
-                turn = "second" if line["question"] == "Which digit changed?" else "first"
-                for run, scores in line["scores"].items():
-                    for mask, score in scores.items():
-                        asked[run, mask, turn].append(score)
+    asked, found = defaultdict(list), answers.read(RESULTS / matrix)
+    for (run, mask), scores in found.scores.items():
+        for question, score in zip(found.questions, scores, strict=True):
+            if question.task == "dialogue":
+                turn = "second" if question.text == "Which digit changed?" else "first"
+                asked[run, mask, turn].append(score)
     return {key: 100 * np.mean(scores) for key, scores in asked.items()}
 
 
@@ -503,8 +496,7 @@ def test_figures_of_dialogues_that_were_trained():
         np.array([share[f"{row}-seed{seed}", row, "second"] for seed in range(1, 6)])
         for row in ("causal", "v2v")
     )
-    interval = "{:+.1f} [{:.1f}, {:.1f}]".format(*student(v2v - causal))
-    assert f"{interval}; {v2v.mean():.1f} against {causal.mean():.1f} %" in said
+    assert f"{with_interval(v2v - causal)}; {v2v.mean():.1f} against {causal.mean():.1f} %" in said
     few = sorted(v2v)[:4]
     ranges = [f"{x:.0f}" for x in (min(few), max(few), min(causal), max(causal))]
     assert (
@@ -547,7 +539,7 @@ def test_figures_of_the_light_forms():
 def test_figures_of_all_curves(matrix, start):
     """A line for each mask: areas, held-out loss, steps to half, ends."""
     section = TEXTS["docs/experiments.md"].split("\n## 17. ")[1].split("\n## ")[0]
-    results, scores = results_of(matrix), seeds_of(matrix)
+    results, scores = results_of(matrix), seeds_of(matrix, "changed")
     shown = {line[0].strip("`"): line[1:] for line in table(section, f"from the {start} base")}
     held_out = {line["row"]: line["more_area"] for line in results["curves"]["held_out"]}
     assert list(shown) == [line["row"] for line in results["curves"]["exact"]]
@@ -649,18 +641,14 @@ def test_figures_of_the_order_of_three_pictures():
     for task, matrix in tasks.items():
         more = more_area(matrix)
         assert signed(more) in told and more["high"] < 0.05 and more["low"] < 0
-        runs = {
-            cell["mask"]: np.array(cell["by_run"])
-            for cell in results_of(matrix)["cells"]
-            if cell["row"] == "v2v"
-        }
-        lost[task] = 100 * (runs["v2v"] - runs["causal"])
+        runs = seeds_of(matrix, task)
+        lost[task] = 100 * np.subtract(runs["v2v", "v2v"], runs["v2v", "causal"])
     means = [f"{each.mean():.1f}".replace("-0.0", "0.0") for each in lost.values()]
-    more = "{:+.1f} [{:.1f}, {:.1f}]".format(*student(lost["order_back"] - lost["order"]))
+    more = with_interval(lost["order_back"] - lost["order"])
     assert "{} points lost of `order`, {} of `order_back`; ".format(*means) + f"{more} more" in said
     assert f"loses {max(lost['order_back']):.1f} points of `order_back`" in said
     gains = [100 * apart_by_seed(matrix, "exact") for matrix in tasks.values()]
-    assert "differ by {:+.1f} [{:.1f}, {:.1f}]".format(*student(gains[1] - gains[0])) in said
+    assert f"differ by {with_interval(gains[1] - gains[0])}" in said
     forth, back = (student(apart_by_seed(matrix, "loss")) for matrix in tasks.values())
     assert "{:.3f} nats a token higher for `order` [{:.3f}, {:.3f}]".format(*forth) in said
     figures = [-back[k] for k in (0, 2, 1)]
@@ -682,13 +670,11 @@ def test_figures_of_the_order_of_three_pictures():
 def shares_of_odd(row: str) -> np.ndarray:
     """Exact answers in percent of a row's runs under its own mask [5 seeds, 4 pictures, of which
     one is the odd one], and in a last column of all but the first."""
-    asked = defaultdict(list)
-    with gzip.open(RESULTS / "learning_odd" / "answers.jsonl.gz", "rt", encoding="utf-8") as file:
-        for line in map(json.loads, file):
-            asked[line["reference"]].append([line["scores"][f"{row}-seed{s}"][row] for s in SEEDS])
-    columns = [asked[str(picture)] for picture in (1, 2, 3, 4)]
-    columns.append([scores for each in columns[1:] for scores in each])
-    return np.stack([100 * np.mean(each, axis=0) for each in columns], axis=1)
+    found = answers.read(RESULTS / "learning_odd")
+    odd = np.array([int(question.reference) for question in found.questions])
+    scores = 100 * np.array([found.scores[f"{row}-seed{seed}", row] for seed in SEEDS])
+    asked = [*(odd == picture for picture in (1, 2, 3, 4)), odd > 1]
+    return np.stack([scores[:, which].mean(1) for which in asked], axis=1)
 
 
 def test_figures_of_the_odd_one_of_four():
@@ -702,10 +688,10 @@ def test_figures_of_the_odd_one_of_four():
     assert f"p {more['v2v']['p']:.2f}: no gain is shown" in said
     shares = {row: shares_of_odd(row) for row in ("causal", "v2v", "future")}
     hard = {row: each[:, 0] - each[:, 4] for row, each in shares.items()}
-    first, gained = student(hard["causal"]), student(hard["v2v"] - hard["causal"])
-    assert "{:+.1f} [{:.1f}, {:.1f}]".format(*first) in said and first[2] < 0
-    assert "{:+.1f} [{:.1f}, {:.1f}]".format(*gained) in said and gained[1] < 0
-    ps = [ttest_1samp(each, 0).pvalue for each in (hard["causal"], hard["v2v"] - hard["causal"])]
+    first, gained = hard["causal"], hard["v2v"] - hard["causal"]
+    assert with_interval(first) in said and student(first)[2] < 0
+    assert with_interval(gained) in said and student(gained)[1] < 0
+    ps = [ttest_1samp(each, 0).pvalue for each in (first, gained)]
     assert f"(p {holm(ps)[0]:.3f}, Holm)" in said
     lost = lost_without("learning_odd", "odd4", "v2v")
     assert f"lose {lost}" in said
@@ -715,7 +701,8 @@ def test_figures_of_the_odd_one_of_four():
         "causal training ends at {:.1f}, `v2v` at {:.1f} and `future` at {:.1f}".format(*ends)
         in said
     )
-    runs = 100 * np.array([seeds_of_task("learning_odd", "odd4", mask) for mask in shares])
+    of_seeds = seeds_of("learning_odd", "odd4")
+    runs = 100 * np.array([of_seeds[mask, mask] for mask in shares])
     at_chance, learnt = runs[:, 1], np.delete(runs, 1, axis=1)
     assert f"({at_chance.min():.1f} to {at_chance.max():.1f} %)" in said
     assert f"end at {learnt.min():.0f} to {learnt.max():.0f} %" in said

@@ -55,9 +55,10 @@ def scores_of(matrix: str, task: str, count: int = 8 * 7) -> dict[tuple[str, str
     return {(cell["row"], cell["mask"]): cell["score"] for cell in cells}
 
 
-def seeds_of(matrix: str) -> dict[tuple[str, str], list[float]]:
-    results = results_of(matrix)
-    return {(cell["row"], cell["mask"]): cell["by_run"] for cell in results["cells"]}
+def seeds_of(matrix: str, task: str) -> dict[tuple[str, str], list[float]]:
+    """The same of each run."""
+    cells = [cell for cell in results_of(matrix)["cells"] if cell["task"] == task]
+    return {(cell["row"], cell["mask"]): cell["by_run"] for cell in cells}
 
 
 def comparisons_of(matrix: str, task: str) -> list[dict]:

@@ -1,7 +1,6 @@
 """The embedded default: what its rows say is what its pictures show, and its splits share no
 scan."""
 
-import gzip
 import io
 import json
 import re
@@ -19,6 +18,7 @@ from data_prep import digits as digit_files
 from data_prep.checking.reading import read_rows
 from data_prep.converting.rows import format_problems
 from eval.held_out import by_task
+from eval.matrix import answers
 from eval.milebench.prompt import require_inputs
 from eval.milebench.tasks import read_task
 from fmtrain.checkpoint import load, recorded_mask
@@ -225,10 +225,9 @@ def test_any_text_survives_the_tokenizer():
 @pytest.mark.parametrize("study", ["learning", "tiny"])
 def test_a_new_task_leaves_the_questions_of_stored_results_as_they_were(study):
     """Every row of a stored matrix is drawn again, with the same id, question and answer."""
-    lines = gzip.decompress((RESULTS / study / "answers.jsonl.gz").read_bytes()).splitlines()
     stored: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for line in map(json.loads, lines):
-        stored[line["unit"]].append((line["question"], line["reference"]))
+    for question in answers.read(RESULTS / study).questions:
+        stored[question.unit].append((question.text, question.reference))
     assert len(stored) >= 500
     for unit, asked in stored.items():
         split, task, seed, index = unit.split("-")
